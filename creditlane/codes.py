@@ -1,0 +1,65 @@
+"""The refusal codes: what a caller decides by. No code is ever parsed out of a sentence.
+
+Where several would fit, the one that stands earlier in :class:`Code` is given.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Code(StrEnum):
+    """Why an operation was refused (status ``rejected``) or put in quarantine (the task failed)."""
+
+    # Quarantine: the message cannot be understood. It is kept whole for an operator.
+    MALFORMED = "malformed"
+    UNKNOWN_OPERATION = "unknown_operation"
+    UNKNOWN_VERSION = "unknown_version"
+    INVALID_MESSAGE = "invalid_message"
+    OUT_OF_RANGE = "out_of_range"
+    INTERNAL_ERROR = "internal_error"
+
+    # Refusals: the message was understood, and this is the answer.
+    ID_CONFLICT = "id_conflict"
+    UNKNOWN_ACCOUNT = "unknown_account"
+    ACCOUNT_EXISTS = "account_exists"
+    ACCOUNT_CLOSED = "account_closed"
+    INVALID = "invalid"
+    UNKNOWN_FEATURE = "unknown_feature"
+    UNKNOWN_HOLD = "unknown_hold"
+    HOLD_CLOSED = "hold_closed"
+    UNKNOWN_GRANT = "unknown_grant"
+    UNKNOWN_CHARGE = "unknown_charge"
+    EXCEEDS_ORIGINAL = "exceeds_original"
+    LIMIT_REACHED = "limit_reached"
+    INSUFFICIENT_CREDITS = "insufficient_credits"
+
+    @property
+    def sentence(self) -> str:
+        """What it means and what to do, in one sentence."""
+        return SENTENCES[self]
+
+
+SENTENCES: dict[Code, str] = {
+    Code.MALFORMED: "The message is not a Celery task in JSON; mend the producer and replay it from quarantine.",
+    Code.UNKNOWN_OPERATION: "No operation has this name; see the contract for those that exist.",
+    Code.UNKNOWN_VERSION: "The message is of a newer contract than this worker knows; "
+    "update the workers, then replay it from quarantine.",
+    Code.INVALID_MESSAGE: "The arguments do not fit the operation; mend what the reason names and send it again.",
+    Code.OUT_OF_RANGE: "The database cannot hold a value of this message; send smaller numbers.",
+    Code.INTERNAL_ERROR: "The operation failed inside the worker; the traceback is in quarantine, "
+    "replay it after a fix.",
+    Code.ID_CONFLICT: "This operation id was used before with other content; choose a new id for a new operation.",
+    Code.UNKNOWN_ACCOUNT: "The account was never opened; send credits.open first.",
+    Code.ACCOUNT_EXISTS: "The account is already open; use it, no second opening is needed.",
+    Code.ACCOUNT_CLOSED: "The account is closed and takes no operations.",
+    Code.INVALID: "The arguments contradict each other; the reason says which.",
+    Code.UNKNOWN_FEATURE: "The catalog has no such feature; add it there or send an explicit amount.",
+    Code.UNKNOWN_HOLD: "The account has no hold with this id; use the operation id of the hold.",
+    Code.HOLD_CLOSED: "The hold was captured or released before, or its time ran out; consume directly.",
+    Code.UNKNOWN_GRANT: "The account has no such grant or purchase.",
+    Code.UNKNOWN_CHARGE: "The account has no charge with this operation id; name a consume or capture that applied.",
+    Code.EXCEEDS_ORIGINAL: "More would be given back than was taken; refund at most what is left of the charge.",
+    Code.LIMIT_REACHED: "The account has as many open grants or holds as it may; close some first.",
+    Code.INSUFFICIENT_CREDITS: "The balance does not cover this; see required, available and shortfall.",
+}

@@ -1,0 +1,426 @@
+"""The message contract, version 1: one type per operation, one result type.
+
+An operation is a Celery task: its name is the operation, its keyword arguments are the content, its
+task id is the operation id and so the idempotency key. Everything here is checked at the door, by
+producers before sending and by workers on arrival, with the same types.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+
+from creditlane.amounts import MAX_MICRO, MICRO, Micro, parse_amount
+from creditlane.codes import Code
+
+VERSION = 1
+"""The contract's version; every message carries it as ``v``."""
+
+MAX_NAME = 128
+"""Characters in an account, an operation id, a feature, a source or a purchase."""
+
+MAX_TEXT = 500
+"""Characters in a reason or an actor."""
+
+MAX_METADATA_BYTES = 4096
+"""Bytes of a consume's or hold's metadata, as JSON."""
+
+MAX_MESSAGE_BYTES = 1 << 20
+"""Bytes of one message body."""
+
+MAX_BATCH = 1000
+"""Operations in one ``credits.batch``."""
+
+MAX_FEATURES = 64
+"""Features that one grant may be scoped to."""
+
+MAX_TTL_SECONDS = 30 * 24 * 3600
+"""The longest a hold may live."""
+
+DEFAULT_TTL_SECONDS = 15 * 60
+"""How long a hold lives unless its message says otherwise."""
+
+_CLEAN = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*\Z"
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME, pattern=_CLEAN)]
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TEXT, pattern=_CLEAN)]
+Instant = Annotated[datetime, msgspec.Meta(tz=True)]
+Seconds = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class UnitPrice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Money paid for credits: ``minor`` units of ``currency`` for every ``per`` credits, exactly.
+
+    A pack of 25 credits for 4.99 EUR is ``{"minor": 499, "currency": "EUR", "per": "25"}``.
+    """
+
+    minor: Annotated[int, msgspec.Meta(ge=0, le=10**15)]
+    currency: Annotated[str, msgspec.Meta(pattern=r"^[A-Z]{3}\Z")]
+    per: Micro = Micro(MICRO)
+
+    def __post_init__(self) -> None:
+        _positive(self.per, "per")
+
+
+class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """What every operation carries: whose account, and the contract's version."""
+
+    operation: ClassVar[str]
+
+    account: Name
+    v: Literal[1] = 1
+
+
+class Open(Message):
+    """``credits.open``: create an account, with the catalog's sign-up grant."""
+
+    operation: ClassVar[str] = "credits.open"
+
+    kind: Literal["user", "lead", "pool"] = "user"
+    email: Annotated[str, msgspec.Meta(max_length=254, pattern=_CLEAN)] | None = None
+    locale: Annotated[str, msgspec.Meta(max_length=35, pattern=r"^[A-Za-z0-9_-]+\Z")] | None = None
+    timezone: Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[A-Za-z0-9_+/-]+\Z")] | None = None
+
+
+class Grant(Message):
+    """``credits.grant``: add a lot of credits with its own source, priority, scope, start and expiry."""
+
+    operation: ClassVar[str] = "credits.grant"
+
+    amount: Micro
+    source: Name
+    priority: Annotated[int, msgspec.Meta(ge=0, le=1000)] | None = None
+    features: Annotated[list[Name], msgspec.Meta(min_length=1, max_length=MAX_FEATURES)] | None = None
+    effective_at: Instant | None = None
+    expires_at: Instant | None = None
+    expires_in: Annotated[int, msgspec.Meta(ge=1, le=100 * 366 * 24 * 3600)] | None = None
+    """Seconds from the moment it takes effect."""
+    unit_price: UnitPrice | None = None
+    purchase: Name | None = None
+    reason: Text | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self.amount, "amount")
+        if self.expires_at is not None and self.expires_in is not None:
+            raise ValueError("send expires_at or expires_in, not both")
+
+
+class Charge(Message):
+    """What consume and hold share: a feature and how much of it, or an explicit amount."""
+
+    feature: Name | None = None
+    quantity: Micro | None = None
+    """Units of the feature, in millionths; 1 unless sent."""
+    amount: Micro | None = None
+    member: Name | None = None
+    occurred_at: Instant | None = None
+    metadata: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.feature is None) == (self.amount is None):
+            raise ValueError("send feature (with quantity) or amount, one of the two")
+        if self.quantity is not None:
+            if self.feature is None:
+                raise ValueError("quantity goes with feature, not with amount")
+            _positive(self.quantity, "quantity")
+        if self.amount is not None:
+            _positive(self.amount, "amount")
+        if self.metadata is not None:
+            encoded = msgspec.json.encode(self.metadata)
+            if len(encoded) > MAX_METADATA_BYTES:
+                raise ValueError(f"metadata is at most {MAX_METADATA_BYTES} bytes as JSON")
+            if b"\\u0000" in encoded:
+                raise ValueError("metadata holds a NUL character; leave it out")
+
+
+class Consume(Charge):
+    """``credits.consume``: price a feature and burn the credits."""
+
+    operation: ClassVar[str] = "credits.consume"
+
+    partial: bool = False
+
+
+class Hold(Charge):
+    """``credits.hold``: set credits aside for work in progress."""
+
+    operation: ClassVar[str] = "credits.hold"
+
+    ttl: Annotated[int, msgspec.Meta(ge=1, le=MAX_TTL_SECONDS)] = DEFAULT_TTL_SECONDS
+    """Seconds until what was not captured goes back."""
+
+
+class Capture(Message):
+    """``credits.capture``: take the final amount out of a hold."""
+
+    operation: ClassVar[str] = "credits.capture"
+
+    hold: Name
+    amount: Micro | None = None
+    quantity: Micro | None = None
+
+    def __post_init__(self) -> None:
+        if self.amount is not None and self.quantity is not None:
+            raise ValueError("send amount or quantity, not both")
+        if self.amount is not None:
+            _not_negative(self.amount, "amount")
+        if self.quantity is not None:
+            _not_negative(self.quantity, "quantity")
+
+
+class Release(Message):
+    """``credits.release``: give a hold back whole."""
+
+    operation: ClassVar[str] = "credits.release"
+
+    hold: Name
+
+
+class Refund(Message):
+    """``credits.refund``: give back all or part of a consume or capture."""
+
+    operation: ClassVar[str] = "credits.refund"
+
+    # The field is called as on the wire; the class variable of the base names the task.
+    charge: Name = msgspec.field(name="operation")
+    amount: Micro | None = None
+    reason: Text | None = None
+
+    def __post_init__(self) -> None:
+        if self.amount is not None:
+            _positive(self.amount, "amount")
+
+
+class Adjust(Message):
+    """``credits.adjust``: an administrator's plus or minus."""
+
+    operation: ClassVar[str] = "credits.adjust"
+
+    amount: Micro
+    actor: Text
+    reason: Text
+
+    def __post_init__(self) -> None:
+        if self.amount == 0:
+            raise ValueError("amount is 0: nothing would change")
+
+
+class Revoke(Message):
+    """``credits.revoke``: take a grant's or a purchase's credits away."""
+
+    operation: ClassVar[str] = "credits.revoke"
+
+    grant: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None = None
+    purchase: Name | None = None
+    amount: Micro | None = None
+    reason: Text | None = None
+
+    def __post_init__(self) -> None:
+        if (self.grant is None) == (self.purchase is None):
+            raise ValueError("send grant or purchase, one of the two")
+        if self.amount is not None:
+            _positive(self.amount, "amount")
+
+
+class Settle(Message):
+    """``credits.settle``: apply what is due by now, nothing else."""
+
+    operation: ClassVar[str] = "credits.settle"
+
+
+class Batch(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """``credits.batch``: many operations of one lane in one message, each succeeding or failing by itself."""
+
+    operations: Annotated[
+        list[tuple[str, Name, msgspec.Raw]], msgspec.Meta(min_length=1, max_length=MAX_BATCH)
+    ]
+    v: Literal[1] = 1
+
+
+BATCH = "credits.batch"
+
+OPERATIONS: dict[str, type[Message]] = {
+    kind.operation: kind
+    for kind in (Open, Grant, Consume, Hold, Capture, Release, Refund, Adjust, Revoke, Settle)
+}
+"""Every operation of the ledger by its task name."""
+
+
+class Balance(msgspec.Struct, kw_only=True, frozen=True):
+    """An account's credits: spendable now, set aside, owed, and the spendable ones by source."""
+
+    available: Decimal
+    held: Decimal = Decimal(0)
+    debt: Decimal = Decimal(0)
+    upcoming: Decimal = Decimal(0)
+    """Credits of grants that take effect later; not part of ``available``."""
+    by_source: dict[str, Decimal] = {}
+
+
+class GrantUse(msgspec.Struct, kw_only=True, frozen=True):
+    """How many credits one grant gave to (or got from) an operation."""
+
+    grant: int
+    source: str
+    amount: Decimal
+
+
+class Result(msgspec.Struct, kw_only=True, frozen=True):
+    """The answer to one operation.
+
+    ``status`` is ``applied``, ``rejected`` (a refusal, with ``code``) or ``quarantined`` (only as a
+    member of a batch; by itself such a message fails as a task). ``charged`` is in credits. A refusal
+    for want of credits has ``required``, ``available`` and ``shortfall``. ``replayed`` says that this
+    id was answered before and that this is the first answer.
+    """
+
+    operation: str
+    id: str
+    status: Literal["applied", "rejected", "quarantined"]
+    account: str | None = None
+    code: Code | None = None
+    reason: str | None = None
+    charged: Decimal = Decimal(0)
+    balance: Balance | None = None
+    grants: list[GrantUse] = []
+    grant: int | None = None
+    """The number of the grant that a grant or an adjustment made."""
+    hold: str | None = None
+    expires_at: datetime | None = None
+    """When the hold's time runs out."""
+    owed: Decimal | None = None
+    """What a revocation turned into debt, because it was spent."""
+    forgiven: Decimal | None = None
+    """What a revocation did not take back, because it was spent and the catalog forgives it."""
+    required: Decimal | None = None
+    available: Decimal | None = None
+    shortfall: Decimal | None = None
+    offer: dict[str, Any] | None = None
+    replayed: bool = False
+
+    @property
+    def applied(self) -> bool:
+        """Whether the operation changed the ledger (now, or at its first delivery)."""
+        return self.status == "applied"
+
+
+def _positive(amount: int, field: str) -> None:
+    if amount <= 0:
+        raise ValueError(f"{field} must be more than 0")
+
+
+def _not_negative(amount: int, field: str) -> None:
+    if amount < 0:
+        raise ValueError(f"{field} must not be negative")
+
+
+def _decode_hook(kind: type, value: object) -> Any:
+    if kind is Micro:
+        return Micro(parse_amount(value))
+    raise NotImplementedError(kind)
+
+
+_decoders: dict[str, msgspec.json.Decoder[Message]] = {
+    name: msgspec.json.Decoder(kind, dec_hook=_decode_hook) for name, kind in OPERATIONS.items()
+}
+_batch_decoder = msgspec.json.Decoder(Batch)
+
+
+class _Versioned(msgspec.Struct):
+    v: int = VERSION
+
+
+_version_decoder = msgspec.json.Decoder(_Versioned)
+
+
+class ContractError(ValueError):
+    """A message that does not fit the contract: ``code`` for programs, the text for people."""
+
+    def __init__(self, code: Code, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+def decode_message(name: str, arguments: bytes | msgspec.Raw) -> Message:
+    """Check an operation's arguments and read them into its type.
+
+    :param name: the task's name, such as ``credits.consume``.
+    :param arguments: its keyword arguments as a JSON object.
+    :raises ContractError: with ``unknown_operation``, ``unknown_version`` or ``invalid_message`` and a
+        sentence that names the field.
+    """
+    try:
+        decoder = _decoders[name]
+    except KeyError:
+        raise ContractError(
+            Code.UNKNOWN_OPERATION, f"{name[:MAX_NAME]!r} is no operation of the ledger"
+        ) from None
+    try:
+        return decoder.decode(arguments)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise _contract_error(arguments, error) from None
+
+
+def decode_batch(arguments: bytes | msgspec.Raw) -> Batch:
+    """Read a batch; its members stay undecoded, so that each can fail by itself.
+
+    :raises ContractError: as :func:`decode_message`.
+    """
+    try:
+        return _batch_decoder.decode(arguments)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise _contract_error(arguments, error) from None
+
+
+def check_id(operation_id: object) -> str:
+    """Check an operation id: 1 to 128 characters, no control characters, no lone surrogates.
+
+    :raises ContractError: with ``invalid_message``.
+    """
+    try:
+        return msgspec.convert(operation_id, Name)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise ContractError(Code.INVALID_MESSAGE, f"the operation id (task id): {error}") from None
+
+
+def _contract_error(arguments: bytes | msgspec.Raw, error: Exception) -> ContractError:
+    try:
+        version = _version_decoder.decode(arguments).v
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        version = VERSION
+    if version > VERSION:
+        return ContractError(
+            Code.UNKNOWN_VERSION, f"the message is of contract version {version}, this side knows {VERSION}"
+        )
+    return ContractError(Code.INVALID_MESSAGE, str(error)[:MAX_TEXT] or type(error).__name__)
+
+
+__all__ = [
+    "BATCH",
+    "MAX_MICRO",
+    "OPERATIONS",
+    "Adjust",
+    "Balance",
+    "Batch",
+    "Capture",
+    "Charge",
+    "Consume",
+    "ContractError",
+    "Grant",
+    "GrantUse",
+    "Hold",
+    "Message",
+    "Open",
+    "Refund",
+    "Release",
+    "Result",
+    "Revoke",
+    "Settle",
+    "UnitPrice",
+    "check_id",
+    "decode_batch",
+    "decode_message",
+]

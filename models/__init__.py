@@ -1,0 +1,1 @@
+"""What a credit is: the tables, and the pure rules in :mod:`models.rules`."""

@@ -1,0 +1,81 @@
+"""Reading a catalog file, and checking it whole."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+from zoneinfo import ZoneInfo
+
+import msgspec
+
+from creditlane.amounts import Micro, parse_amount
+from models.rules.catalog import Catalog, Feature, Pack
+
+Kind = TypeVar("Kind")
+
+SHIPPED = Path(__file__).parent / "catalogs"
+"""Where the catalogs that come with the project are."""
+
+
+class CatalogError(ValueError):
+    """A catalog that cannot be used; the text names the file, the key and the reason."""
+
+
+def load_catalog(name: str) -> Catalog:
+    """Load a shipped catalog by its name, or one from a TOML file by its path.
+
+    :raises CatalogError: with file, key and reason.
+    """
+    path = Path(name)
+    if path.suffix != ".toml":
+        path = SHIPPED / f"{name}.toml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.toml")))
+        raise CatalogError(f"{path}: cannot be read ({error}); shipped catalogs: {shipped}") from None
+    return parse_catalog(text, str(path))
+
+
+def parse_catalog(text: str, file: str) -> Catalog:
+    """Read and check a catalog.
+
+    :param file: what to call it in errors.
+    :raises CatalogError: with file, key and reason.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise CatalogError(f"{file}: not TOML: {error}") from None
+    for section, kind in (("features", Feature), ("packs", Pack)):
+        entries = tables.get(section)
+        for name, entry in entries.items() if isinstance(entries, dict) else ():
+            _convert(entry, kind, file, f"{section}.{name}")
+    catalog = _convert(tables, Catalog, file, "")
+    try:
+        ZoneInfo(catalog.catalog.zone)
+    except (KeyError, ValueError, OSError):
+        raise CatalogError(f"{file}: catalog.zone: no such IANA time zone") from None
+    for name, feature in catalog.features.items():
+        for other in feature.alternatives:
+            if other not in catalog.features:
+                raise CatalogError(f"{file}: features.{name}.alternatives: there is no feature {other!r}")
+    return catalog
+
+
+def _convert(value: Any, kind: type[Kind], file: str, key: str) -> Kind:
+    try:
+        return msgspec.convert(value, kind, dec_hook=_decode_hook)
+    except msgspec.ValidationError as error:
+        reason, found, place = str(error).rpartition(" - at `$")
+        if not found:
+            reason, place = str(error), ""
+        where = (key + place.rstrip("`")).lstrip(".")
+        raise CatalogError(f"{file}: {where}: {reason}" if where else f"{file}: {reason}") from None
+
+
+def _decode_hook(kind: type, value: Any) -> Any:
+    if kind is Micro:
+        return Micro(parse_amount(value))
+    raise NotImplementedError(kind)

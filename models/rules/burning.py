@@ -1,0 +1,170 @@
+"""Taking credits out of grants and putting them back: plans first, so that a refusal changes nothing."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from models.rules.posting import post
+from models.rules.state import Account, Grant, Line
+
+Plan = list[tuple[Grant, int]]
+"""Which grants give how many micro-credits, in the order of taking."""
+
+
+def plan_burn(account: Account, amount_micro: int, feature: str | None, now: datetime) -> tuple[Plan, int]:
+    """Choose the grants that pay, in burn-down order (ledger rules: burn-down order).
+
+    Only grants that are active at ``now`` and whose scope allows ``feature`` pay; a charge without a
+    feature is paid by unscoped grants alone.
+
+    :returns: the plan, and what it falls short of ``amount_micro`` (0 when covered).
+    """
+    plan: Plan = []
+    missing = amount_micro
+    for grant in account.order:
+        if not missing:
+            break
+        if not is_spendable(grant, feature, now):
+            continue
+        taken = grant.available if grant.available < missing else missing
+        plan.append((grant, taken))
+        missing -= taken
+    return plan, missing
+
+
+def is_spendable(grant: Grant, feature: str | None, now: datetime) -> bool:
+    """Whether a grant has credits, is active in ``[effective_at, expires_at)`` and allows the feature."""
+    return (
+        grant.available > 0
+        and grant.effective_at <= now
+        and (grant.expires_at is None or now < grant.expires_at)
+        and (grant.features is None or feature in grant.features)
+    )
+
+
+def burn(account: Account, plan: Plan, kind: str, now: datetime, operation: str, refers_to: str | None = None) -> list[Line]:
+    """Write a plan's entries; ``kind`` is ``consumed``, ``held`` or ``revoked``.
+
+    :returns: the receipt, in the order of taking.
+    """
+    for grant, taken in plan:
+        post(account, grant, kind, taken, now, operation, refers_to)
+    return [Line(grant.id, taken) for grant, taken in plan]
+
+
+def pay_debt(account: Account, grant: Grant, now: datetime, operation: str | None, at: datetime | None = None) -> None:
+    """Credits that come in pay the debt first (ledger rules: claw-back)."""
+    payment = min(account.debt, grant.available)
+    if payment:
+        post(account, grant, "debt_paid", payment, now, operation, at=at)
+
+
+def give_back_held(
+    account: Account,
+    lines: list[Line],
+    amount_micro: int,
+    now: datetime,
+    operation: str | None,
+    hold: str,
+    at: datetime | None = None,
+) -> None:
+    """Return held credits to their grants, in reverse order of taking.
+
+    What has expired meanwhile lapses at once (ledger rules: release); what comes back pays debt first.
+
+    :param amount_micro: how many of the receipt's credits that were not returned yet.
+    :param at: the instant it holds from, for a time-out that is recorded later.
+    """
+    instant = at or now
+    for line in reversed(lines):
+        back = min(line.taken - line.returned, amount_micro)
+        if not back:
+            continue
+        amount_micro -= back
+        line.returned += back
+        grant = account.grants[line.grant]
+        post(account, grant, "released", back, now, operation, hold, at)
+        if grant.expires_at is not None and grant.expires_at <= instant:
+            post(account, grant, "expired", back, now, operation, hold, at)
+        else:
+            pay_debt(account, grant, now, operation, at)
+
+
+def restore_consumed(
+    account: Account,
+    lines: list[Line],
+    amount_micro: int,
+    now: datetime,
+    operation: str,
+    charge: str,
+    refund_days: int,
+) -> list[tuple[Grant, int]]:
+    """Give consumed credits back, in reverse order of taking (ledger rules: refund).
+
+    A grant that has expired meanwhile cannot take them: they go into a new grant of the same source,
+    scope and price that lives ``refund_days``.
+
+    :returns: which grants got how many micro-credits.
+    """
+    given: list[tuple[Grant, int]] = []
+    for line in reversed(lines):
+        back = min(line.taken - line.returned, amount_micro)
+        if not back:
+            continue
+        amount_micro -= back
+        line.returned += back
+        grant = account.grants[line.grant]
+        if grant.expires_at is not None and grant.expires_at <= now:
+            grant = successor(account, grant, now, operation, now + timedelta(days=refund_days))
+        post(account, grant, "restored", back, now, operation, charge)
+        given.append((grant, back))
+        pay_debt(account, grant, now, operation)
+    return given
+
+
+def successor(account: Account, grant: Grant, now: datetime, operation: str, expires_at: datetime) -> Grant:
+    """A new, empty grant like an expired one: same source, priority, scope, price and purchase."""
+    return new_grant(
+        account,
+        source=grant.source,
+        priority=grant.priority,
+        features=grant.features,
+        effective_at=now,
+        expires_at=expires_at,
+        now=now,
+        operation=operation,
+        purchase=grant.purchase,
+        price=(grant.price_minor, grant.price_currency, grant.price_per),
+    )
+
+
+def new_grant(
+    account: Account,
+    source: str,
+    priority: int,
+    now: datetime,
+    operation: str,
+    features: frozenset[str] | None = None,
+    effective_at: datetime | None = None,
+    expires_at: datetime | None = None,
+    purchase: str | None = None,
+    price: tuple[int | None, str | None, int | None] = (None, None, None),
+) -> Grant:
+    """Add an empty grant to an account, numbered after its last one; credits are posted to it next."""
+    account.last_grant += 1
+    grant = Grant(
+        account.last_grant,
+        source,
+        priority,
+        features,
+        effective_at or now,
+        expires_at,
+        now,
+        operation,
+        purchase,
+        *price,
+    )
+    grant.is_new = True
+    account.add_grant(grant)
+    account.is_dirty = True
+    return grant

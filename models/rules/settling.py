@@ -1,0 +1,74 @@
+"""Settling: time passes inside the lane (ledger rules: settling).
+
+Every operation settles its account before it is applied, so an expired credit is never spendable,
+however late the sweep is.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from models.rules.burning import give_back_held
+from models.rules.posting import post
+from models.rules.state import Account, Grant, Hold
+
+HOLD_TIMEOUT, GRANT_EXPIRY = 0, 1
+"""What comes first at the same instant. The subscription's renewal comes after both."""
+
+
+def settle(account: Account, now: datetime) -> bool:
+    """Apply every transition that is due by ``now``, oldest first, each stamped with its own due instant.
+
+    At the same instant hold time-outs come before grant expiries.
+
+    :returns: whether anything was due.
+    """
+    if account.next_due_at is None or now < account.next_due_at:
+        return False
+    changed = False
+    while (due := _next_due(account, now)) is not None:
+        instant, _, item = due
+        if isinstance(item, Hold):
+            close_hold(account, item, now, None, captured=0, at=instant, status="expired")
+        else:
+            post(account, item, "expired", item.available, now, None, at=instant)
+        changed = True
+    account.next_due_at = account.due_at()
+    account.is_dirty = True
+    return changed
+
+
+def _next_due(account: Account, now: datetime) -> tuple[datetime, tuple[int, str, int], Hold | Grant] | None:
+    first: tuple[datetime, tuple[int, str, int], Hold | Grant] | None = None
+    for hold in account.holds.values():
+        if hold.status == "open" and hold.expires_at <= now:
+            key = (hold.expires_at, (HOLD_TIMEOUT, hold.id, 0), hold)
+            if first is None or key[:2] < first[:2]:
+                first = key
+    for grant in account.order:
+        if grant.expires_at is not None and grant.available and grant.expires_at <= now:
+            at = (grant.expires_at, (GRANT_EXPIRY, "", grant.id), grant)
+            if first is None or at[:2] < first[:2]:
+                first = at
+    return first
+
+
+def close_hold(
+    account: Account,
+    hold: Hold,
+    now: datetime,
+    operation: str | None,
+    captured: int,
+    status: str,
+    at: datetime | None = None,
+) -> None:
+    """Give back what a hold has beyond ``captured`` micro-credits, and close it.
+
+    :param status: ``captured``, ``released`` or ``expired`` (its time ran out).
+    """
+    give_back_held(account, hold.lines, hold.amount - captured, now, operation, hold.id, at)
+    hold.status = status
+    hold.captured = captured
+    hold.closed_at = at or now
+    hold.is_dirty = True
+    account.is_dirty = True

@@ -1,0 +1,270 @@
+"""The state that the rules work on: an account, its open grants and holds, and what was just written.
+
+Plain slotted objects, changed in place: a batch may apply hundreds of operations to one account, and
+copies would cost more than the rules. All credits move through :func:`models.rules.posting.post`.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from datetime import datetime
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from creditlane.contract import Message
+
+MAX_OPEN_GRANTS = 1000
+"""Grants with credits left that one account may have at a time."""
+
+MAX_OPEN_HOLDS = 1000
+"""Holds that one account may have open at a time."""
+
+UNOPENED, OPEN, CLOSED = "unopened", "open", "closed"
+
+SortKey = tuple[int, int, float, float, int]
+
+
+class Grant:
+    """One lot of credits. Its buckets close: granted + received + restored = the sum of the others."""
+
+    __slots__ = (
+        "available", "clawed_back", "consumed", "created_at", "effective_at", "expired", "expires_at", "features", "granted",
+        "held", "id", "in_transit", "is_dirty", "is_new", "key", "operation", "price_currency", "price_minor",
+        "price_per", "priority", "purchase", "received", "restored", "revoked", "sent", "source",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        id: int,
+        source: str,
+        priority: int,
+        features: frozenset[str] | None,
+        effective_at: datetime,
+        expires_at: datetime | None,
+        created_at: datetime,
+        operation: str,
+        purchase: str | None = None,
+        price_minor: int | None = None,
+        price_currency: str | None = None,
+        price_per: int | None = None,
+        granted: int = 0,
+        received: int = 0,
+        restored: int = 0,
+        available: int = 0,
+        held: int = 0,
+        in_transit: int = 0,
+        consumed: int = 0,
+        expired: int = 0,
+        revoked: int = 0,
+        sent: int = 0,
+        clawed_back: int = 0,
+    ) -> None:
+        self.id = id
+        self.source = source
+        self.priority = priority
+        self.features = features
+        self.effective_at = effective_at
+        self.expires_at = expires_at
+        self.created_at = created_at
+        self.operation = operation
+        self.purchase = purchase
+        self.price_minor = price_minor
+        self.price_currency = price_currency
+        self.price_per = price_per
+        self.granted = granted
+        self.received = received
+        self.restored = restored
+        self.available = available
+        self.held = held
+        self.in_transit = in_transit
+        self.consumed = consumed
+        self.expired = expired
+        self.revoked = revoked
+        self.sent = sent
+        self.clawed_back = clawed_back
+        self.key = burn_key(self)
+        self.is_new = False
+        self.is_dirty = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any credits are left in it, spendable or set aside."""
+        return bool(self.available or self.held or self.in_transit)
+
+
+NEVER = float("inf")
+
+
+def burn_key(grant: Grant) -> SortKey:
+    """The burn-down order, lowest first (ledger rules: burn-down order).
+
+    1. ``priority``; 2. scoped to features before unscoped; 3. ``expires_at``, soonest first, never
+    last; 4. ``created_at``, then ``id``.
+    """
+    return (
+        grant.priority,
+        1 if grant.features is None else 0,
+        NEVER if grant.expires_at is None else grant.expires_at.timestamp(),
+        grant.created_at.timestamp(),
+        grant.id,
+    )
+
+
+class Line:
+    """One line of a receipt: what a charge or a hold took from one grant, and what went back."""
+
+    __slots__ = ("grant", "returned", "taken")
+
+    def __init__(self, grant: int, taken: int, returned: int = 0) -> None:
+        self.grant = grant
+        self.taken = taken
+        self.returned = returned
+
+
+class Hold:
+    """Credits set aside by one operation; its id is that operation's."""
+
+    __slots__ = (
+        "amount", "captured", "closed_at", "created_at", "expires_at", "feature", "id", "is_dirty", "is_new",
+        "lines", "member", "status",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        id: str,
+        amount: int,
+        expires_at: datetime,
+        created_at: datetime,
+        feature: str | None = None,
+        member: str | None = None,
+        status: str = "open",
+        captured: int = 0,
+        closed_at: datetime | None = None,
+        lines: list[Line] | None = None,
+    ) -> None:
+        self.id = id
+        self.amount = amount
+        self.expires_at = expires_at
+        self.created_at = created_at
+        self.feature = feature
+        self.member = member
+        self.status = status
+        self.captured = captured
+        self.closed_at = closed_at
+        self.lines = [] if lines is None else lines
+        self.is_new = False
+        self.is_dirty = False
+
+
+class Entry(NamedTuple):
+    """One immutable line of the ledger; ``amount_micro`` is never negative, ``kind`` says which way it goes."""
+
+    seq: int
+    operation: str | None
+    """The operation that caused it; none where time did."""
+    kind: str
+    grant: int
+    amount_micro: int
+    balance_after_micro: int
+    """The account's available credits, upcoming ones included, after this entry."""
+    at: datetime
+    """The instant it holds from: for an expiry or a time-out, when it was due."""
+    refers_to: str | None
+    """The charge or hold that it belongs to, where that is another operation."""
+    recorded_at: datetime
+    hash: bytes
+
+
+class Known:
+    """An operation that the ledger has seen: its content, its first answer, and what it took from where."""
+
+    __slots__ = ("arguments", "is_dirty", "lines", "message", "name", "result", "status")
+
+    def __init__(
+        self,
+        name: str,
+        status: str,
+        result: bytes,
+        message: Message | None = None,
+        arguments: bytes | None = None,
+        lines: list[Line] | None = None,
+    ) -> None:
+        self.name = name
+        self.status = status
+        self.result = result
+        self.message = message
+        self.arguments = arguments
+        self.lines = lines
+        self.is_dirty = False
+
+
+COUNTERS = (
+    "granted", "received", "restored",
+    "available", "held", "in_transit", "consumed", "expired", "revoked", "sent",
+)  # fmt: skip
+"""The ten buckets that an account and a grant count in; the first three are what came in."""
+
+
+class Account:
+    """An account as one batch sees it: totals, open grants in burn-down order, holds, and new rows."""
+
+    __slots__ = (
+        "account", "available", "consumed", "debt", "email", "entries", "expired", "granted", "grants", "head",
+        "held", "holds", "in_transit", "is_dirty", "is_new", "kind", "known", "last_grant", "locale", "next_due_at",
+        "operations", "opened_at", "order", "received", "restored", "revoked", "sent", "seq", "status", "timezone",
+        "updated_at",
+    )  # fmt: skip
+
+    def __init__(self, account: str, **fields: Any) -> None:
+        self.account = account
+        self.kind: str = "user"
+        self.status: str = UNOPENED
+        self.email: str | None = None
+        self.locale: str | None = None
+        self.timezone: str | None = None
+        self.opened_at: datetime | None = None
+        self.updated_at: datetime | None = None
+        self.next_due_at: datetime | None = None
+        self.operations = 0
+        """How many operations it has seen; the last one's number."""
+        self.seq = 0
+        self.head = b""
+        self.last_grant = 0
+        self.granted = self.received = self.restored = 0
+        self.available = self.held = self.in_transit = self.consumed = 0
+        self.expired = self.revoked = self.sent = 0
+        self.debt = 0
+        for name, value in fields.items():
+            setattr(self, name, value)
+        self.grants: dict[int, Grant] = {}
+        self.order: list[Grant] = []
+        self.holds: dict[str, Hold] = {}
+        self.known: dict[str, Known] = {}
+        self.entries: list[Entry] = []
+        self.is_new = False
+        self.is_dirty = False
+
+    def add_grant(self, grant: Grant) -> None:
+        """Put a grant in its place in the burn-down order."""
+        self.grants[grant.id] = grant
+        insort(self.order, grant, key=attrgetter("key"))
+
+    def open_grants(self) -> int:
+        """How many grants have credits left."""
+        return sum(1 for grant in self.order if grant.is_open)
+
+    def open_holds(self) -> int:
+        """How many holds are open."""
+        return sum(1 for hold in self.holds.values() if hold.status == "open")
+
+    def due_at(self) -> datetime | None:
+        """The next instant at which time alone changes this account: a hold's time-out, a grant's expiry."""
+        soonest: datetime | None = None
+        for hold in self.holds.values():
+            if hold.status == "open" and (soonest is None or hold.expires_at < soonest):
+                soonest = hold.expires_at
+        for grant in self.order:
+            due = grant.expires_at
+            if due is not None and grant.available and (soonest is None or due < soonest):
+                soonest = due
+        return soonest

@@ -1,0 +1,62 @@
+"""Every setting of the server, from environment variables named ``CREDITLANE_…``.
+
+Secrets (the passwords in the URLs) come from the environment only, and no default of theirs works.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from creditlane.contract import MAX_BATCH
+from creditlane.lanes import LANES
+
+
+class Settings(BaseSettings):
+    """The server's settings; each can be given as ``CREDITLANE_<NAME>``."""
+
+    model_config = SettingsConfigDict(env_prefix="CREDITLANE_", extra="ignore")
+
+    broker_url: SecretStr
+    """Where messages come from: ``redis://:password@host:port/0``."""
+
+    database_url: SecretStr
+    """The ledger: ``postgresql://user:password@host:port/name``. A direct connection or session pooling:
+    a lane is owned by a session's advisory lock."""
+
+    result_url: SecretStr | None = None
+    """Where results for waiting senders go; the broker unless given."""
+
+    lanes: int = Field(LANES, ge=1, le=4096)
+    """How many lanes; the same for all producers and workers of a deployment."""
+
+    catalog: str = "packs"
+    """A shipped catalog's name, or the path of a TOML file."""
+
+    batch_messages: int = Field(500, ge=1, le=5000)
+    """The most messages in one transaction."""
+
+    batch_operations: int = Field(1000, ge=MAX_BATCH, le=20_000)
+    """The most operations in one transaction; at least one whole ``credits.batch``."""
+
+    balance_seconds: float = Field(2.0, gt=0, le=60)
+    """How often a worker looks whether the lanes are shared evenly, and takes what is free."""
+
+    result_expires_seconds: int = Field(24 * 3600, ge=60)
+    """How long results for waiting senders are kept in the result backend; in ``operations`` for ever."""
+
+    max_retry_seconds: float = Field(30.0, gt=0)
+    """The longest pause between two attempts at a database that is away."""
+
+    log_level: str = "INFO"
+
+
+@cache
+def settings() -> Settings:
+    """The settings of this process, read once.
+
+    :raises pydantic.ValidationError: naming the variable that is missing or wrong.
+    """
+    return Settings()

@@ -1,0 +1,1 @@
+"""What beat ticks: one module per schedule."""

@@ -1,0 +1,1 @@
+"""What people and machines run: the stack, the tests, the command line."""

@@ -1,0 +1,1 @@
+"""What each message does: one pure function per operation, one module per family of operations."""

@@ -1,0 +1,102 @@
+"""Consuming: price a feature and burn the credits; give them back."""
+
+from __future__ import annotations
+
+from creditlane.amounts import MAX_MICRO, MICRO, format_amount
+from creditlane.codes import Code
+from creditlane.contract import Charge, Consume, Refund
+from models.rules.burning import burn, plan_burn, restore_consumed
+from models.rules.catalog import price_of
+from models.rules.refusal import RefusedError
+from models.rules.state import Account
+from tasks.operation import Context, Need, Outcome, operation
+
+
+@operation(Consume)
+def consume(account: Account, message: Consume, context: Context) -> Outcome:
+    """Charge a feature times a quantity, or an explicit amount in credits.
+
+    Priced by the catalog in force now, paid by the grants that are live now. ``partial`` takes what there
+    is, if it is not enough. Refusals: ``unknown_feature``, ``insufficient_credits`` (with ``partial``: only
+    when there is nothing to take). (ledger rules: burn-down order, feature prices)
+    """
+    cost, quantity = cost_of(message, context)
+    plan, missing = plan_burn(account, cost, message.feature, context.now)
+    if missing and not (message.partial and plan):
+        raise insufficient(context, cost, missing)
+    receipt = burn(account, plan, "consumed", context.now, context.operation)
+    details = shortage(context, cost, missing) if missing else None
+    return Outcome(cost - missing, plan, receipt, details, quantity, message.feature)
+
+
+@operation(Refund, need=lambda message: Need("charge", message.charge))
+def refund(account: Account, message: Refund, context: Context) -> Outcome:
+    """Give back all, or ``amount`` credits, of a consume or a capture, in reverse order of taking.
+
+    Never more than was taken in total. To a grant that has expired meanwhile: into a new one that lives the
+    catalog's ``refund_days``. Refusals: ``unknown_charge``, ``exceeds_original``. (ledger rules: refund)
+    """
+    charge = account.known.get(message.charge)
+    if charge is None or charge.lines is None:
+        raise RefusedError(Code.UNKNOWN_CHARGE)
+    left = sum(line.taken - line.returned for line in charge.lines)
+    amount = left if message.amount is None else int(message.amount)
+    if amount > left or not left:
+        raise RefusedError(
+            Code.EXCEEDS_ORIGINAL, f"{format_amount(left)} credits of this charge are left to give back"
+        )
+    uses = restore_consumed(
+        account,
+        charge.lines,
+        amount,
+        context.now,
+        context.operation,
+        message.charge,
+        context.catalog.refunds.refund_days,
+    )
+    charge.is_dirty = True
+    return Outcome(charged=-amount, uses=uses)
+
+
+def cost_of(message: Charge, context: Context) -> tuple[int, int | None]:
+    """What a consume or hold costs, in micro-credits, and its quantity in millionths (none for an amount).
+
+    :raises RefusedError: ``unknown_feature``; ``invalid`` when the price goes over the largest amount.
+    """
+    if message.amount is not None:
+        return int(message.amount), None
+    assert message.feature is not None
+    quantity = MICRO if message.quantity is None else int(message.quantity)
+    return feature_cost(message.feature, quantity, context), quantity
+
+
+def feature_cost(feature: str, quantity_micro: int, context: Context) -> int:
+    """The catalog's price of so much of a feature, in micro-credits.
+
+    :raises RefusedError: as :func:`cost_of`.
+    """
+    priced = context.catalog.features.get(feature)
+    if priced is None:
+        raise RefusedError(Code.UNKNOWN_FEATURE)
+    cost = price_of(priced, quantity_micro)
+    if cost > MAX_MICRO:
+        raise RefusedError(Code.INVALID, "this quantity costs more than the largest amount")
+    return cost
+
+
+def shortage(context: Context, required: int, missing: int) -> dict[str, object]:
+    """The fields of a result that say what was wanting and what pack would cover it; amounts in credits."""
+    fields: dict[str, object] = {
+        "required": format_amount(required),
+        "available": format_amount(required - missing),
+        "shortfall": format_amount(missing),
+    }
+    offer = context.catalog.cheapest_pack(missing)
+    if offer is not None:
+        fields["offer"] = offer
+    return fields
+
+
+def insufficient(context: Context, required: int, missing: int) -> RefusedError:
+    """The refusal for want of credits (ledger rules: refusals)."""
+    return RefusedError(Code.INSUFFICIENT_CREDITS, **shortage(context, required, missing))

@@ -1,0 +1,99 @@
+"""Holds: set credits aside for work in progress, then take what it cost."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from creditlane.codes import Code
+from creditlane.contract import Capture, Hold, Release
+from models.rules.burning import burn, plan_burn
+from models.rules.posting import post
+from models.rules.refusal import RefusedError
+from models.rules.settling import close_hold
+from models.rules.state import MAX_OPEN_HOLDS, Account, Line
+from models.rules.state import Hold as Reservation
+from tasks.consuming import cost_of, feature_cost, insufficient
+from tasks.operation import Context, Need, Outcome, operation
+
+
+@operation(Hold)
+def hold(account: Account, message: Hold, context: Context) -> Outcome:
+    """Set the price of a feature, or an explicit amount in credits, aside for ``ttl`` seconds.
+
+    Refusals: ``unknown_feature``, ``insufficient_credits``, ``limit_reached``. (ledger rules: hold)
+    """
+    cost, quantity = cost_of(message, context)
+    if account.open_holds() >= MAX_OPEN_HOLDS:
+        raise RefusedError(Code.LIMIT_REACHED, f"the account has {MAX_OPEN_HOLDS} open holds")
+    plan, missing = plan_burn(account, cost, message.feature, context.now)
+    if missing:
+        raise insufficient(context, cost, missing)
+    reservation = Reservation(
+        context.operation,
+        cost,
+        context.now + timedelta(seconds=message.ttl),
+        context.now,
+        message.feature,
+        message.member,
+        lines=burn(account, plan, "held", context.now, context.operation),
+    )
+    reservation.is_new = True
+    account.holds[reservation.id] = reservation
+    account.is_dirty = True
+    details = {"hold": reservation.id, "expires_at": reservation.expires_at}
+    return Outcome(cost, plan, None, details, quantity, message.feature)
+
+
+@operation(Capture, need=lambda message: Need("hold", message.hold))
+def capture(account: Account, message: Capture, context: Context) -> Outcome:
+    """Take the final amount out of a hold: ``amount`` credits, ``quantity`` of its feature, or all of it.
+
+    Less than held: the rest goes back in reverse order of taking. More: the extra is burnt as a consume of
+    the same operation, all or nothing. Refusals: ``unknown_hold``, ``hold_closed``, ``insufficient_credits``,
+    ``unknown_feature`` and ``invalid`` (a quantity of a hold that names no feature). (ledger rules: capture)
+    """
+    held = _open_hold(account, message.hold)
+    quantity = None
+    if message.quantity is not None:
+        if held.feature is None:
+            raise RefusedError(Code.INVALID, "the hold names no feature: capture an amount")
+        quantity = int(message.quantity)
+        final = feature_cost(held.feature, quantity, context)
+    else:
+        final = held.amount if message.amount is None else int(message.amount)
+    extra, missing = plan_burn(account, max(0, final - held.amount), held.feature, context.now)
+    if missing:
+        raise insufficient(context, final - held.amount, missing)
+    close_hold(account, held, context.now, context.operation, min(final, held.amount), "captured")
+    receipt = []
+    uses = []
+    for line in held.lines:
+        taken = line.taken - line.returned
+        if taken:
+            grant = account.grants[line.grant]
+            post(account, grant, "captured", taken, context.now, context.operation, held.id)
+            receipt.append(Line(line.grant, taken))
+            uses.append((grant, taken))
+    receipt += burn(account, extra, "consumed", context.now, context.operation, held.id)
+    return Outcome(final, uses + extra, receipt, {"hold": held.id}, quantity, held.feature)
+
+
+@operation(Release, need=lambda message: Need("hold", message.hold))
+def release(account: Account, message: Release, context: Context) -> Outcome:
+    """Give a hold back whole, in reverse order of taking; what has expired meanwhile lapses at once.
+
+    Refusals: ``unknown_hold``, ``hold_closed``. (ledger rules: release)
+    """
+    held = _open_hold(account, message.hold)
+    uses = [(account.grants[line.grant], line.taken) for line in held.lines]
+    close_hold(account, held, context.now, context.operation, 0, "released")
+    return Outcome(-held.amount, uses, None, {"hold": held.id}, None, held.feature)
+
+
+def _open_hold(account: Account, hold: str) -> Reservation:
+    held = account.holds.get(hold)
+    if held is None:
+        raise RefusedError(Code.UNKNOWN_HOLD)
+    if held.status != "open":
+        raise RefusedError(Code.HOLD_CLOSED, f"the hold is {held.status}")
+    return held

@@ -1,0 +1,170 @@
+"""One operation on one account: settle, check the idempotency key, apply, answer.
+
+The generic part that every operation gets for nothing. Pure: the ledger writer, an audit and a
+simulation run the same code.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import msgspec
+
+from creditlane.amounts import format_amount
+from creditlane.codes import Code
+from creditlane.contract import Message, decode_message
+from models.rules.catalog import Catalog
+from models.rules.refusal import RefusedError
+from models.rules.settling import settle
+from models.rules.state import CLOSED, UNOPENED, Account, Grant, Known
+from tasks.operation import Context, Outcome
+from tasks.registry import OPERATIONS
+
+encode = msgspec.json.Encoder().encode
+
+
+class Row(NamedTuple):
+    """An operation as it is written: one immutable row."""
+
+    operation: str
+    number: int
+    """Its place among the account's operations, from 1, without gaps; refusals count too."""
+    name: str
+    status: str
+    code: str | None
+    charged_micro: int
+    feature: str | None
+    quantity_micro: int | None
+    member: str | None
+    first_seq: int | None
+    """The first of its entries, if it wrote any; they follow one another."""
+    entries: int
+    arguments: bytes
+    result: bytes
+    occurred_at: datetime | None
+    applied_at: datetime
+    catalog: str
+
+
+class Answer(NamedTuple):
+    """What the producer is told, and the row to write (none for a replay or a conflict of ids)."""
+
+    result: bytes
+    row: Row | None
+    conflict: bool = False
+
+
+def apply(
+    account: Account, name: str, operation: str, message: Message, arguments: bytes, now: datetime, catalog: Catalog
+) -> Answer:
+    """Apply one operation to an account, in memory (ledger rules: operations, idempotency).
+
+    :param name: the task name, one of :data:`tasks.registry.OPERATIONS`.
+    :param operation: the operation id.
+    :param arguments: the message as it came, a JSON object; kept for ever on the operation's row.
+    :param now: the account's time; not before its last operation.
+    :returns: the result as JSON, with the row to write.
+    """
+    account.updated_at = now
+    known = account.known.get(operation)
+    if known is not None:
+        return _repeat(account, name, operation, message, known)
+    settle(account, now)
+    settled = account.seq
+    try:
+        task = OPERATIONS[name]
+        if account.status == UNOPENED and not task.opens:
+            raise RefusedError(Code.UNKNOWN_ACCOUNT)
+        if account.status == CLOSED:
+            raise RefusedError(Code.ACCOUNT_CLOSED)
+        outcome = task.run(account, message, Context(now, catalog, operation))
+    except RefusedError as refusal:
+        if account.seq != settled:
+            raise AssertionError(f"{name} was refused after it wrote entries") from refusal
+        status, code = "rejected", str(refusal.code)
+        outcome = Outcome()
+        fields: dict[str, Any] = {"code": code, "reason": refusal.reason, **refusal.details}
+    else:
+        status, code = "applied", None
+        fields = {"charged": format_amount(outcome.charged)}
+        if outcome.uses:
+            fields["grants"] = [
+                {"grant": grant.id, "source": grant.source, "amount": format_amount(amount)}
+                for grant, amount in outcome.uses
+            ]
+        if outcome.details:
+            fields.update(outcome.details)
+    fields["balance"] = balance_of(account, now)
+    stored = encode(fields)
+    account.operations += 1
+    account.is_dirty = True
+    account.known[operation] = Known(name, status, stored, message, arguments, outcome.receipt)
+    row = Row(
+        operation,
+        account.operations,
+        name,
+        status,
+        code,
+        outcome.charged,
+        outcome.feature or getattr(message, "feature", None),
+        outcome.quantity_micro,
+        getattr(message, "member", None),
+        settled + 1 if account.seq > settled else None,
+        account.seq - settled,
+        arguments,
+        stored,
+        getattr(message, "occurred_at", None),
+        now,
+        catalog.label,
+    )
+    return Answer(answer(name, operation, status, account.account, stored), row)
+
+
+def _repeat(account: Account, name: str, operation: str, message: Message, known: Known) -> Answer:
+    """The same id again: the first answer, or a conflict when the content differs."""
+    first = known.message
+    if first is None and known.name == name and known.arguments is not None:
+        first = decode_message(known.name, known.arguments)
+    if known.name == name and first == message:
+        return Answer(answer(name, operation, known.status, account.account, known.result, replayed=True), None)
+    fields = {
+        "code": str(Code.ID_CONFLICT),
+        "reason": f"this id belongs to another {known.name} of the account; choose a new one",
+    }
+    return Answer(answer(name, operation, "rejected", account.account, encode(fields)), None, conflict=True)
+
+
+def answer(
+    name: str, operation: str, status: str, account: str, stored: bytes, replayed: bool = False
+) -> bytes:
+    """Put the result together from the row's own columns and its stored part, without reading the latter."""
+    head = encode({"operation": name, "id": operation, "status": status, "account": account})
+    tail = b',"replayed":true}' if replayed else b"}"
+    return head[:-1] + b"," + stored[1:-1] + tail
+
+
+def balance_of(account: Account, now: datetime) -> dict[str, Any]:
+    """The balance as a result tells it: spendable now, by source, held, owed, upcoming; in credits."""
+    by_source: dict[str, int] = {}
+    upcoming = 0
+    for grant in account.order:
+        if grant.available:
+            if _is_active(grant, now):
+                by_source[grant.source] = by_source.get(grant.source, 0) + grant.available
+            else:
+                upcoming += grant.available
+    balance: dict[str, Any] = {"available": format_amount(account.available - upcoming)}
+    if account.held:
+        balance["held"] = format_amount(account.held)
+    if account.debt:
+        balance["debt"] = format_amount(account.debt)
+    if upcoming:
+        balance["upcoming"] = format_amount(upcoming)
+    if by_source:
+        balance["by_source"] = {source: format_amount(amount) for source, amount in by_source.items()}
+    return balance
+
+
+def _is_active(grant: Grant, now: datetime) -> bool:
+    return grant.effective_at <= now and (grant.expires_at is None or now < grant.expires_at)

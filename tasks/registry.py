@@ -1,0 +1,14 @@
+"""Every operation by its task name. Adding one touches its module, its test and the contract table."""
+
+from __future__ import annotations
+
+from tasks.accounts import open_account, settle
+from tasks.consuming import consume, refund
+from tasks.grants import adjust, grant, revoke
+from tasks.holds import capture, hold, release
+from tasks.operation import Operation
+
+OPERATIONS: dict[str, Operation] = {
+    operation.name: operation
+    for operation in (open_account, grant, consume, hold, capture, release, refund, adjust, revoke, settle)
+}

@@ -1,0 +1,1 @@
+"""How messages become transactions: the Celery apps, the lanes, the ledger writer."""
