@@ -1,5 +1,32 @@
 """creditlane: what an upstream service installs to charge credits through a broker."""
 
+from creditlane.client import Buffer, CreditClient, Reservation
 from creditlane.codes import Code
+from creditlane.contract import Balance, ContractError, GrantUse, Result
+from creditlane.errors import (
+    BrokerUnavailableError,
+    CreditlaneError,
+    NoAnswerError,
+    QuarantinedError,
+    RefusedError,
+    UnsentError,
+)
+from creditlane.lanes import lane_of
 
-__all__ = ["Code"]
+__all__ = [
+    "Balance",
+    "BrokerUnavailableError",
+    "Buffer",
+    "Code",
+    "ContractError",
+    "CreditClient",
+    "CreditlaneError",
+    "GrantUse",
+    "NoAnswerError",
+    "QuarantinedError",
+    "RefusedError",
+    "Reservation",
+    "Result",
+    "UnsentError",
+    "lane_of",
+]

@@ -212,7 +212,7 @@ class Account:
         "account", "available", "consumed", "debt", "email", "entries", "expired", "granted", "grants", "head",
         "held", "holds", "in_transit", "is_dirty", "is_new", "kind", "known", "last_grant", "locale", "next_due_at",
         "operations", "opened_at", "order", "received", "restored", "revoked", "sent", "seq", "status", "timezone",
-        "updated_at",
+        "updated_at", "was_opened",
     )  # fmt: skip
 
     def __init__(self, account: str, **fields: Any) -> None:
@@ -243,6 +243,7 @@ class Account:
         self.entries: list[Entry] = []
         self.is_new = False
         self.is_dirty = False
+        self.was_opened = False
 
     def add_grant(self, grant: Grant) -> None:
         """Put a grant in its place in the burn-down order."""

@@ -1,0 +1,562 @@
+"""The client: how an upstream service charges credits.
+
+    credits = CreditClient("redis://…")
+    credits.consume("user_42", feature="image", quantity=12, id="order-991")
+
+Every operation has an ``id`` that the caller chooses and keeps: it is the idempotency key. In doubt, send the
+same call again; it is applied once and answered alike.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from decimal import Decimal
+from types import TracebackType
+from typing import Any, Literal, Self
+from uuid import uuid4
+
+import msgspec
+from celery import Celery
+from celery.exceptions import TimeoutError as CeleryTimeoutError
+from kombu import Connection, Producer
+from kombu.connection import ConnectionPool
+from kombu.exceptions import KombuError
+from kombu.pools import ProducerPool
+
+from creditlane.amounts import to_wire
+from creditlane.codes import Code
+from creditlane.contract import (
+    BATCH,
+    MAX_BATCH,
+    MAX_MESSAGE_BYTES,
+    Balance,
+    ContractError,
+    Result,
+    check_id,
+    decode_message,
+)
+from creditlane.errors import BrokerUnavailableError, NoAnswerError, QuarantinedError, RefusedError, UnsentError
+from creditlane.lanes import LANES, lane_of
+
+Amount = int | str | Decimal
+"""Credits (or units of a feature), exactly: an integer, a decimal string or a Decimal; never a float."""
+
+QUERIES = "queries"
+"""The queue of the read-only tasks."""
+
+CONNECTIONS = 10
+"""Broker connections that one client opens at the most."""
+
+RETRIES = {"max_retries": 5, "interval_start": 0.05, "interval_step": 0.2, "interval_max": 1.0}
+"""How long the client tries to reach a broker that is away: six attempts within about three seconds."""
+
+FULL_MARGIN_BYTES = 1024
+"""What a message keeps free for its frame."""
+
+_encode = msgspec.json.Encoder().encode
+_EMBED = b',{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
+
+Member = tuple[str, str, bytes]
+"""One operation of a batch: task name, operation id, arguments as JSON."""
+
+
+class Operations:
+    """The ledger's operations as methods: a :class:`CreditClient` sends each, a :class:`Buffer` collects them.
+
+    Common arguments: ``account`` (whose credits), ``id`` (the operation id that the caller chose and keeps:
+    the idempotency key), ``wait`` (seconds to wait for the answer; without it a call returns ``None`` as soon
+    as the broker has confirmed the message).
+
+    Each raises :class:`~creditlane.contract.ContractError` for arguments that do not fit the contract (nothing
+    is sent), :class:`~creditlane.errors.BrokerUnavailableError` when the broker does not confirm, and with
+    ``wait`` :class:`~creditlane.errors.NoAnswerError` or :class:`~creditlane.errors.QuarantinedError`.
+    A refusal is no error: it is a result with ``status`` ``rejected`` and a ``code``.
+    """
+
+    def submit(self, name: str, id: str, arguments: dict[str, Any], wait: float | None = None) -> Result | None:
+        """Hand one operation on; arguments that are ``None`` are left out.
+
+        :param name: the task name, such as ``credits.consume``.
+        """
+        raise NotImplementedError
+
+    def open(
+        self,
+        account: str,
+        *,
+        id: str,
+        kind: Literal["user", "lead", "pool"] = "user",
+        email: str | None = None,
+        locale: str | None = None,
+        timezone: str | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """Create an account, with the catalog's sign-up grant."""
+        arguments = {"account": account, "kind": kind, "email": email, "locale": locale, "timezone": timezone}
+        return self.submit("credits.open", id, arguments, wait)
+
+    def grant(
+        self,
+        account: str,
+        amount: Amount,
+        *,
+        source: str,
+        id: str,
+        priority: int | None = None,
+        features: Sequence[str] | None = None,
+        effective_at: datetime | None = None,
+        expires_at: datetime | None = None,
+        expires_in: int | None = None,
+        unit_price: dict[str, Any] | None = None,
+        purchase: str | None = None,
+        reason: str | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """Add a lot of ``amount`` credits; ``expires_in`` in seconds."""
+        arguments = {
+            "account": account, "amount": to_wire(amount), "source": source, "priority": priority,
+            "features": features, "effective_at": effective_at, "expires_at": expires_at, "expires_in": expires_in,
+            "unit_price": unit_price, "purchase": purchase, "reason": reason,
+        }  # fmt: skip
+        return self.submit("credits.grant", id, arguments, wait)
+
+    def consume(
+        self,
+        account: str,
+        *,
+        id: str,
+        feature: str | None = None,
+        quantity: Amount | None = None,
+        amount: Amount | None = None,
+        member: str | None = None,
+        partial: bool | None = None,
+        occurred_at: datetime | None = None,
+        metadata: dict[str, Any] | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """Charge ``quantity`` (1 unless given) of a feature, or ``amount`` credits."""
+        arguments = {
+            "account": account, "feature": feature, "quantity": _wire(quantity), "amount": _wire(amount),
+            "member": member, "partial": partial, "occurred_at": occurred_at, "metadata": metadata,
+        }  # fmt: skip
+        return self.submit("credits.consume", id, arguments, wait)
+
+    def hold(
+        self,
+        account: str,
+        *,
+        id: str,
+        feature: str | None = None,
+        quantity: Amount | None = None,
+        amount: Amount | None = None,
+        ttl: int | None = None,
+        member: str | None = None,
+        occurred_at: datetime | None = None,
+        metadata: dict[str, Any] | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """Set credits aside for ``ttl`` seconds (15 minutes unless given); ``id`` names the hold from then on."""
+        arguments = {
+            "account": account, "feature": feature, "quantity": _wire(quantity), "amount": _wire(amount), "ttl": ttl,
+            "member": member, "occurred_at": occurred_at, "metadata": metadata,
+        }  # fmt: skip
+        return self.submit("credits.hold", id, arguments, wait)
+
+    def capture(
+        self,
+        account: str,
+        hold: str,
+        *,
+        id: str,
+        amount: Amount | None = None,
+        quantity: Amount | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """Take ``amount`` credits or ``quantity`` of its feature out of a hold; all of it unless given."""
+        arguments = {"account": account, "hold": hold, "amount": _wire(amount), "quantity": _wire(quantity)}
+        return self.submit("credits.capture", id, arguments, wait)
+
+    def release(self, account: str, hold: str, *, id: str, wait: float | None = None) -> Result | None:
+        """Give a hold back whole."""
+        return self.submit("credits.release", id, {"account": account, "hold": hold}, wait)
+
+    def refund(
+        self,
+        account: str,
+        operation: str,
+        *,
+        id: str,
+        amount: Amount | None = None,
+        reason: str | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """Give back all, or ``amount`` credits, of the consume or capture with the id ``operation``."""
+        arguments = {"account": account, "operation": operation, "amount": _wire(amount), "reason": reason}
+        return self.submit("credits.refund", id, arguments, wait)
+
+    def adjust(
+        self, account: str, amount: Amount, *, actor: str, reason: str, id: str, wait: float | None = None
+    ) -> Result | None:
+        """An administrator's plus or minus of ``amount`` credits."""
+        arguments = {"account": account, "amount": to_wire(amount), "actor": actor, "reason": reason}
+        return self.submit("credits.adjust", id, arguments, wait)
+
+    def revoke(
+        self,
+        account: str,
+        *,
+        id: str,
+        grant: int | None = None,
+        purchase: str | None = None,
+        amount: Amount | None = None,
+        reason: str | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """Take a grant's or a purchase's credits back: all of them, or ``amount``."""
+        arguments = {
+            "account": account, "grant": grant, "purchase": purchase, "amount": _wire(amount), "reason": reason,
+        }  # fmt: skip
+        return self.submit("credits.revoke", id, arguments, wait)
+
+    def settle(self, account: str, *, id: str, wait: float | None = None) -> Result | None:
+        """Apply what time has made due, nothing else."""
+        return self.submit("credits.settle", id, {"account": account}, wait)
+
+
+class CreditClient(Operations):
+    """Sends operations to their lanes and, where asked to, waits for the answers. Safe to share among threads.
+
+    :param broker_url: where the lanes are, such as ``redis://:password@host:6379/0``.
+    :param lanes: how many lanes the deployment has: the workers' number.
+    :param result_url: where answers come from; the broker unless given.
+    """
+
+    def __init__(self, broker_url: str, *, lanes: int = LANES, result_url: str | None = None) -> None:
+        self.lanes = lanes
+        options = {
+            "socket_keepalive": True, "socket_connect_timeout": 5, "socket_timeout": 30, "confirm_publish": True,
+        }  # fmt: skip
+        self._connection = Connection(broker_url, transport_options=options)
+        self._connections = ConnectionPool(self._connection, limit=CONNECTIONS)
+        self._producers = ProducerPool(self._connections, limit=CONNECTIONS)
+        self._errors: tuple[type[BaseException], ...] = (KombuError, *self._connection.connection_errors)
+        self._results = Celery("creditlane.client", broker=broker_url, backend=result_url or broker_url)
+        self._results.conf.update(accept_content=["json"], redis_socket_timeout=30, redis_socket_connect_timeout=5)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections; everything that was sent stays sent."""
+        self._producers.force_close_all()
+        self._connections.force_close_all()
+        self._connection.release()
+        self._results.close()
+
+    def submit(self, name: str, id: str, arguments: dict[str, Any], wait: float | None = None) -> Result | None:
+        """Check one operation, send it to its account's lane, and wait for the answer if asked to."""
+        encoded = checked(name, id, arguments)
+        lane = lane_of(arguments["account"], self.lanes)
+        if wait is None:
+            self._publish(name, id, lane, encoded, _shown(arguments), ignore_result=True)
+            return None
+        return msgspec.convert(self._ask(name, id, lane, encoded, _shown(arguments), wait), Result)
+
+    def batch(self, operations: Sequence[tuple[str, str, dict[str, Any]]], *, id: str, wait: float) -> list[Result]:
+        """Send operations of one lane as one message and wait for all their answers.
+
+        :param operations: (task name, operation id, arguments) of each, at most 1,000; amounts as on the wire.
+        :param id: the message's own id; each operation has its own besides.
+        :param wait: seconds.
+        :raises ContractError: when they belong to more than one lane, or one does not fit the contract.
+        """
+        members = [(name, operation, checked(name, operation, arguments)) for name, operation, arguments in operations]
+        lanes = {lane_of(arguments["account"], self.lanes) for _, _, arguments in operations}
+        if len(lanes) != 1:
+            raise ContractError(Code.INVALID_MESSAGE, "the operations of a batch belong to one lane")
+        answers = self._ask(BATCH, check_id(id), lanes.pop(), _batch_arguments(members), _counted(members), wait)
+        return msgspec.convert(answers, list[Result])
+
+    @contextmanager
+    def reserve(
+        self,
+        account: str,
+        *,
+        id: str,
+        feature: str | None = None,
+        quantity: Amount | None = None,
+        amount: Amount | None = None,
+        ttl: int | None = None,
+        member: str | None = None,
+        wait: float = 10.0,
+    ) -> Iterator[Reservation]:
+        """Hold credits, run the block, capture; an exception gives them back.
+
+        Call ``capture`` in the block to say what it really cost; a block that ends without doing so captures
+        the whole hold. The hold's id is ``id``, the capture's ``id:capture``, the release's ``id:release``.
+
+        :param wait: seconds to wait for the answers to hold and capture.
+        :raises RefusedError: when the hold or the capture is refused.
+        """
+        hold = self.hold(
+            account, id=id, feature=feature, quantity=quantity, amount=amount, ttl=ttl, member=member, wait=wait
+        )
+        assert hold is not None
+        if not hold.applied:
+            raise RefusedError(hold)
+        reservation = Reservation(self, account, id, hold, wait)
+        try:
+            yield reservation
+            if reservation.captured is None:
+                reservation.capture()
+        except BaseException:
+            if reservation.captured is None:
+                self.release(account, id, id=f"{id}:release")
+            raise
+
+    def buffer(self, *, linger_ms: float = 5, max_operations: int = MAX_BATCH) -> Buffer:
+        """Collect many operations into few messages, one lane each; the order per account is kept.
+
+        :param linger_ms: milliseconds that an operation waits for company at the most.
+        :param max_operations: how many go into one message at the most.
+        """
+        return Buffer(self, linger_ms / 1000, max_operations)
+
+    def balance(self, account: str, *, wait: float = 10.0) -> Balance | None:
+        """The account's balance as last committed; ``None`` for an account that was never opened.
+
+        :param wait: seconds.
+        """
+        encoded = _encode({"account": account, "v": 1})
+        answer = self._ask("queries.balance", str(uuid4()), QUERIES, encoded, f"account={account}", wait)
+        return None if answer is None else msgspec.convert(answer, Balance)
+
+    def _ask(self, name: str, id: str, queue: str, arguments: bytes, shown: str, wait: float) -> Any:
+        """Send and wait; listens for the answer before sending, so that none is missed."""
+        result = self._results.AsyncResult(id)
+        with self._confirmed(id):
+            result.forget()  # an answer to an earlier sending of this id: the ledger gives it again
+            backend = self._results.backend
+            if hasattr(backend, "result_consumer"):
+                backend.result_consumer.consume_from(id)
+        self._publish(name, id, queue, arguments, shown, ignore_result=False)
+        try:
+            return result.get(timeout=wait)
+        except CeleryTimeoutError:
+            raise NoAnswerError(
+                f"no answer to {name} {id!r} within {wait} s; it will be applied in its turn, ask again with this id"
+            ) from None
+        finally:
+            result.forget()
+
+    def _publish(self, name: str, id: str, queue: str, arguments: bytes, shown: str, *, ignore_result: bool) -> None:
+        with self._confirmed(id), self._producers.acquire(block=True, timeout=30) as producer:
+            _send(producer, name, id, queue, arguments, shown, ignore_result)
+
+    @contextmanager
+    def _confirmed(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except self._errors as error:
+            raise BrokerUnavailableError(
+                f"the broker did not confirm {what!r} ({type(error).__name__}: {error}); send it again, with its id"
+            ) from error
+
+
+class Reservation:
+    """A hold in the hands of the block that :meth:`CreditClient.reserve` runs."""
+
+    def __init__(self, client: CreditClient, account: str, id: str, hold: Result, wait: float) -> None:
+        self.account = account
+        self.id = id
+        self.hold = hold
+        """The answer to the hold."""
+        self.captured: Result | None = None
+        """The answer to the capture, once there is one."""
+        self._client = client
+        self._wait = wait
+
+    def capture(self, *, amount: Amount | None = None, quantity: Amount | None = None) -> Result:
+        """Take ``amount`` credits or ``quantity`` of the hold's feature; all of it unless given.
+
+        :raises RefusedError: such as ``insufficient_credits`` for more than was held.
+        """
+        result = self._client.capture(
+            self.account, self.id, id=f"{self.id}:capture", amount=amount, quantity=quantity, wait=self._wait
+        )
+        assert result is not None
+        if not result.applied:
+            raise RefusedError(result)
+        self.captured = result
+        return result
+
+
+class Buffer(Operations):
+    """Many operations in few messages: :meth:`CreditClient.buffer`. Use it as a context manager.
+
+    An operation is on its way when its lane's group is full, when it has lingered, or when the block ends. What
+    the broker did not confirm is raised by the next call or at the end, with everything to send again.
+    """
+
+    def __init__(self, client: CreditClient, linger_seconds: float, max_operations: int) -> None:
+        if not 1 <= max_operations <= MAX_BATCH:
+            raise ValueError(f"max_operations is 1 to {MAX_BATCH}")
+        self._client = client
+        self._linger = linger_seconds
+        self._max = max_operations
+        self._groups: dict[str, list[Member]] = {}
+        self._bytes: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._pending = threading.Event()
+        self._ended = threading.Event()
+        self._failed: UnsentError | None = None
+        self._thread = threading.Thread(target=self._send_lingering, name="creditlane buffer", daemon=True)
+        self.sent = 0
+        """Operations that the broker has confirmed."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._pending.set()
+        self._thread.join()
+        self.flush()
+
+    def submit(self, name: str, id: str, arguments: dict[str, Any], wait: float | None = None) -> None:
+        """Check one operation and put it into its lane's group.
+
+        :raises UnsentError: when the broker did not confirm earlier ones.
+        """
+        if wait is not None:
+            raise ValueError("a buffer waits for no answers: use CreditClient.batch, or a single call")
+        encoded = checked(name, id, arguments)
+        lane = lane_of(arguments["account"], self._client.lanes)
+        size = len(name) + len(_encode(id)) + len(encoded) + 8
+        with self._lock:
+            self._raise_failure()
+            if self._bytes.get(lane, 0) + size > MAX_MESSAGE_BYTES - FULL_MARGIN_BYTES:
+                self._publish([lane])
+            group = self._groups.setdefault(lane, [])
+            group.append((name, id, encoded))
+            self._bytes[lane] = self._bytes.get(lane, 0) + size
+            if len(group) >= self._max:
+                self._publish([lane])
+            elif not self._pending.is_set():
+                self._pending.set()
+
+    def flush(self) -> None:
+        """Send everything that is collected, now.
+
+        :raises UnsentError: with what the broker did not confirm.
+        """
+        with self._lock:
+            self._publish(list(self._groups))
+            self._raise_failure()
+
+    def _publish(self, lanes: list[str]) -> None:
+        """Send the groups of lanes in one round trip, where the broker can; what fails is kept for the caller."""
+        groups = [(lane, self._groups.pop(lane)) for lane in lanes]
+        for lane in lanes:
+            del self._bytes[lane]
+        members = [member for _, group in groups for member in group]
+        if not members:
+            return
+        if self._failed is not None:
+            # Sending on would overtake what was not confirmed.
+            self._failed.operations.extend(members)
+            return
+        try:
+            with (
+                self._client._confirmed("a batch"),
+                self._client._producers.acquire(block=True, timeout=30) as producer,
+                producer.batch(max_size=len(groups)),
+            ):
+                for lane, group in groups:
+                    _send(producer, BATCH, str(uuid4()), lane, _batch_arguments(group), _counted(group), True)
+        except BrokerUnavailableError as error:
+            self._failed = UnsentError(members, str(error))
+        else:
+            self.sent += len(members)
+
+    def _raise_failure(self) -> None:
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+
+    def _send_lingering(self) -> None:
+        while self._pending.wait() and not self._ended.is_set():
+            self._ended.wait(self._linger)
+            with self._lock:
+                self._pending.clear()
+                self._publish(list(self._groups))
+
+
+def checked(name: str, id: str, arguments: dict[str, Any]) -> bytes:
+    """Encode an operation's arguments, having checked them as a worker will.
+
+    :returns: the arguments as JSON; those that are ``None`` are left out.
+    :raises ContractError: naming the field that does not fit.
+    """
+    check_id(id)
+    try:
+        encoded = _encode({key: value for key, value in arguments.items() if value is not None})
+    except (TypeError, ValueError) as error:
+        raise ContractError(Code.INVALID_MESSAGE, f"the arguments are no JSON: {error}") from None
+    decode_message(name, encoded)
+    return encoded
+
+
+def _wire(amount: Amount | None) -> str | None:
+    return None if amount is None else to_wire(amount)
+
+
+def _send(
+    producer: Producer, name: str, id: str, queue: str, arguments: bytes, shown: str, ignore_result: bool
+) -> None:
+    """Publish one task to a queue through the default exchange, and have the broker confirm it."""
+    body = b"[[]," + arguments + _EMBED
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise ContractError(Code.INVALID_MESSAGE, f"the message has more than {MAX_MESSAGE_BYTES} bytes; split it")
+    headers = {
+        "lang": "py", "task": name, "id": id, "root_id": id, "parent_id": None, "group": None, "argsrepr": "()",
+        "kwargsrepr": shown, "ignore_result": ignore_result,
+    }  # fmt: skip
+    producer.publish(
+        body.decode(),
+        exchange="",
+        routing_key=queue,
+        headers=headers,
+        content_type="application/json",
+        content_encoding="utf-8",
+        correlation_id=id,
+        delivery_mode=2,
+        retry=True,
+        retry_policy=RETRIES,
+    )
+
+
+def _batch_arguments(members: Sequence[Member]) -> bytes:
+    parts = [b"[%s,%s,%s]" % (_encode(name), _encode(id), arguments) for name, id, arguments in members]
+    return b'{"v":1,"operations":[' + b",".join(parts) + b"]}"
+
+
+def _shown(arguments: dict[str, Any]) -> str:
+    """What an operator sees of the arguments in Flower."""
+    return ", ".join(f"{key}={value}" for key, value in arguments.items() if value is not None)[:400]
+
+
+def _counted(members: Sequence[Member]) -> str:
+    counts: dict[str, int] = {}
+    for name, _, _ in members:
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{count} × {name}" for name, count in counts.items())

@@ -1,0 +1,266 @@
+"""The tables of the ledger.
+
+Every ledger table leads its primary key with the account, so it can be partitioned or distributed by it.
+Rows of ``operations`` and ``entries`` are written once and never changed: triggers refuse it. The closing
+identity stands as a CHECK on grants and accounts, so a row that breaks it cannot be committed.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlalchemy import (
+    ARRAY,
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    SmallInteger,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+CLOSING_IDENTITY = (
+    "granted_micro + received_micro + restored_micro = available_micro + held_micro + in_transit_micro"
+    " + consumed_micro + expired_micro + revoked_micro + sent_micro"
+)
+NOT_NEGATIVE = " AND ".join(
+    f"{bucket}_micro >= 0"
+    for bucket in (
+        "granted", "received", "restored", "available", "held", "in_transit", "consumed", "expired", "revoked", "sent",
+    )
+)  # fmt: skip
+
+
+class Base(DeclarativeBase):
+    """All tables; amounts are micro-credits, instants have a zone."""
+
+    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy reads it from the class
+        str: Text,
+        datetime: TIMESTAMP(timezone=True),
+        bytes: LargeBinary,
+    }
+
+
+class Buckets:
+    """The ten counters of the closing identity; the first three are what came in."""
+
+    granted_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    received_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    restored_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    available_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    held_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    in_transit_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    consumed_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    expired_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    revoked_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    sent_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
+
+
+class AccountRow(Buckets, Base):
+    """An account: its totals, where its chain stands, and when time changes it next."""
+
+    __tablename__ = "accounts"
+    __table_args__ = (
+        CheckConstraint(CLOSING_IDENTITY, name="accounts_close"),
+        CheckConstraint(f"{NOT_NEGATIVE} AND debt_micro >= 0", name="accounts_not_negative"),
+        Index("accounts_due", "next_due_at", postgresql_where=text("next_due_at IS NOT NULL")),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    status: Mapped[str]
+    """``unopened`` (only mentioned so far), ``open`` or ``closed``."""
+    email: Mapped[str | None]
+    locale: Mapped[str | None]
+    timezone: Mapped[str | None]
+    opened_at: Mapped[datetime | None]
+    updated_at: Mapped[datetime]
+    next_due_at: Mapped[datetime | None]
+    operations: Mapped[int] = mapped_column(BigInteger)
+    """The number of its last operation."""
+    seq: Mapped[int] = mapped_column(BigInteger)
+    """The seq of its last entry."""
+    head: Mapped[bytes]
+    """The hash of its last entry."""
+    last_grant: Mapped[int] = mapped_column(Integer)
+    debt_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
+
+
+class GrantRow(Buckets, Base):
+    """One lot of credits of an account."""
+
+    __tablename__ = "grants"
+    __table_args__ = (
+        ForeignKeyConstraint(["account"], ["accounts.account"], name="grants_account"),
+        CheckConstraint(CLOSING_IDENTITY, name="grants_close"),
+        CheckConstraint(f"{NOT_NEGATIVE} AND clawed_back_micro >= 0", name="grants_not_negative"),
+        CheckConstraint(
+            "is_open = (available_micro > 0 OR held_micro > 0 OR in_transit_micro > 0)", name="grants_open"
+        ),
+        Index("grants_open_by_account", "account", postgresql_where=text("is_open")),
+        Index("grants_by_purchase", "account", "purchase", postgresql_where=text("purchase IS NOT NULL")),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    grant_id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    """The account's own count of its grants, from 1."""
+    source: Mapped[str]
+    priority: Mapped[int] = mapped_column(SmallInteger)
+    features: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
+    effective_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    created_at: Mapped[datetime]
+    operation: Mapped[str]
+    purchase: Mapped[str | None]
+    price_minor: Mapped[int | None] = mapped_column(BigInteger)
+    """Money paid, in minor units of ``price_currency``, for every ``price_per_micro`` credits."""
+    price_currency: Mapped[str | None]
+    price_per_micro: Mapped[int | None] = mapped_column(BigInteger)
+    clawed_back_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    is_open: Mapped[bool]
+
+
+class OperationRow(Base):
+    """One message and its first answer; immutable."""
+
+    __tablename__ = "operations"
+    __table_args__ = (UniqueConstraint("account", "number", name="operations_in_order"),)
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    operation: Mapped[str] = mapped_column(primary_key=True)
+    """The operation id, chosen by the producer: the idempotency key."""
+    number: Mapped[int] = mapped_column(BigInteger)
+    """Its place among the account's operations, from 1, without gaps."""
+    name: Mapped[str]
+    status: Mapped[str]
+    code: Mapped[str | None]
+    charged_micro: Mapped[int] = mapped_column(BigInteger)
+    feature: Mapped[str | None]
+    quantity_micro: Mapped[int | None] = mapped_column(BigInteger)
+    member: Mapped[str | None]
+    first_seq: Mapped[int | None] = mapped_column(BigInteger)
+    entries: Mapped[int] = mapped_column(Integer)
+    """How many entries it wrote, from ``first_seq`` on."""
+    arguments: Mapped[str] = mapped_column(JSON)
+    result: Mapped[str] = mapped_column(JSON)
+    """The answer without operation, id, status and account, which are columns."""
+    occurred_at: Mapped[datetime | None]
+    applied_at: Mapped[datetime]
+    catalog: Mapped[str]
+
+
+class EntryRow(Base):
+    """So many credits in or out of one grant; immutable, chained by hash."""
+
+    __tablename__ = "entries"
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    seq: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    operation: Mapped[str | None]
+    """The operation that caused it; NULL where time did."""
+    kind: Mapped[str]
+    grant_id: Mapped[int] = mapped_column(Integer)
+    amount_micro: Mapped[int] = mapped_column(BigInteger)
+    balance_after_micro: Mapped[int] = mapped_column(BigInteger)
+    at: Mapped[datetime]
+    refers_to: Mapped[str | None]
+    recorded_at: Mapped[datetime]
+    hash: Mapped[bytes]
+
+
+class HoldRow(Base):
+    """Credits set aside; its receipt says out of which grants."""
+
+    __tablename__ = "holds"
+    __table_args__ = (
+        Index("holds_open_by_account", "account", postgresql_where=text("status = 'open'")),
+        {"postgresql_with": {"fillfactor": "80"}},
+    )
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    hold: Mapped[str] = mapped_column(primary_key=True)
+    """The id of the operation that made it."""
+    status: Mapped[str]
+    amount_micro: Mapped[int] = mapped_column(BigInteger)
+    captured_micro: Mapped[int] = mapped_column(BigInteger)
+    feature: Mapped[str | None]
+    member: Mapped[str | None]
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    closed_at: Mapped[datetime | None]
+
+
+class ReceiptRow(Base):
+    """What a hold or a charge took from one grant, and what went back since.
+
+    A hold has its rows from the start. What a consume or capture took stands in its entries; it gets rows
+    here when something is first given back.
+    """
+
+    __tablename__ = "receipts"
+    __table_args__ = (
+        CheckConstraint("returned_micro >= 0 AND returned_micro <= taken_micro", name="receipts_within_taken"),
+        {"postgresql_with": {"fillfactor": "80"}},
+    )
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    operation: Mapped[str] = mapped_column(primary_key=True)
+    line: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    grant_id: Mapped[int] = mapped_column(Integer)
+    taken_micro: Mapped[int] = mapped_column(BigInteger)
+    returned_micro: Mapped[int] = mapped_column(BigInteger)
+
+
+class OutboxRow(Base):
+    """What follows from an operation: committed with it, published after, deleted when the broker confirmed."""
+
+    __tablename__ = "outbox"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    account: Mapped[str]
+    queue: Mapped[str]
+    task: Mapped[str]
+    operation: Mapped[str]
+    arguments: Mapped[str] = mapped_column(JSON)
+    created_at: Mapped[datetime]
+
+
+class QuarantineRow(Base):
+    """A message that could not be understood or applied, whole, with the reason."""
+
+    __tablename__ = "quarantine"
+    __table_args__ = (
+        UniqueConstraint("digest", name="quarantine_once"),
+        Index("quarantine_open", "id", postgresql_where=text("status = 'open'")),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    digest: Mapped[bytes]
+    """SHA-256 over queue, headers and body: a redelivery is the same row."""
+    status: Mapped[str]
+    """``open``, ``replayed`` or ``dropped``."""
+    code: Mapped[str]
+    reason: Mapped[str]
+    traceback: Mapped[str | None]
+    queue: Mapped[str]
+    task: Mapped[str | None]
+    operation: Mapped[str | None]
+    account: Mapped[str | None]
+    content_type: Mapped[str | None]
+    headers: Mapped[bytes]
+    """The message's headers and properties, as JSON, byte for byte as far as they could be read."""
+    body: Mapped[bytes]
+    times_seen: Mapped[int] = mapped_column(Integer, server_default="1")
+    received_at: Mapped[datetime]
+    resolved_at: Mapped[datetime | None]
+    resolved_by: Mapped[str | None]

@@ -1,0 +1,575 @@
+"""The message contract: what passes the door, what does not, and what is said about it."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from creditlane import contract
+from creditlane.codes import Code
+from creditlane.contract import ContractError, check_id, decode_batch, decode_message
+
+MINIMAL: dict[str, dict[str, Any]] = {
+    "credits.open": {"account": "user_42"},
+    "credits.grant": {"account": "user_42", "amount": "25", "source": "pack"},
+    "credits.consume": {"account": "user_42", "feature": "image"},
+    "credits.hold": {"account": "user_42", "amount": "3"},
+    "credits.capture": {"account": "user_42", "hold": "job-7"},
+    "credits.release": {"account": "user_42", "hold": "job-7"},
+    "credits.refund": {"account": "user_42", "operation": "order-991"},
+    "credits.adjust": {"account": "user_42", "amount": "-2", "actor": "anna", "reason": "goodwill"},
+    "credits.revoke": {"account": "user_42", "grant": 1},
+    "credits.settle": {"account": "user_42"},
+}
+
+FULL: dict[str, dict[str, Any]] = {
+    "credits.open": {
+        "account": "user_42",
+        "kind": "lead",
+        "email": "a@example.org",
+        "locale": "fr-FR",
+        "timezone": "America/Argentina/Buenos_Aires",
+        "v": 1,
+    },
+    "credits.grant": {
+        "account": "user_42",
+        "amount": "25",
+        "source": "pack",
+        "priority": 0,
+        "features": ["image", "context"],
+        "effective_at": "2026-01-31T00:00:00Z",
+        "expires_at": "2026-03-01T00:00:00+01:00",
+        "unit_price": {"minor": 499, "currency": "EUR", "per": "25"},
+        "purchase": "pi_1",
+        "reason": "bought",
+    },
+    "credits.consume": {
+        "account": "user_42",
+        "feature": "image",
+        "quantity": "12",
+        "member": "anna",
+        "partial": True,
+        "occurred_at": "2026-01-31T00:00:00Z",
+        "metadata": {"size": [1, 2.5, None, True, {"deep": "ä"}]},
+    },
+    "credits.hold": {"account": "user_42", "feature": "video", "quantity": 3, "ttl": 60, "metadata": {}},
+    "credits.capture": {"account": "user_42", "hold": "job-7", "quantity": "0"},
+    "credits.release": {"account": "user_42", "hold": "job-7"},
+    "credits.refund": {"account": "user_42", "operation": "order-991", "amount": "1", "reason": "broken"},
+    "credits.adjust": {"account": "user_42", "amount": 5, "actor": "anna", "reason": "goodwill"},
+    "credits.revoke": {"account": "user_42", "purchase": "pi_1", "amount": "1", "reason": "dispute"},
+    "credits.settle": {"account": "user_42"},
+}
+
+REQUIRED = [
+    (name, field)
+    for name, content in MINIMAL.items()
+    for field in content
+    if (name, field) not in {("credits.consume", "feature"), ("credits.hold", "amount"), ("credits.revoke", "grant")}
+]  # fmt: skip
+
+
+def encoded(content: object) -> bytes:
+    return json.dumps(content).encode()
+
+
+def refused(name: str, arguments: bytes) -> ContractError:
+    with pytest.raises(ContractError) as caught:
+        decode_message(name, arguments)
+    assert len(str(caught.value)) <= contract.MAX_TEXT
+    assert str(caught.value)
+    return caught.value
+
+
+def invalid(name: str, **changes: Any) -> str:
+    """The reason for which a message is refused that is good but for these changes."""
+    error = refused(name, encoded({**MINIMAL[name], **changes}))
+    assert error.code is Code.INVALID_MESSAGE
+    return str(error)
+
+
+def test_there_is_an_example_of_every_operation() -> None:
+    assert set(MINIMAL) == set(FULL) == set(contract.OPERATIONS)
+
+
+@pytest.mark.parametrize("name", list(MINIMAL))
+def test_a_message_with_only_the_required_arguments_passes(name: str) -> None:
+    message = decode_message(name, encoded(MINIMAL[name]))
+    assert type(message) is contract.OPERATIONS[name]
+    assert message.operation == name
+    assert message.account == "user_42"
+    assert message.v == 1
+
+
+@pytest.mark.parametrize("name", list(FULL))
+def test_a_message_with_every_argument_passes(name: str) -> None:
+    assert type(decode_message(name, encoded(FULL[name]))) is contract.OPERATIONS[name]
+
+
+def test_a_message_that_is_a_piece_of_a_batch_passes_undecoded() -> None:
+    raw = msgspec.Raw(encoded(MINIMAL["credits.settle"]))
+    assert decode_message("credits.settle", raw) == contract.Settle(account="user_42")
+
+
+def test_amounts_and_quantities_are_read_into_millionths() -> None:
+    message = decode_message("credits.consume", encoded(FULL["credits.consume"]))
+    assert isinstance(message, contract.Consume)
+    assert message.quantity == 12_000_000
+    grant = decode_message("credits.grant", encoded(FULL["credits.grant"]))
+    assert isinstance(grant, contract.Grant)
+    assert grant.amount == 25_000_000
+    assert grant.unit_price == contract.UnitPrice(
+        minor=499, currency="EUR", per=contract.Micro(25_000_000)
+    )
+    assert grant.effective_at == datetime(2026, 1, 31, tzinfo=UTC)
+
+
+def test_the_charge_of_a_refund_is_called_operation_on_the_wire() -> None:
+    message = decode_message("credits.refund", encoded(MINIMAL["credits.refund"]))
+    assert isinstance(message, contract.Refund)
+    assert message.charge == "order-991"
+    assert message.operation == "credits.refund"
+    assert "charge" in invalid("credits.refund", charge="order-991")
+
+
+def test_a_hold_lives_fifteen_minutes_unless_it_says_otherwise() -> None:
+    message = decode_message("credits.hold", encoded(MINIMAL["credits.hold"]))
+    assert isinstance(message, contract.Hold)
+    assert message.ttl == 900
+
+
+@pytest.mark.parametrize(("name", "field"), REQUIRED)
+def test_a_missing_required_argument_is_named(name: str, field: str) -> None:
+    content = {each: value for each, value in MINIMAL[name].items() if each != field}
+    error = refused(name, encoded(content))
+    assert error.code is Code.INVALID_MESSAGE
+    assert f"`{field}`" in str(error)
+
+
+@pytest.mark.parametrize("name", list(MINIMAL))
+@pytest.mark.parametrize("field", ["amounts", "Account", "", "id", "__class__", "operations"])
+def test_an_unknown_argument_is_named(name: str, field: str) -> None:
+    assert f"unknown field `{field}`" in invalid(name, **{field: 1})
+
+
+@pytest.mark.parametrize("name", list(MINIMAL))
+@pytest.mark.parametrize("account", [None, 1, True, "", "a" * 129, ["a"], {"a": 1}, "a\x00b"])
+def test_an_account_is_1_to_128_characters_of_text(name: str, account: object) -> None:
+    assert "$.account" in invalid(name, account=account)
+
+
+@pytest.mark.parametrize("name", list(MINIMAL))
+def test_an_account_may_be_128_characters_of_any_language(name: str) -> None:
+    account = "ユ" * 128
+    assert decode_message(name, encoded({**MINIMAL[name], "account": account})).account == account
+
+
+NAMES = [
+    ("credits.grant", "source"),
+    ("credits.grant", "purchase"),
+    ("credits.consume", "feature"),
+    ("credits.consume", "member"),
+    ("credits.hold", "member"),
+    ("credits.capture", "hold"),
+    ("credits.release", "hold"),
+    ("credits.refund", "operation"),
+]
+TEXTS = [
+    ("credits.adjust", "actor"),
+    ("credits.adjust", "reason"),
+    ("credits.grant", "reason"),
+    ("credits.refund", "reason"),
+    ("credits.revoke", "reason"),
+]
+CONTROLS = ["\x00", "\n", "\r", "\t", "\x1b", "\x7f", "\x80", "\x85", "\x9f", "\u2028", "\u2029"]
+
+
+@pytest.mark.parametrize(("name", "field"), [*NAMES, *TEXTS, ("credits.open", "email")])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_no_text_holds_a_control_character_or_a_line_separator(name: str, field: str, control: str) -> None:
+    for text in (f"a{control}b", f"a{control}", control):
+        assert f"$.{field}" in invalid(name, **{field: text})
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "most"),
+    [*((*each, 128) for each in NAMES), *((*each, 500) for each in TEXTS), ("credits.open", "email", 254)],
+)
+def test_a_text_is_refused_from_one_character_over_its_limit(name: str, field: str, most: int) -> None:
+    assert decode_message(name, encoded({**MINIMAL[name], field: "x" * most}))
+    assert f"$.{field}" in invalid(name, **{field: "x" * (most + 1)})
+
+
+@pytest.mark.parametrize(("name", "field"), [*NAMES, *TEXTS])
+def test_a_text_is_not_empty_and_not_a_number(name: str, field: str) -> None:
+    for wrong in ("", 1, 1.5, True, ["a"], {"a": "b"}):
+        assert f"$.{field}" in invalid(name, **{field: wrong})
+
+
+@pytest.mark.parametrize("escape", [b"\\ud800", b"\\udfff", b"\\udc00\\ud800", b"\xed\xa0\x80", b"\xff", b"\xc0\x80"])
+@pytest.mark.parametrize("place", [b'{"account":"a%s"}', b'{"a%s":1,"account":"a"}'])
+def test_lone_surrogates_and_broken_utf_8_are_refused(escape: bytes, place: bytes) -> None:
+    assert refused("credits.settle", place % escape).code is Code.INVALID_MESSAGE
+
+
+def test_lone_surrogates_in_metadata_are_refused() -> None:
+    for text in (b'{"a":"\\ud800"}', b'{"\\udfff":1}', b'{"a":["x\\ud800 y"]}'):
+        arguments = b'{"account":"a","amount":"1","metadata":' + text + b"}"
+        assert refused("credits.consume", arguments).code is Code.INVALID_MESSAGE
+
+
+def test_a_surrogate_pair_is_one_character() -> None:
+    assert decode_message("credits.settle", b'{"account":"\\ud83d\\ude00"}').account == "\U0001f600"
+
+
+AMOUNTS = [
+    ("credits.grant", "amount"),
+    ("credits.consume", "quantity"),
+    ("credits.hold", "amount"),
+    ("credits.capture", "amount"),
+    ("credits.capture", "quantity"),
+    ("credits.refund", "amount"),
+    ("credits.adjust", "amount"),
+    ("credits.revoke", "amount"),
+]
+NO_AMOUNT = [b"1.0", b"0.1", b"1e3", b"1E400", b"-1.5", b"true", b"[]", b"{}", b'""', b'"1e3"', b'"NaN"', b'"1.0000001"',
+             b'"0.' + b"0" * 599 + b'1"', b'"+1"', b'" 1"', b'"1\\n"', b'"\\u0661"', b'"1000000000000.000001"',
+             b"1000000000001", b"9223372036854775808", b"-9223372036854775809", b"18446744073709551616",
+             b'"9223372036854775808"', b"9" * 400, b"9" * 5000, b"-1000000000001"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "field"), AMOUNTS)
+@pytest.mark.parametrize("amount", NO_AMOUNT)
+def test_what_is_no_exact_amount_within_bounds_is_refused(name: str, field: str, amount: bytes) -> None:
+    content = {each: value for each, value in MINIMAL[name].items() if each != field}
+    arguments = encoded(content)[:-1] + b', "%s": %s}' % (field.encode(), amount)
+    error = refused(name, arguments)
+    assert error.code is Code.INVALID_MESSAGE
+    assert "amount" in str(error) or f"$.{field}" in str(error)
+
+
+@pytest.mark.parametrize(("name", "field"), AMOUNTS)
+@pytest.mark.parametrize("amount", [b"NaN", b"Infinity", b"-Infinity", b"01", b"1.", b"+1", b"0x1", b"1_000"])
+def test_what_is_no_json_number_is_refused(name: str, field: str, amount: bytes) -> None:
+    content = {each: value for each, value in MINIMAL[name].items() if each != field}
+    arguments = encoded(content)[:-1] + b', "%s": %s}' % (field.encode(), amount)
+    assert refused(name, arguments).code is Code.INVALID_MESSAGE
+
+
+@pytest.mark.parametrize(("name", "field"), AMOUNTS)
+def test_the_largest_amount_passes(name: str, field: str) -> None:
+    message = decode_message(name, encoded({**MINIMAL[name], field: 10**12}))
+    assert getattr(message, field) == 10**18
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [each for each in AMOUNTS if each[0] not in ("credits.adjust", "credits.capture")]
+)
+@pytest.mark.parametrize("amount", [0, "0", "-0", "0.000000", -1, "-0.000001"])
+def test_an_amount_is_more_than_0(name: str, field: str, amount: str | int) -> None:
+    assert f"{field} must be more than 0" in invalid(name, **{field: amount})
+
+
+@pytest.mark.parametrize("field", ["amount", "quantity"])
+def test_a_capture_may_be_of_nothing_but_not_of_less(field: str) -> None:
+    assert decode_message("credits.capture", encoded({**MINIMAL["credits.capture"], field: "0"}))
+    assert f"{field} must not be negative" in invalid("credits.capture", **{field: "-0.000001"})
+
+
+@pytest.mark.parametrize("amount", [0, "0", "-0.0"])
+def test_an_adjustment_goes_either_way_but_not_nowhere(amount: str | int) -> None:
+    assert "amount is 0" in invalid("credits.adjust", amount=amount)
+
+
+@pytest.mark.parametrize("name", ["credits.consume", "credits.hold"])
+def test_a_charge_names_a_feature_or_an_amount_but_not_both(name: str) -> None:
+    for content in ({}, {"feature": "image", "amount": "1"}, {"quantity": "1"}):
+        error = refused(name, encoded({"account": "a", **content}))
+        assert error.code is Code.INVALID_MESSAGE
+        assert "feature (with quantity) or amount" in str(error)
+    error = refused(name, encoded({"account": "a", "amount": "1", "quantity": "2"}))
+    assert "quantity goes with feature" in str(error)
+
+
+def test_a_capture_takes_an_amount_or_a_quantity_but_not_both() -> None:
+    assert "not both" in invalid("credits.capture", amount="1", quantity="1")
+
+
+def test_a_revocation_names_a_grant_or_a_purchase_but_not_both() -> None:
+    assert "one of the two" in invalid("credits.revoke", purchase="pi_1")
+    assert "one of the two" in str(refused("credits.revoke", b'{"account":"a"}'))
+
+
+def test_a_grant_ends_at_an_instant_or_after_a_while_but_not_both() -> None:
+    assert "not both" in invalid("credits.grant", expires_at="2030-01-01T00:00:00Z", expires_in=60)
+
+
+BAD_FIELDS: list[tuple[str, str, Any]] = [
+    *(("credits.open", "kind", bad) for bad in ("admin", "", 1, "User")),
+    *(("credits.open", "locale", bad) for bad in ("", "f" * 36, "fr FR", "fr\n", 1)),
+    *(("credits.open", "timezone", bad) for bad in ("", "Europe Paris", "../../etc/passwd\x00", "x" * 65, 2)),
+    *(("credits.grant", "priority", bad) for bad in (-1, 1001, "1", 1.5, 2**63)),
+    *(("credits.grant", "features", bad) for bad in ([], [""], "image", [1], ["a"] * 65, ["a\x00"], {})),
+    *(("credits.grant", "expires_in", bad) for bad in (0, -1, "60", 1.5, 100 * 366 * 24 * 3600 + 1, 2**64)),
+    *(("credits.consume", "partial", bad) for bad in ("true", 1, 0, "")),
+    *(("credits.consume", "metadata", bad) for bad in ("a", 1, [], [["a", 1]])),
+    *(("credits.hold", "ttl", bad) for bad in (0, -1, "60", 60.5, 30 * 24 * 3600 + 1, 2**63)),
+    *(("credits.revoke", "grant", bad) for bad in (0, -1, "1", 1.5, 2**31, True)),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "bad"), BAD_FIELDS)
+def test_an_argument_of_a_wrong_type_or_out_of_range_is_named(name: str, field: str, bad: object) -> None:
+    assert f"$.{field}" in invalid(name, **{field: bad})
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("credits.grant", "effective_at"), ("credits.grant", "expires_at"), ("credits.consume", "occurred_at"), ("credits.hold", "occurred_at")],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "bad",
+    ["2026-01-31", "2026-01-31T00:00:00", "2026-02-30T00:00:00Z", "2026-01-31T25:00:00Z", "tomorrow", "", 1767225600, 1.5, True],
+)  # fmt: skip
+def test_an_instant_is_complete_and_has_its_offset(name: str, field: str, bad: object) -> None:
+    assert f"$.{field}" in invalid(name, **{field: bad})
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {},
+        {"minor": 1},
+        {"currency": "EUR"},
+        {"minor": -1, "currency": "EUR"},
+        {"minor": 4.99, "currency": "EUR"},
+        {"minor": "499", "currency": "EUR"},
+        {"minor": 10**15 + 1, "currency": "EUR"},
+        {"minor": 1, "currency": "eur"},
+        {"minor": 1, "currency": "EURO"},
+        {"minor": 1, "currency": "EUR\n"},
+        {"minor": 1, "currency": "EUR", "per": "0"},
+        {"minor": 1, "currency": "EUR", "per": "-1"},
+        {"minor": 1, "currency": "EUR", "per": 1.5},
+        {"minor": 1, "currency": "EUR", "tax": 1},
+        "4.99 EUR",
+        499,
+    ],
+)
+def test_a_unit_price_is_an_integer_of_minor_units_with_its_currency(bad: object) -> None:
+    assert "$.unit_price" in invalid("credits.grant", unit_price=bad)
+
+
+def test_metadata_is_at_most_4_kib_as_json() -> None:
+    room = 4096 - len('{"a":""}')
+    charge = MINIMAL["credits.consume"]
+    assert decode_message("credits.consume", encoded({**charge, "metadata": {"a": "x" * room}}))
+    assert "at most 4096 bytes" in invalid("credits.consume", metadata={"a": "x" * (room + 1)})
+    assert "at most 4096 bytes" in invalid("credits.hold", metadata={"a": "ä" * (room // 2 + 1)})
+
+
+@pytest.mark.parametrize("metadata", [{"a": "\x00"}, {"\x00": 1}, {"a": [{"b": "x\x00y"}]}])
+def test_metadata_holds_no_nul_character(metadata: dict[str, Any]) -> None:
+    assert "NUL" in invalid("credits.consume", metadata=metadata)
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":'])
+@pytest.mark.parametrize("depth", [2_000, 100_000, 500_000])
+def test_nesting_that_is_too_deep_is_refused(opening: bytes, depth: int) -> None:
+    closing = b"]" if opening == b"[" else b"}"
+    deep = opening * depth + b"1" + closing * depth
+    arguments = b'{"account":"a","amount":"1","metadata":{"a":' + deep + b"}}"
+    assert refused("credits.consume", arguments).code is Code.INVALID_MESSAGE
+    assert refused("credits.consume", deep).code is Code.INVALID_MESSAGE
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [b"", b" ", b"null", b"1", b'"a"', b"[]", b"true", b"{", b"{}", b'{"account":"a"', b'{"account":"a"}}', b"\x00", b"\xef\xbb\xbf{}", b"\x80\x04N."],
+)  # fmt: skip
+@pytest.mark.parametrize("name", list(MINIMAL))
+def test_what_is_no_json_object_of_the_operation_is_refused(name: str, arguments: bytes) -> None:
+    assert refused(name, arguments).code is Code.INVALID_MESSAGE
+
+
+@pytest.mark.parametrize("version", [2, 99, 2**63, 10**30])
+@pytest.mark.parametrize("name", list(MINIMAL))
+def test_a_newer_version_is_told_apart_from_a_wrong_message(name: str, version: int) -> None:
+    for content in ({**MINIMAL[name], "v": version}, {**MINIMAL[name], "v": version, "novelty": 1}):
+        error = refused(name, encoded(content))
+        assert error.code is Code.UNKNOWN_VERSION
+        assert str(version) in str(error)
+
+
+@pytest.mark.parametrize("version", [0, -1, "1", "99", 1.0, None, True, [2]])
+def test_what_is_no_version_is_a_wrong_message(version: object) -> None:
+    assert "$.v" in invalid("credits.settle", v=version)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "credits", "credits.Open", "credits.batch", "credits.open ", "payments.steal", "x" * 10_000, "\x00", "os.system"]
+)  # fmt: skip
+def test_a_name_that_is_no_operation_is_refused_as_such(name: str) -> None:
+    error = refused(name, b'{"account":"a"}')
+    assert error.code is Code.UNKNOWN_OPERATION
+
+
+# Batches.
+
+
+def batch(*members: object, **more: object) -> bytes:
+    return encoded({"operations": list(members), **more})
+
+
+def batch_refused(arguments: bytes) -> ContractError:
+    with pytest.raises(ContractError) as caught:
+        decode_batch(arguments)
+    assert len(str(caught.value)) <= contract.MAX_TEXT
+    return caught.value
+
+
+def test_a_batch_keeps_its_members_in_order_and_undecoded() -> None:
+    decoded = decode_batch(
+        batch(["credits.settle", "id-1", {"account": "a"}], ["no.such", "id-2", [1, {"b": None}]])
+    )
+    assert [(name, operation, json.loads(bytes(raw))) for name, operation, raw in decoded.operations] == [
+        ("credits.settle", "id-1", {"account": "a"}),
+        ("no.such", "id-2", [1, {"b": None}]),
+    ]
+
+
+def test_a_batch_holds_1_to_1000_operations() -> None:
+    members = [["credits.settle", f"id-{number}", {"account": "a"}] for number in range(1001)]
+    assert len(decode_batch(batch(*members[:1])).operations) == 1
+    assert len(decode_batch(batch(*members[:1000])).operations) == 1000
+    assert batch_refused(batch(*members)).code is Code.INVALID_MESSAGE
+    assert batch_refused(batch()).code is Code.INVALID_MESSAGE
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        [],
+        ["credits.settle"],
+        ["credits.settle", "id"],
+        ["credits.settle", "id", {}, {}],
+        ["credits.settle", "", {}],
+        ["credits.settle", "x" * 129, {}],
+        ["credits.settle", "a\x00", {}],
+        ["credits.settle", 1, {}],
+        [1, "id", {}],
+        {"name": "credits.settle"},
+        "credits.settle",
+        None,
+    ],
+)
+def test_a_batch_of_anything_but_name_id_and_arguments_is_refused(member: object) -> None:
+    error = batch_refused(batch(["credits.settle", "id-1", {"account": "a"}], member))
+    assert error.code is Code.INVALID_MESSAGE
+    assert "$.operations" in str(error)
+
+
+def test_a_batch_of_a_newer_version_is_told_apart() -> None:
+    assert batch_refused(batch(["credits.settle", "id", {}], v=99)).code is Code.UNKNOWN_VERSION
+    assert batch_refused(batch({"operation": "credits.settle"}, v=2)).code is Code.UNKNOWN_VERSION
+
+
+def test_a_batch_with_an_unknown_argument_is_refused() -> None:
+    assert "lane" in str(batch_refused(batch(["credits.settle", "id", {}], lane=1)))
+
+
+# Operation ids.
+
+
+@pytest.mark.parametrize("good", ["a", "order-991", "x" * 128, "ユーザー", "a b", "\U0001f600" * 128])
+def test_an_id_is_1_to_128_characters(good: str) -> None:
+    assert check_id(good) == good
+
+
+@pytest.mark.parametrize(
+    "bad", ["", "x" * 129, None, 1, 1.5, True, b"abc", ["a"], "\ud800", "a\udfffb", *CONTROLS, "a\x00b"]
+)
+def test_any_other_id_is_refused_as_the_operation_id(bad: object) -> None:
+    with pytest.raises(ContractError, match="operation id") as caught:
+        check_id(bad)
+    assert caught.value.code is Code.INVALID_MESSAGE
+
+
+# Whatever comes.
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["1", "0.2", "image", "2026-01-01T00:00:00Z", "user", "9" * 30]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+fields = st.sampled_from(sorted({field for content in FULL.values() for field in content} | {"account", "v"}))
+
+
+@given(name=st.sampled_from([*MINIMAL, "credits.batch", "nonsense"]), arguments=st.binary(max_size=200))
+@example(name="credits.settle", arguments=b'{"account":"\\')
+@example(name="credits.settle", arguments=b'{"account":"a","v":1e999}')
+@example(name="credits.settle", arguments=b'{"v":' + b"9" * 10_000 + b"}")
+@settings(deadline=None)
+def test_random_bytes_raise_nothing_but_the_contracts_error(name: str, arguments: bytes) -> None:
+    for decode in (lambda: decode_message(name, arguments), lambda: decode_batch(arguments)):
+        try:
+            decode()
+        except ContractError as error:
+            assert error.code in (Code.INVALID_MESSAGE, Code.UNKNOWN_OPERATION, Code.UNKNOWN_VERSION)
+            assert str(error)
+
+
+@given(
+    name=st.sampled_from(list(MINIMAL)),
+    changes=st.dictionaries(fields | st.text(max_size=5), json_values, max_size=4),
+    whole=st.booleans(),
+)
+@settings(deadline=None, max_examples=400)
+def test_random_json_raises_nothing_but_the_contracts_error(
+    name: str, changes: dict[str, Any], whole: bool
+) -> None:
+    content = changes if whole else {**MINIMAL[name], **changes}
+    for ascii_only in (True, False):
+        arguments = json.dumps(content, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+        for decode in (lambda a=arguments: decode_message(name, a), lambda a=arguments: decode_batch(a)):
+            try:
+                decode()
+            except ContractError as error:
+                assert error.code in (Code.INVALID_MESSAGE, Code.UNKNOWN_VERSION)
+
+
+@given(st.text(st.characters(), max_size=200) | st.none() | st.binary() | st.integers())
+def test_any_id_is_taken_unchanged_or_refused(operation: object) -> None:
+    try:
+        assert check_id(operation) == operation
+    except ContractError as error:
+        assert error.code is Code.INVALID_MESSAGE
+
+
+# Results.
+
+
+def test_a_result_is_read_from_what_the_ledger_answers() -> None:
+    result = msgspec.json.decode(
+        b'{"operation":"credits.consume","id":"order-991","status":"rejected","account":"user_42",'
+        b'"code":"insufficient_credits","reason":"no","required":"2","available":"1.5","shortfall":"0.5",'
+        b'"balance":{"available":"1.5","by_source":{"pack":"1.5"}},"replayed":true}',
+        type=contract.Result,
+    )
+    assert not result.applied
+    assert result.code is Code.INSUFFICIENT_CREDITS
+    assert str(result.shortfall) == "0.5"
+    assert result.balance is not None
+    assert str(result.balance.available) == "1.5"
+    assert result.replayed

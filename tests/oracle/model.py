@@ -1,0 +1,526 @@
+"""A second ledger, slow and obvious, to check the first one against.
+
+Written from the design document alone and sharing no code with the rules: amounts come out of fractions,
+the paying grant is found by comparing every pair, what is due is found by looking at everything again.
+One lot of credits is one dict, one movement of credits is one dict. It trusts its messages to be valid:
+the door checks those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from fractions import Fraction
+from math import ceil
+from typing import Any
+
+Row = dict[str, Any]
+"""A lot, a hold, a movement or an answer."""
+
+INSTANTS = ("effective_at", "expires_at", "occurred_at")
+AMOUNTS = ("amount", "quantity")
+DEFAULTS = {"v": 1, "kind": "user", "ttl": 900, "partial": False}
+
+BUCKETS = ("granted", "received", "restored", "available", "held", "in_transit", "consumed", "expired", "revoked", "sent")  # fmt: skip
+
+
+class Refusal(Exception):
+    """The answer "no"; nothing was changed."""
+
+    def __init__(self, code: str, **details: Any) -> None:
+        super().__init__(code)
+        self.code = code
+        self.details = details
+
+
+def micro(credits: str | int) -> int:
+    """Micro-credits of an amount as it is written in a message."""
+    exact = Fraction(credits) * 1_000_000
+    assert exact.denominator == 1, f"{credits} has more than six decimals"
+    return int(exact)
+
+
+def meaning(content: Row) -> Row:
+    """What a message says, however it is spelt: amounts and instants read, what is absent or usual left out."""
+    said: Row = {}
+    for field, value in content.items():
+        if value is None or DEFAULTS.get(field) == value:
+            continue
+        if field in AMOUNTS:
+            said[field] = micro(value)
+        elif field in INSTANTS:
+            said[field] = datetime.fromisoformat(value.replace("Z", "+00:00"))
+        else:
+            said[field] = value
+    return said
+
+
+class Ledger:
+    """One account.
+
+    :param policy: the catalog as plain data: ``features`` (each with ``price`` and ``per`` in millionths and
+        ``rounding``), ``signup`` and ``lead`` (``credits`` in micro-credits, ``source``, ``expires_days``),
+        ``priorities``, ``packs`` (name, micro-credits, minor units, price as text), ``on_spent``,
+        ``refund_days``.
+    """
+
+    def __init__(self, policy: Row) -> None:
+        self.policy = policy
+        self.opened = False
+        self.lots: list[Row] = []
+        self.holds: dict[str, Row] = {}
+        self.charges: dict[str, list[Row]] = {}
+        self.answers: dict[str, tuple[str, Row, Row]] = {}
+        self.movements: list[Row] = []
+        self.debt = 0
+
+    # The one way in.
+
+    def do(self, name: str, operation: str, content: Row, now: datetime) -> Row:
+        """Apply one operation and answer it; amounts of the answer are in micro-credits."""
+        said = meaning(content)
+        if operation in self.answers:
+            first_name, first_said, first_answer = self.answers[operation]
+            if (first_name, first_said) == (name, said):
+                return {**first_answer, "replayed": True}
+            return {"status": "rejected", "code": "id_conflict", "replayed": False}
+        self.settle(now)
+        try:
+            if not self.opened and name != "credits.open":
+                raise Refusal("unknown_account")
+            step: Callable[[Row, str, datetime], Row] = getattr(self, name.removeprefix("credits.") + "_")
+            details = step(said, operation, now)
+            answer = {"status": "applied", "code": None, "charged": 0, "uses": [], **details}
+        except Refusal as refusal:
+            answer = {"status": "rejected", "code": refusal.code, "charged": 0, "uses": [], **refusal.details}
+        answer["balance"] = self.balance(now)
+        answer["replayed"] = False
+        self.answers[operation] = (name, said, answer)
+        return answer
+
+    # The operations.
+
+    def open_(self, said: Row, operation: str, now: datetime) -> Row:
+        if self.opened:
+            raise Refusal("account_exists")
+        self.opened = True
+        kind = said.get("kind", "user")
+        if kind == "pool":
+            return {}
+        welcome = self.policy["signup"] if kind == "user" else self.policy["lead"]
+        if welcome["credits"] == 0:
+            return {}
+        end = None
+        if welcome["expires_days"] is not None:
+            end = now + timedelta(days=welcome["expires_days"])
+        lot = self.add_lot(operation, now, source=welcome["source"], end=end)
+        self.move("granted", lot, welcome["credits"], now, operation)
+        return {"uses": [(lot["number"], welcome["credits"])]}
+
+    def grant_(self, said: Row, operation: str, now: datetime) -> Row:
+        start = said.get("effective_at", now)
+        end = said.get("expires_at")
+        if "expires_in" in said:
+            end = start + timedelta(seconds=said["expires_in"])
+        if end is not None and (end <= start or end <= now):
+            raise Refusal("invalid")
+        scope = set(said["features"]) if "features" in said else None
+        lot = self.add_lot(
+            operation, now, said["source"], said.get("priority"), scope, start, end, said.get("purchase")
+        )
+        return self.come_in(lot, said["amount"], operation, now)
+
+    def adjust_(self, said: Row, operation: str, now: datetime) -> Row:
+        if said["amount"] > 0:
+            return self.come_in(
+                self.add_lot(operation, now, "adjustment"), said["amount"], operation, now
+            )
+        takings = self.find(-said["amount"], None, now)
+        for lot, taken in takings:
+            self.move("revoked", lot, taken, now, operation)
+        return {"charged": -said["amount"], "uses": [(lot["number"], taken) for lot, taken in takings]}
+
+    def consume_(self, said: Row, operation: str, now: datetime) -> Row:
+        cost = self.cost(said)
+        feature = said.get("feature")
+        payable = min(cost, self.spendable(feature, now)) if said.get("partial") else cost
+        if payable == 0 and cost > 0:
+            raise self.shortage(cost, 0)
+        takings = self.find(payable, feature, now)
+        for lot, taken in takings:
+            self.move("consumed", lot, taken, now, operation)
+        self.charges[operation] = [{"lot": lot, "taken": taken, "back": 0} for lot, taken in takings]
+        details: Row = {"charged": payable, "uses": [(lot["number"], taken) for lot, taken in takings]}
+        if payable < cost:
+            details.update(self.shortage(cost, payable).details)
+        return details
+
+    def hold_(self, said: Row, operation: str, now: datetime) -> Row:
+        cost = self.cost(said)
+        takings = self.find(cost, said.get("feature"), now)
+        for lot, taken in takings:
+            self.move("held", lot, taken, now, operation)
+        self.holds[operation] = {
+            "id": operation,
+            "amount": cost,
+            "feature": said.get("feature"),
+            "end": now + timedelta(seconds=said.get("ttl", 900)),
+            "open": True,
+            "lines": [{"lot": lot, "taken": taken, "back": 0} for lot, taken in takings],
+        }
+        return {
+            "charged": cost,
+            "uses": [(lot["number"], taken) for lot, taken in takings],
+            "hold": operation,
+            "expires_at": self.holds[operation]["end"],
+        }
+
+    def capture_(self, said: Row, operation: str, now: datetime) -> Row:
+        hold = self.open_hold(said["hold"])
+        final = said.get("amount", hold["amount"])
+        if "quantity" in said:
+            if hold["feature"] is None:
+                raise Refusal("invalid")
+            final = self.price(hold["feature"], said["quantity"])
+        extra = self.find(final - hold["amount"], hold["feature"], now) if final > hold["amount"] else []
+        if final < hold["amount"]:
+            self.unhold(hold, hold["amount"] - final, now, now, operation)
+        hold["open"] = False
+        receipt = []
+        for line in hold["lines"]:
+            kept = line["taken"] - line["back"]
+            if kept:
+                self.move("captured", line["lot"], kept, now, operation, hold["id"])
+                receipt.append({"lot": line["lot"], "taken": kept, "back": 0})
+        for lot, taken in extra:
+            self.move("consumed", lot, taken, now, operation, hold["id"])
+            receipt.append({"lot": lot, "taken": taken, "back": 0})
+        self.charges[operation] = receipt
+        uses = [(line["lot"]["number"], line["taken"]) for line in receipt]
+        return {"charged": final, "uses": uses, "hold": hold["id"]}
+
+    def release_(self, said: Row, operation: str, now: datetime) -> Row:
+        hold = self.open_hold(said["hold"])
+        self.unhold(hold, hold["amount"], now, now, operation)
+        hold["open"] = False
+        uses = [(line["lot"]["number"], line["taken"]) for line in hold["lines"]]
+        return {"charged": -hold["amount"], "uses": uses, "hold": hold["id"]}
+
+    def refund_(self, said: Row, operation: str, now: datetime) -> Row:
+        if said["operation"] not in self.charges:
+            raise Refusal("unknown_charge")
+        receipt = self.charges[said["operation"]]
+        left = sum(line["taken"] - line["back"] for line in receipt)
+        amount = said.get("amount", left)
+        if left == 0 or amount > left:
+            raise Refusal("exceeds_original")
+        uses = []
+        missing = amount
+        for line in reversed(receipt):
+            back = min(missing, line["taken"] - line["back"])
+            if back == 0:
+                continue
+            missing -= back
+            line["back"] += back
+            lot = line["lot"]
+            if lot["end"] is not None and lot["end"] <= now:
+                lot = self.add_lot(
+                    operation,
+                    now,
+                    lot["source"],
+                    lot["priority"],
+                    lot["scope"],
+                    now,
+                    now + timedelta(days=self.policy["refund_days"]),
+                    lot["purchase"],
+                )
+            self.move("restored", lot, back, now, operation, said["operation"])
+            uses.append((lot["number"], back))
+            self.pay_debt(lot, now, now, operation)
+        assert missing == 0
+        return {"charged": -amount, "uses": uses}
+
+    def revoke_(self, said: Row, operation: str, now: datetime) -> Row:
+        if "grant" in said:
+            lots = [lot for lot in self.lots if lot["number"] == said["grant"]]
+        else:
+            lots = [lot for lot in self.lots if lot["purchase"] == said["purchase"]]
+        if not lots:
+            raise Refusal("unknown_grant")
+        lots = list(reversed(in_burn_down_order(lots)))
+
+        def takeable(lot: Row) -> int:
+            worth: int = lot["granted"] + lot["received"] - lot["expired"] - lot["clawed_back"]
+            return max(0, worth)
+
+        most = sum(takeable(lot) for lot in lots)
+        amount = said.get("amount", most)
+        if most == 0 or amount > most:
+            raise Refusal("exceeds_original")
+        uses = []
+        missing = amount
+        for lot in lots:
+            taken = min(missing, lot["available"], takeable(lot))
+            if taken:
+                self.move("revoked", lot, taken, now, operation)
+                lot["clawed_back"] += taken
+                uses.append((lot["number"], taken))
+                missing -= taken
+        details: Row = {"charged": amount - missing, "uses": uses}
+        if missing:
+            details["forgiven" if self.policy["on_spent"] == "forgive" else "owed"] = missing
+        for lot in lots:
+            spent = min(missing, takeable(lot))
+            if spent:
+                if self.policy["on_spent"] == "debt":
+                    self.move("debt_incurred", lot, spent, now, operation)
+                lot["clawed_back"] += spent
+                missing -= spent
+        assert missing == 0
+        return details
+
+    def settle_(self, said: Row, operation: str, now: datetime) -> Row:
+        return {}
+
+    # Time.
+
+    def settle(self, now: datetime) -> None:
+        """Look for what is due, apply the first of it, look again."""
+        while True:
+            due: list[tuple[datetime, int, Any, Row]] = []
+            due += [(h["end"], 0, h["id"], h) for h in self.holds.values() if h["open"] and h["end"] <= now]
+            due += [
+                (lot["end"], 1, lot["number"], lot)
+                for lot in self.lots
+                if lot["available"] and lot["end"] is not None and lot["end"] <= now
+            ]
+            if not due:
+                return
+            instant, rank, _, what = sorted(due, key=lambda item: item[:3])[0]
+            if rank == 0:
+                self.unhold(what, what["amount"], instant, now, None)
+                what["open"] = False
+            else:
+                self.move("expired", what, what["available"], now, None, None, instant)
+
+    # What the operations share.
+
+    def cost(self, said: Row) -> int:
+        if "amount" in said:
+            return int(said["amount"])
+        return self.price(said["feature"], said.get("quantity", 1_000_000))
+
+    def price(self, name: str, quantity: int) -> int:
+        if name not in self.policy["features"]:
+            raise Refusal("unknown_feature")
+        feature = self.policy["features"][name]
+        blocks = Fraction(quantity, feature["per"])
+        if feature["rounding"] == "up":
+            blocks = Fraction(ceil(blocks))
+        cost = ceil(blocks * feature["price"])
+        if cost > 10**18:
+            raise Refusal("invalid")
+        return cost
+
+    def can_pay(self, lot: Row, feature: str | None, now: datetime) -> bool:
+        if lot["available"] == 0 or lot["start"] > now:
+            return False
+        if lot["end"] is not None and lot["end"] <= now:
+            return False
+        return lot["scope"] is None or feature in lot["scope"]
+
+    def spendable(self, feature: str | None, now: datetime) -> int:
+        return sum(lot["available"] for lot in self.lots if self.can_pay(lot, feature, now))
+
+    def find(self, amount: int, feature: str | None, now: datetime) -> list[tuple[Row, int]]:
+        """Which lots pay, in the order of taking; all or nothing."""
+        covered = self.spendable(feature, now)
+        if covered < amount:
+            raise self.shortage(amount, covered)
+        takings = []
+        for lot in in_burn_down_order([lot for lot in self.lots if self.can_pay(lot, feature, now)]):
+            taken = min(amount, lot["available"])
+            if taken:
+                takings.append((lot, taken))
+                amount -= taken
+        return takings
+
+    def shortage(self, required: int, available: int) -> Refusal:
+        details: Row = {"required": required, "available": available, "shortfall": required - available}
+        best: Row | None = None
+        for pack in self.policy["packs"]:
+            if pack["credits"] < required - available:
+                continue
+            if (
+                best is None
+                or pack["minor"] < best["minor"]
+                or (pack["minor"] == best["minor"] and pack["credits"] > best["credits"])
+            ):
+                best = pack
+        if best is not None:
+            details["offer"] = best["name"]
+        return Refusal("insufficient_credits", **details)
+
+    def open_hold(self, operation: str) -> Row:
+        if operation not in self.holds:
+            raise Refusal("unknown_hold")
+        if not self.holds[operation]["open"]:
+            raise Refusal("hold_closed")
+        return self.holds[operation]
+
+    def unhold(self, hold: Row, amount: int, at: datetime, now: datetime, operation: str | None) -> None:
+        """The last taken goes back first; what has no grant to live in any more lapses."""
+        for line in reversed(hold["lines"]):
+            back = min(amount, line["taken"])
+            if back == 0:
+                continue
+            amount -= back
+            line["back"] = back
+            lot = line["lot"]
+            self.move("released", lot, back, now, operation, hold["id"], at)
+            if lot["end"] is not None and lot["end"] <= at:
+                self.move("expired", lot, back, now, operation, hold["id"], at)
+            else:
+                self.pay_debt(lot, at, now, operation)
+        assert amount == 0
+
+    def pay_debt(self, lot: Row, at: datetime, now: datetime, operation: str | None) -> None:
+        paid = min(self.debt, lot["available"])
+        if paid:
+            self.move("debt_paid", lot, paid, now, operation, None, at)
+
+    def come_in(self, lot: Row, amount: int, operation: str, now: datetime) -> Row:
+        self.move("granted", lot, amount, now, operation)
+        self.pay_debt(lot, now, now, operation)
+        return {"uses": [(lot["number"], amount)], "grant": lot["number"]}
+
+    def add_lot(
+        self,
+        operation: str,
+        now: datetime,
+        source: str,
+        priority: int | None = None,
+        scope: set[str] | None = None,
+        start: datetime | None = None,
+        end: datetime | None = None,
+        purchase: str | None = None,
+    ) -> Row:
+        if priority is None:
+            priority = self.policy["priorities"].get(source, 100)
+        lot: Row = {
+            "number": len(self.lots) + 1,
+            "source": source,
+            "priority": priority,
+            "scope": scope,
+            "start": now if start is None else start,
+            "end": end,
+            "born": now,
+            "operation": operation,
+            "purchase": purchase,
+            "clawed_back": 0,
+            **dict.fromkeys(BUCKETS, 0),
+        }
+        self.lots.append(lot)
+        return lot
+
+    def move(
+        self,
+        kind: str,
+        lot: Row,
+        amount: int,
+        now: datetime,
+        operation: str | None,
+        refers_to: str | None = None,
+        at: datetime | None = None,
+    ) -> None:
+        """Credits change buckets, and a line is written about it."""
+        assert amount > 0
+        if kind == "granted":
+            lot["granted"] += amount
+            lot["available"] += amount
+        elif kind == "restored":
+            lot["restored"] += amount
+            lot["available"] += amount
+        elif kind == "consumed":
+            lot["available"] -= amount
+            lot["consumed"] += amount
+        elif kind == "held":
+            lot["available"] -= amount
+            lot["held"] += amount
+        elif kind == "captured":
+            lot["held"] -= amount
+            lot["consumed"] += amount
+        elif kind == "released":
+            lot["held"] -= amount
+            lot["available"] += amount
+        elif kind == "expired":
+            lot["available"] -= amount
+            lot["expired"] += amount
+        elif kind == "revoked":
+            lot["available"] -= amount
+            lot["revoked"] += amount
+        elif kind == "debt_paid":
+            lot["available"] -= amount
+            lot["revoked"] += amount
+            self.debt -= amount
+        else:
+            assert kind == "debt_incurred"
+            self.debt += amount
+        assert lot["available"] >= 0
+        assert lot["held"] >= 0
+        assert self.debt >= 0
+        self.movements.append(
+            {
+                "operation": operation,
+                "kind": kind,
+                "lot": lot["number"],
+                "amount": amount,
+                "balance_after": sum(each["available"] for each in self.lots),
+                "at": now if at is None else at,
+                "refers_to": refers_to,
+                "recorded_at": now,
+            }
+        )
+
+    def balance(self, now: datetime) -> Row:
+        """Spendable, by source, set aside, owed, and what takes effect later; in micro-credits."""
+        live = [lot for lot in self.lots if lot["available"] and lot["start"] <= now]
+        sources = {lot["source"] for lot in live}
+        return {
+            "available": sum(lot["available"] for lot in live),
+            "held": sum(lot["held"] for lot in self.lots),
+            "debt": self.debt,
+            "upcoming": sum(lot["available"] for lot in self.lots if lot["start"] > now),
+            "by_source": {
+                source: sum(lot["available"] for lot in live if lot["source"] == source) for source in sources
+            },
+        }
+
+
+def burns_before(one: Row, other: Row) -> bool:
+    """The documented order, step by step."""
+    if one["priority"] != other["priority"]:
+        return bool(one["priority"] < other["priority"])
+    if (one["scope"] is None) != (other["scope"] is None):
+        return one["scope"] is not None
+    if one["end"] != other["end"]:
+        if one["end"] is None:
+            return False
+        return other["end"] is None or bool(one["end"] < other["end"])
+    if one["born"] != other["born"]:
+        return bool(one["born"] < other["born"])
+    return bool(one["number"] < other["number"])
+
+
+def in_burn_down_order(lots: list[Row]) -> list[Row]:
+    """Pick the lot that comes before all others, again and again."""
+    left = list(lots)
+    ordered = []
+    while left:
+        first = left[0]
+        for lot in left[1:]:
+            if burns_before(lot, first):
+                first = lot
+        left.remove(first)
+        ordered.append(first)
+    return ordered

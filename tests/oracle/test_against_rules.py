@@ -1,0 +1,773 @@
+"""The rules against a second ledger that shares no code with them, step by step, on random operations.
+
+``CREDITLANE_HYPOTHESIS=thorough`` runs ten times as many, and other ones each time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from fractions import Fraction
+from hashlib import sha256
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from creditlane.contract import decode_message
+from models.catalog import parse_catalog
+from models.rules.catalog import Catalog, Money
+from models.rules.state import COUNTERS, Account, Entry
+from tasks.ledger import Answer, apply
+from tests.oracle.model import BUCKETS, Ledger, Row
+
+THOROUGH = os.environ.get("CREDITLANE_HYPOTHESIS") == "thorough"
+COMMON = settings(
+    deadline=None,
+    database=None,
+    derandomize=not THOROUGH,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)
+STEPS = settings(COMMON, max_examples=3000 if THOROUGH else 300, stateful_step_count=40)
+SEQUENCES = settings(COMMON, max_examples=2000 if THOROUGH else 200)
+
+START = datetime(2026, 1, 31, 12, tzinfo=UTC)
+ACCOUNT = "kontó-1"
+
+CATALOG = """
+[catalog]
+name = "oracle"
+[signup]
+credits = "6"
+expires_days = 2
+[lead]
+credits = "2.5"
+source = "lead"
+[priorities]
+signup = 10
+pack = 50
+bonus = 50
+[features.image]
+price = "1"
+per = "8"
+[features.block]
+price = "0.7"
+per = "3"
+rounding = "up"
+[features.third]
+price = "1"
+per = "3"
+[features.export]
+price = "0"
+[packs.small]
+credits = "5"
+price = "4.99 EUR"
+[packs.same]
+credits = "6"
+price = "4.99 EUR"
+[packs.large]
+credits = "25"
+price = "14.99 EUR"
+[packs.quote]
+quote_above = "500"
+[clawback]
+on_spent = "{on_spent}"
+[refunds]
+refund_days = 2
+"""
+
+CATALOGS = {
+    on_spent: parse_catalog(CATALOG.replace("{on_spent}", on_spent), "oracle.toml")
+    for on_spent in ("debt", "forgive")
+}
+
+
+def plain(catalog: Catalog) -> Row:
+    """A catalog as the second ledger takes it."""
+    return {
+        "features": {
+            name: {"price": int(feature.price), "per": int(feature.per), "rounding": feature.rounding}
+            for name, feature in catalog.features.items()
+        },
+        "signup": {
+            "credits": int(catalog.signup.credits),
+            "source": catalog.signup.source,
+            "expires_days": catalog.signup.expires_days,
+        },
+        "lead": {
+            "credits": int(catalog.lead.credits),
+            "source": catalog.lead.source,
+            "expires_days": catalog.lead.expires_days,
+        },
+        "priorities": dict(catalog.priorities),
+        "packs": [
+            {"name": name, "credits": int(pack.credits), "minor": Money.parse(pack.price).minor}
+            for name, pack in catalog.packs.items()
+            if pack.price is not None
+        ],
+        "on_spent": catalog.clawback.on_spent,
+        "refund_days": catalog.refunds.refund_days,
+    }
+
+
+# What the proof says, once more: the chain, the buckets, the closing identity.
+
+
+def packed(value: Any) -> bytes:
+    """MessagePack of what an entry holds, written from the format's specification."""
+    if value is None:
+        return b"\xc0"
+    if isinstance(value, int):
+        assert value >= 0
+        for limit, head, size in ((1 << 8, b"\xcc", 1), (1 << 16, b"\xcd", 2), (1 << 32, b"\xce", 4)):
+            if value < 128:
+                return bytes([value])
+            if value < limit:
+                return head + value.to_bytes(size, "big")
+        return b"\xcf" + value.to_bytes(8, "big")
+    if isinstance(value, str):
+        text = value.encode("utf-8")
+        if len(text) < 32:
+            return bytes([0xA0 | len(text)]) + text
+        if len(text) < 256:
+            return b"\xd9" + bytes([len(text)]) + text
+        return b"\xda" + len(text).to_bytes(2, "big") + text
+    assert isinstance(value, datetime)
+    since = value - datetime(1970, 1, 1, tzinfo=UTC)
+    seconds, nanoseconds = since.days * 86400 + since.seconds, since.microseconds * 1000
+    if 0 <= seconds < 1 << 34:
+        if not nanoseconds and seconds < 1 << 32:
+            return b"\xd6\xff" + seconds.to_bytes(4, "big")
+        return b"\xd7\xff" + (nanoseconds << 34 | seconds).to_bytes(8, "big")
+    return b"\xc7\x0c\xff" + nanoseconds.to_bytes(4, "big") + seconds.to_bytes(8, "big", signed=True)
+
+
+def chained(previous: bytes, account: str, entry: Entry) -> bytes:
+    """The hash that an entry must have: over the one before it, the account, and every field in order."""
+    fields = (
+        account,
+        entry.seq,
+        entry.operation,
+        entry.kind,
+        entry.grant,
+        entry.amount_micro,
+        entry.balance_after_micro,
+        entry.at,
+        entry.refers_to,
+        entry.recorded_at,
+    )
+    body = bytes([0x90 | len(fields)]) + b"".join(packed(each) for each in fields)
+    return sha256(previous + body).digest()
+
+
+MOVES: dict[str, dict[str, int]] = {
+    "granted": {"granted": 1, "available": 1},
+    "restored": {"restored": 1, "available": 1},
+    "consumed": {"available": -1, "consumed": 1},
+    "held": {"available": -1, "held": 1},
+    "captured": {"held": -1, "consumed": 1},
+    "released": {"held": -1, "available": 1},
+    "expired": {"available": -1, "expired": 1},
+    "revoked": {"available": -1, "revoked": 1},
+    "debt_incurred": {"debt": 1},
+    "debt_paid": {"available": -1, "revoked": 1, "debt": -1},
+}
+
+
+@dataclass
+class Auditor:
+    """Reads the entries of an account as they come and says what its buckets must be."""
+
+    read: int = 0
+    head: bytes = b""
+    totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*BUCKETS, "debt"), 0))
+    grants: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    def check(self, account: Account) -> None:
+        """Read on, then compare every bucket, the chain's head and the closing identity."""
+        for entry in account.entries[self.read :]:
+            self.read += 1
+            assert entry.seq == self.read
+            assert entry.amount_micro > 0
+            assert entry.at <= entry.recorded_at
+            grant = self.grants.setdefault(entry.grant, dict.fromkeys((*BUCKETS, "debt"), 0))
+            for bucket, sign in MOVES[entry.kind].items():
+                grant[bucket] += sign * entry.amount_micro
+                self.totals[bucket] += sign * entry.amount_micro
+                assert bucket == "debt" or grant[bucket] >= 0
+            assert self.totals["debt"] >= 0
+            assert entry.balance_after_micro == self.totals["available"]
+            self.head = chained(self.head, account.account, entry)
+            assert entry.hash == self.head
+        assert account.seq == self.read
+        assert account.head == self.head
+        assert tuple(COUNTERS) == BUCKETS
+        for bucket in BUCKETS:
+            assert getattr(account, bucket) == self.totals[bucket], bucket
+            assert sum(getattr(grant, bucket) for grant in account.grants.values()) == self.totals[bucket]
+        assert account.debt == self.totals["debt"]
+        closes(account)
+        for number, seen in account.grants.items():
+            closes(seen)
+            expected = self.grants[number]
+            assert {bucket: getattr(seen, bucket) for bucket in BUCKETS} == {
+                bucket: expected[bucket] for bucket in BUCKETS
+            }
+
+
+def closes(of: Any) -> None:
+    """The closing identity of a grant or an account."""
+    came = of.granted + of.received + of.restored
+    went = of.available + of.held + of.in_transit + of.consumed + of.expired + of.revoked + of.sent
+    assert came == went
+
+
+# Both ledgers, one operation at a time.
+
+
+def credits_of(text: str) -> int:
+    exact = Fraction(text) * 1_000_000
+    assert exact.denominator == 1
+    return int(exact)
+
+
+def read_answer(answer: Answer) -> Row:
+    """A result as the second ledger gives it: amounts in micro-credits, what is left out as nothing."""
+    said: Row = json.loads(answer.result)
+    read: Row = {
+        "status": said["status"],
+        "code": said.get("code"),
+        "charged": credits_of(said.get("charged", "0")),
+        "uses": [(use["grant"], credits_of(use["amount"])) for use in said.get("grants", [])],
+        "replayed": said.get("replayed", False),
+    }
+    for amount in ("required", "available", "shortfall", "owed", "forgiven"):
+        if amount in said:
+            read[amount] = credits_of(said[amount])
+    for same in ("grant", "hold"):
+        if same in said:
+            read[same] = said[same]
+    if "expires_at" in said:
+        read["expires_at"] = datetime.fromisoformat(said["expires_at"].replace("Z", "+00:00"))
+    if "offer" in said:
+        read["offer"] = said["offer"]["pack"]
+    balance = said.get("balance")
+    if balance is not None:
+        read["balance"] = {
+            **{each: credits_of(balance.get(each, "0")) for each in ("available", "held", "debt", "upcoming")},
+            "by_source": {source: credits_of(each) for source, each in balance.get("by_source", {}).items()},
+        }
+    return read
+
+
+@dataclass
+class Both:
+    """An account in the rules and in the second ledger."""
+
+    catalog: Catalog
+    account: Account = field(default_factory=lambda: Account(ACCOUNT))
+    now: datetime = START
+    auditor: Auditor = field(default_factory=Auditor)
+    sent: list[tuple[str, str, Row]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(plain(self.catalog))
+
+    def do(self, name: str, operation: str, content: Row) -> Row:
+        """Apply it to both; compare the answers and everything that they are made of."""
+        self.sent.append((name, operation, content))
+        known = operation in self.account.known
+        written = len(self.account.entries)
+        numbered = self.account.operations
+        answer = send(self.account, name, operation, content, self.now, self.catalog)
+        result = read_answer(answer)
+        expected = self.ledger.do(name, operation, content, self.now)
+        if expected["code"] == "id_conflict":
+            assert result == {**expected, "charged": 0, "uses": []}
+        else:
+            assert result == expected
+        said = json.loads(answer.result)
+        assert (said["operation"], said["id"], said["account"]) == (name, operation, ACCOUNT)
+        assert answer.conflict is (expected["code"] == "id_conflict")
+        new = self.account.entries[written:]
+        if known:
+            assert answer.row is None
+            assert new == []
+            assert self.account.operations == numbered
+        else:
+            self.check_row(answer, result, new)
+            assert self.account.operations == numbered + 1
+            self.check_nothing_expired_is_left()
+        self.check_live(new)
+        self.check_same()
+        self.auditor.check(self.account)
+        return result
+
+    def check_row(self, answer: Answer, result: Row, new: list[Entry]) -> None:
+        """The operation's row names its own entries and no others; a refusal has none."""
+        row = answer.row
+        assert row is not None
+        own = [entry for entry in new if entry.operation is not None]
+        assert new[len(new) - len(own) :] == own, "settling comes first"
+        assert {entry.operation for entry in own} <= {row.operation}
+        assert row.number == self.account.operations
+        assert (row.status, row.code, row.charged_micro) == (
+            result["status"],
+            result["code"],
+            result["charged"],
+        )
+        assert row.entries == len(own)
+        assert row.first_seq == (own[0].seq if own else None)
+        assert row.applied_at == self.now
+        if row.status == "rejected":
+            assert own == []
+        for entry in new[: len(new) - len(own)]:
+            assert entry.kind in ("released", "expired", "debt_paid")
+
+    def check_nothing_expired_is_left(self) -> None:
+        for grant in self.account.grants.values():
+            assert grant.expires_at is None or grant.expires_at > self.now or not grant.available
+        for hold in self.account.holds.values():
+            assert hold.status != "open" or hold.expires_at > self.now
+
+    def check_live(self, new: list[Entry]) -> None:
+        """Nothing was taken from a grant before its start or from its end on."""
+        for entry in new:
+            if entry.kind in ("consumed", "held"):
+                grant = self.account.grants[entry.grant]
+                assert grant.effective_at <= self.now
+                assert grant.expires_at is None or self.now < grant.expires_at
+
+    def check_same(self) -> None:
+        """Every grant, every hold, the debt and every entry are the same in both."""
+        assert (self.account.status == "open") is self.ledger.opened
+        assert self.account.debt == self.ledger.debt
+        assert self.account.last_grant == len(self.ledger.lots) == len(self.account.grants)
+        for lot in self.ledger.lots:
+            grant = self.account.grants[lot["number"]]
+            for bucket in (*BUCKETS, "clawed_back"):
+                assert getattr(grant, bucket) == lot[bucket], (lot["number"], bucket)
+            assert (grant.source, grant.priority, grant.features, grant.operation, grant.purchase) == (
+                lot["source"],
+                lot["priority"],
+                lot["scope"],
+                lot["operation"],
+                lot["purchase"],
+            )
+            assert (grant.effective_at, grant.expires_at, grant.created_at) == (
+                lot["start"],
+                lot["end"],
+                lot["born"],
+            )
+        assert set(self.account.holds) == set(self.ledger.holds)
+        for number, hold in self.ledger.holds.items():
+            seen = self.account.holds[number]
+            assert (seen.status == "open", seen.amount, seen.expires_at) == (
+                hold["open"],
+                hold["amount"],
+                hold["end"],
+            )
+        assert len(self.account.entries) == len(self.ledger.movements)
+        for entry, movement in zip(
+            self.account.entries[self.auditor.read :],
+            self.ledger.movements[self.auditor.read :],
+            strict=True,
+        ):
+            assert (entry.operation, entry.kind, entry.grant, entry.amount_micro) == (
+                movement["operation"],
+                movement["kind"],
+                movement["lot"],
+                movement["amount"],
+            )
+            assert (entry.at, entry.recorded_at) == (movement["at"], movement["recorded_at"])
+            assert entry.balance_after_micro == movement["balance_after"]
+            assert entry.refers_to == movement["refers_to"]
+
+
+def send(
+    account: Account, name: str, operation: str, content: Row, now: datetime, catalog: Catalog
+) -> Answer:
+    """Through the door and into the rules; whoever keeps the account notes when it is due next."""
+    arguments = json.dumps(content).encode()
+    answer = apply(account, name, operation, decode_message(name, arguments), arguments, now, catalog)
+    account.next_due_at = account.due_at()
+    return answer
+
+
+# What is sent. Times are on a grid of ten seconds, so that several things fall due at the same instant.
+
+amounts = st.sampled_from(["0.000001", "0.5", "1", 2, "3", "4.25", "6", 10, "25"])
+features = st.sampled_from(["image", "block", "third", "export", "image", "block", "unheard_of"])
+quantities = st.sampled_from([None, "0.000001", 1, "2", "7.5", 12, "40"])
+sources = st.sampled_from(["pack", "bonus", "signup", "other"])
+scopes = st.sampled_from([None, None, None, ["image"], ["block", "third"], ["image", "block"]])
+offsets = st.sampled_from([10, 20, 20, 30, 60, 3600, 86_400, 864_000])
+jumps = st.sampled_from([0.000001, 1, 10, 10, 10, 20, 60, 3600, 86_400, 3 * 86_400])
+
+
+def written(instant: datetime) -> str:
+    return instant.isoformat().replace("+00:00", "Z")
+
+
+def present(**content: Any) -> Row:
+    """A message with the arguments that are not left out."""
+    return {"account": ACCOUNT, **{name: value for name, value in content.items() if value is not None}}
+
+
+@st.composite
+def grants(draw: st.DrawFn, now: datetime) -> Row:
+    """A grant with or without priority, scope, a start to come (or past), an end, a purchase."""
+    content: Row = {
+        "amount": draw(amounts),
+        "source": draw(sources),
+        "priority": draw(st.sampled_from([None, None, 0, 50, 50, 100])),
+        "features": draw(scopes),
+        "purchase": draw(st.sampled_from([None, "purchase-1", "purchase-1", "purchase-2"])),
+    }
+    start = draw(st.sampled_from([None, None, None, -20, 0, 10, 20, 3600]))
+    if start is not None:
+        content["effective_at"] = written(now + timedelta(seconds=start))
+    end = draw(st.sampled_from(["never", "at", "at", "in", "in", "past"]))
+    if end == "at":
+        content["expires_at"] = written(now + timedelta(seconds=draw(offsets)))
+    elif end == "in":
+        content["expires_in"] = draw(offsets)
+    elif end == "past":
+        content["expires_at"] = written(now - timedelta(seconds=draw(st.sampled_from([0, 10]))))
+    return present(**content)
+
+
+@st.composite
+def charges(draw: st.DrawFn, now: datetime) -> Row:
+    """A feature with a quantity, or an amount."""
+    if draw(st.booleans()):
+        return present(amount=draw(amounts), member=draw(st.sampled_from([None, "anna"])))
+    return present(feature=draw(features), quantity=draw(quantities))
+
+
+@st.composite
+def holdings(draw: st.DrawFn, now: datetime) -> Row:
+    content: Row = draw(charges(now))
+    ttl = draw(st.sampled_from([None, None, 1, 10, 20, 3600, 100_000]))
+    return content if ttl is None else {**content, "ttl": ttl}
+
+
+@st.composite
+def captures(draw: st.DrawFn, holds: list[str]) -> Row:
+    how = draw(st.sampled_from(["all", "amount", "amount", "amount", "quantity"]))
+    hold = draw(st.sampled_from(holds))
+    if how == "amount":
+        return present(hold=hold, amount=draw(st.sampled_from(["0", "0.25", "0.5", "1", 2, "3", "6.5", 30])))
+    if how == "quantity":
+        return present(hold=hold, quantity=draw(st.sampled_from(["0", 1, "3", 12, "40"])))
+    return present(hold=hold)
+
+
+some = st.sampled_from([None, None, "0.000001", "0.25", "1", 2, "5"])
+
+
+class Operations(RuleBasedStateMachine):
+    """Random operations on one account; after every one both ledgers must agree on everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = Both(CATALOGS["debt"])
+
+    @initialize(on_spent=st.sampled_from(["debt", "forgive"]), kind=st.sampled_from([None, None, None, None, "user", "lead", "pool", "not yet"]))  # fmt: skip
+    def begin(self, on_spent: str, kind: str | None) -> None:
+        self.both = Both(CATALOGS[on_spent])
+        if kind != "not yet":
+            self.send("credits.open", present(kind=kind))
+
+    def send(self, name: str, content: Row) -> None:
+        self.both.do(name, f"operation-{len(self.both.sent)}", content)
+
+    def past(self, *names: str) -> list[str]:
+        return [operation for name, operation, _ in self.both.sent if name in names]
+
+    def holds(self) -> list[str]:
+        """Mostly those that are open; some that are closed or were refused, and one that never was."""
+        still_open = [hold.id for hold in self.both.account.holds.values() if hold.status == "open"]
+        return [*still_open * 3, *self.past("credits.hold")[-2:], "nowhere"]
+
+    @rule(kind=st.sampled_from([None, "lead", "settle", "settle"]))
+    def open_again_or_settle(self, kind: str | None) -> None:
+        if kind == "settle":
+            self.send("credits.settle", present())
+        else:
+            self.send("credits.open", present(kind=kind))
+
+    @rule(seconds=jumps)
+    def time_passes(self, seconds: float) -> None:
+        self.both.now += timedelta(seconds=seconds)
+
+    @rule(data=st.data())
+    def time_passes_until_something_is_due(self, data: st.DataObject) -> None:
+        ends = {grant.expires_at for grant in self.both.account.order if grant.available}
+        ends |= {hold.expires_at for hold in self.both.account.holds.values() if hold.status == "open"}
+        due = sorted(end for end in ends if end is not None and end > self.both.now)
+        if due:
+            self.both.now = data.draw(st.sampled_from(due))
+
+    @rule(data=st.data())
+    def another_grant(self, data: st.DataObject) -> None:
+        self.send("credits.grant", data.draw(grants(self.both.now)))
+
+    @rule(data=st.data())
+    def grant(self, data: st.DataObject) -> None:
+        self.send("credits.grant", data.draw(grants(self.both.now)))
+
+    @rule(data=st.data(), partial=st.sampled_from([None, False, True]))
+    def consume(self, data: st.DataObject, partial: bool | None) -> None:
+        content = data.draw(charges(self.both.now))
+        self.send("credits.consume", content if partial is None else {**content, "partial": partial})
+
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        self.send("credits.hold", data.draw(holdings(self.both.now)))
+
+    @rule(data=st.data())
+    def another_hold(self, data: st.DataObject) -> None:
+        self.send("credits.hold", data.draw(holdings(self.both.now)))
+
+    @precondition(lambda self: self.past("credits.hold"))
+    @rule(data=st.data())
+    def another_capture(self, data: st.DataObject) -> None:
+        self.send("credits.capture", data.draw(captures(self.holds())))
+
+    @precondition(lambda self: self.past("credits.hold"))
+    @rule(data=st.data())
+    def capture(self, data: st.DataObject) -> None:
+        self.send("credits.capture", data.draw(captures(self.holds())))
+
+    @precondition(lambda self: self.past("credits.hold"))
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        self.send("credits.release", present(hold=data.draw(st.sampled_from(self.holds()))))
+
+    @precondition(lambda self: self.past("credits.consume", "credits.capture"))
+    @rule(data=st.data(), amount=some)
+    def refund(self, data: st.DataObject, amount: str | int | None) -> None:
+        charged = [operation for operation, known in self.both.account.known.items() if known.lines]
+        charged = [*charged[-4:] * 3, *self.past("credits.consume", "credits.capture", "credits.hold")[-2:]]
+        self.send("credits.refund", present(operation=data.draw(st.sampled_from(charged)), amount=amount))
+
+    @rule(amount=st.sampled_from(["0.5", "-0.5", "1", -1, "-3", 5, "-25"]))
+    def adjust(self, amount: str | int) -> None:
+        self.send("credits.adjust", present(amount=amount, actor="admin", reason="goodwill"))
+
+    @rule(data=st.data(), amount=some)
+    def revoke_a_grant(self, data: st.DataObject, amount: str | int | None) -> None:
+        number = data.draw(st.integers(1, self.both.account.last_grant + 1))
+        self.send("credits.revoke", present(grant=number, amount=amount))
+
+    @rule(data=st.data(), amount=some)
+    def revoke_a_purchase(self, data: st.DataObject, amount: str | int | None) -> None:
+        bought = sorted({grant.purchase for grant in self.both.account.order if grant.purchase is not None})
+        purchase = data.draw(st.sampled_from([*bought * 3, "purchase-3"]))
+        self.send("credits.revoke", present(purchase=purchase, amount=amount))
+
+    @precondition(lambda self: self.both.sent)
+    @rule(data=st.data())
+    def the_same_again(self, data: st.DataObject) -> None:
+        self.both.do(*data.draw(st.sampled_from(self.both.sent)))
+
+    @precondition(lambda self: self.both.sent)
+    @rule(data=st.data())
+    def other_content_under_a_used_id(self, data: st.DataObject) -> None:
+        _, operation, _ = data.draw(st.sampled_from(self.both.sent))
+        name, _, content = data.draw(st.sampled_from(self.both.sent))
+        self.both.do(name, operation, content)
+
+    @invariant()
+    def nothing_changes_between_operations(self) -> None:
+        self.both.check_same()
+
+
+Operations.TestCase.settings = STEPS
+TestOperations = Operations.TestCase
+
+
+# Whole sequences, for what holds between two runs of the same.
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> list[tuple[float, str, Row]]:
+    """Seconds to wait, a name and its arguments, some twenty times; references by place in the sequence."""
+    steps: list[tuple[float, str, Row]] = [(0, "credits.open", present())]
+    now = START
+    for place in range(1, draw(st.integers(2, 20))):
+        wait = draw(st.sampled_from([0, 0, 10, 10, 20, 60, 86_400]))
+        now += timedelta(seconds=wait)
+        holds = [f"operation-{at}" for at, step in enumerate(steps) if step[1] == "credits.hold"]
+        charged = [
+            f"operation-{at}"
+            for at, step in enumerate(steps)
+            if step[1] in ("credits.consume", "credits.capture")
+        ]
+        kinds = ["grant", "grant", "consume", "consume", "hold", "hold", "revoke", "revoke_grant", "adjust"]
+        kinds += ["capture", "release"] if holds else []
+        kinds += ["refund", "refund"] if charged else []
+        kind = draw(st.sampled_from(kinds))
+        content: Row
+        if kind == "grant":
+            content = draw(grants(now))
+        elif kind == "consume":
+            content = draw(charges(now))
+        elif kind == "hold":
+            content = draw(holdings(now))
+        elif kind == "revoke":
+            content = present(purchase=draw(st.sampled_from(["purchase-1", "purchase-2"])), amount=draw(some))
+        elif kind == "revoke_grant":
+            kind = "revoke"
+            content = present(grant=draw(st.integers(1, place)), amount=draw(some))
+        elif kind == "adjust":
+            amount = draw(st.sampled_from(["1", "-1", "3", "-0.5"]))
+            content = present(amount=amount, actor="admin", reason="a test")
+        elif kind == "capture":
+            content = draw(captures(holds))
+        elif kind == "release":
+            content = present(hold=draw(st.sampled_from(holds)))
+        else:
+            content = present(operation=draw(st.sampled_from(charged)), amount=draw(some))
+        steps.append((wait, f"credits.{kind}", content))
+    return steps
+
+
+def buckets(account: Account) -> dict[int, tuple[int, ...]]:
+    return {
+        number: tuple(getattr(grant, bucket) for bucket in BUCKETS)
+        for number, grant in account.grants.items()
+    }
+
+
+def moves(account: Account) -> list[tuple[Any, ...]]:
+    """The entries but for when they were recorded, which a sweep may do earlier."""
+    return [(entry[:7], entry.refers_to) for entry in account.entries]
+
+
+@SEQUENCES
+@given(
+    steps=sequences(),
+    on_spent=st.sampled_from(["debt", "forgive"]),
+    sweeps=st.lists(st.tuples(st.integers(1, 20), st.sampled_from([0, 1, 5, 10, 15, 30, 3600])), max_size=20),
+)
+def test_sweeps_between_operations_change_no_answer_no_entry_and_no_balance(
+    steps: list[tuple[float, str, Row]], on_spent: str, sweeps: list[tuple[int, int]]
+) -> None:
+    catalog = CATALOGS[on_spent]
+    idle, swept = Account(ACCOUNT), Account(ACCOUNT)
+    now = START
+    for place, (wait, name, content) in enumerate(steps):
+        before = now
+        now += timedelta(seconds=wait)
+        for number, after in enumerate(sorted(after for at, after in sweeps if at == place)):
+            sweep = min(now, before + timedelta(seconds=after))
+            send(swept, "credits.settle", f"sweep-{place}-{number}", present(), sweep, catalog)
+        answers = [
+            send(each, name, f"operation-{place}", content, now, catalog).result for each in (idle, swept)
+        ]
+        assert answers[0] == answers[1]
+    assert buckets(idle) == buckets(swept)
+    assert moves(idle) == moves(swept)
+    assert idle.debt == swept.debt
+
+
+@SEQUENCES
+@given(
+    steps=sequences(),
+    on_spent=st.sampled_from(["debt", "forgive"]),
+    again=st.lists(st.integers(0, 19), max_size=10),
+)
+def test_whatever_is_delivered_twice_leaves_the_same_entries_and_the_same_hashes(
+    steps: list[tuple[float, str, Row]], on_spent: str, again: list[int]
+) -> None:
+    catalog = CATALOGS[on_spent]
+    once, twice = Account(ACCOUNT), Account(ACCOUNT)
+    now = START
+    first: dict[int, Any] = {}
+    for place, (wait, name, content) in enumerate(steps):
+        now += timedelta(seconds=wait)
+        send(once, name, f"operation-{place}", content, now, catalog)
+        first[place] = json.loads(
+            send(twice, name, f"operation-{place}", content, now, catalog).result
+        )
+        for earlier in again:
+            if earlier <= place:
+                _, name_then, content_then = steps[earlier]
+                repeated = send(twice, name_then, f"operation-{earlier}", content_then, now, catalog)
+                assert repeated.row is None
+                assert json.loads(repeated.result) == {**first[earlier], "replayed": True}
+    assert once.entries == twice.entries
+    assert once.head == twice.head
+    assert buckets(once) == buckets(twice)
+
+
+@SEQUENCES
+@given(steps=sequences(), on_spent=st.sampled_from(["debt", "forgive"]))
+def test_no_refund_gives_back_more_than_its_charge_took(
+    steps: list[tuple[float, str, Row]], on_spent: str
+) -> None:
+    both = Both(CATALOGS[on_spent])
+    taken: dict[str, int] = {}
+    for place, (wait, name, content) in enumerate(steps):
+        both.now += timedelta(seconds=wait)
+        operation = f"operation-{place}"
+        result = both.do(name, operation, content)
+        if name in ("credits.consume", "credits.capture") and result["status"] == "applied":
+            taken[operation] = result["charged"]
+        if name == "credits.refund" and result["status"] == "applied":
+            taken[content["operation"]] += result["charged"]
+            assert taken[content["operation"]] >= 0
+
+
+@SEQUENCES
+@given(steps=sequences())
+def test_an_altered_removed_or_swapped_entry_breaks_the_chain_there(
+    steps: list[tuple[float, str, Row]],
+) -> None:
+    account = Account(ACCOUNT)
+    now = START
+    for place, (wait, name, content) in enumerate(steps):
+        now += timedelta(seconds=wait)
+        send(account, name, f"operation-{place}", content, now, CATALOGS["debt"])
+
+    def broken_at(entries: list[Entry]) -> int | None:
+        head = b""
+        for entry in entries:
+            head = chained(head, ACCOUNT, entry)
+            if head != entry.hash:
+                return entry.seq
+        return None
+
+    assert broken_at(account.entries) is None
+    for at, entry in enumerate(account.entries):
+        altered = list(account.entries)
+        altered[at] = entry._replace(amount_micro=entry.amount_micro + 1)
+        assert broken_at(altered) == entry.seq
+        if at + 1 < len(account.entries):
+            assert broken_at(altered[:at] + account.entries[at + 1 :]) == entry.seq + 1
+            swapped = list(account.entries)
+            swapped[at], swapped[at + 1] = swapped[at + 1], swapped[at]
+            assert broken_at(swapped) == entry.seq + 1
+
+
+def test_every_kind_of_entry_is_reached_by_the_sequences_of_this_file() -> None:
+    both = Both(CATALOGS["debt"])
+    for name, content in (
+        ("credits.open", present()),
+        ("credits.grant", present(amount=10, source="pack", expires_in=3600, purchase="purchase-1")),
+        ("credits.consume", present(amount="3")),
+        ("credits.hold", present(amount="8")),
+        ("credits.capture", present(hold="operation-3", amount="7")),
+        ("credits.refund", present(operation="operation-2", amount="1")),
+        ("credits.revoke", present(purchase="purchase-1")),
+        ("credits.grant", present(amount=10, source="bonus")),
+    ):
+        both.do(name, f"operation-{len(both.sent)}", content)
+    both.now += timedelta(days=3)
+    both.do("credits.settle", "operation-8", present())
+    assert {entry.kind for entry in both.account.entries} == set(MOVES)

@@ -1,0 +1,65 @@
+"""The Celery app of everything that is no lane worker: queries, maintenance, beat, Flower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery
+
+from creditlane.contract import MAX_MESSAGE_BYTES
+from models.settings import Settings, settings
+
+QUERIES, MAINTENANCE = "queries", "maintenance"
+"""The queues of the general worker."""
+
+
+def common_configuration(config: Settings) -> dict[str, Any]:
+    """What every app of the project has in common."""
+    broker = config.broker_url.get_secret_value()
+    results = config.result_url.get_secret_value() if config.result_url is not None else broker
+    return {
+        "broker_url": broker,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,  # for ever, and visible in the log
+        "broker_transport_options": {
+            "socket_keepalive": True,
+            "socket_connect_timeout": 5,
+            "socket_timeout": 30,
+            "visibility_timeout": 12 * 3600,  # of the queues that are no lanes
+            "global_keyprefix": "",
+        },
+        "result_backend": results,
+        "result_expires": config.result_expires_seconds,
+        "redis_socket_timeout": 30,
+        "redis_socket_connect_timeout": 5,
+        "accept_content": ["json"],
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "task_default_queue": MAINTENANCE,
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "task_time_limit": 3600,
+        "worker_cancel_long_running_tasks_on_connection_loss": True,
+        "worker_hijack_root_logger": True,
+        "worker_send_task_events": True,
+        "task_send_sent_event": False,
+        "task_track_started": True,
+        "enable_utc": True,
+        "timezone": "UTC",
+        "worker_redirect_stdouts": False,
+        "redbeat_redis_url": broker,
+        "redbeat_lock_timeout": 60,
+    }
+
+
+def make_app(name: str, config: Settings | None = None) -> Celery:
+    """A Celery app with the common configuration."""
+    app = Celery(name)
+    app.conf.update(common_configuration(config or settings()))
+    return app
+
+
+app = make_app("creditlane")
+app.conf.imports = ("tasks.queries", "tasks.maintenance")
+
+__all__ = ["MAINTENANCE", "MAX_MESSAGE_BYTES", "QUERIES", "app", "common_configuration", "make_app"]

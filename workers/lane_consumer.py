@@ -1,0 +1,586 @@
+"""The lane consumer: collects messages of a worker's lanes in one ordered buffer and has them written in batches.
+
+It sits in Celery by its own extension points: ledger tasks share a strategy that appends to the buffer
+whatever the task's name, a consumer sends what Celery cannot understand into the same buffer instead of
+dropping it, and a boot step owns buffer, lanes and flushing (lanes: the batch).
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import psycopg
+from celery import Task, bootsteps
+from celery.utils.log import get_logger
+from celery.worker import state
+from celery.worker.consumer import Consumer
+from celery.worker.request import Request
+
+from creditlane.codes import Code
+from creditlane.contract import (
+    BATCH,
+    MAX_MESSAGE_BYTES,
+    ContractError,
+    check_id,
+    decode_batch,
+    decode_message,
+)
+from creditlane.lanes import lane_name
+from models.catalog import load_catalog
+from models.settings import settings
+from workers.crash import crash_point
+from workers.ledger_writer import Job, LedgerWriter, connect
+from workers.ownership import Ownership, check_session
+from workers.quarantine import Quarantined
+from workers.redis_lanes import UNREADABLE, RedisLanes
+from workers.results import Results
+
+logger = get_logger(__name__)
+
+FIRST_RETRY_SECONDS = 0.1
+"""The pause before the second attempt at a batch; each further one is twice as long, up to a setting."""
+
+REPR_CHARACTERS = 400
+"""How much of an operation's arguments Flower shows."""
+
+_body = msgspec.json.Decoder(tuple[list[Any], msgspec.Raw, msgspec.Raw])
+_json = msgspec.json.Encoder(enc_hook=repr)
+
+
+class LedgerTask(Task):  # type: ignore[misc] # Celery's class has no types
+    """A ledger operation as Celery knows it: a name and a strategy."""
+
+    Strategy = "workers.lane_consumer:strategy"
+    acks_late = True
+    typing = False
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """Never called in a lane worker: operations are applied in batches."""
+        raise RuntimeError("ledger operations are applied by lane workers, through their lane")
+
+
+def strategy(task: Task, app: Any, consumer: LaneConsumer, **_options: Any) -> Any:
+    """Celery's hook for what to do with a message of a task: put it into the one ordered buffer."""
+    receive = consumer.lanes.receive
+
+    def handle(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> None:
+        receive(message, task)
+
+    return handle
+
+
+class LaneConsumer(Consumer):  # type: ignore[misc] # Celery's class has no types
+    """A consumer that quarantines what Celery would log and drop, in the message's turn."""
+
+    lanes: LaneStep
+
+    def update_strategies(self) -> None:
+        """Ledger operations only: whatever else arrives in a lane is no operation."""
+        super().update_strategies()
+        self.strategies = {
+            name: handler for name, handler in self.strategies.items() if isinstance(self.app.tasks[name], LedgerTask)
+        }
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        """A body that is not JSON, or not allowed."""
+        self.lanes.receive_poison(message, Code.MALFORMED, f"the body cannot be read: {exc}")
+
+    def on_unknown_message(self, body: Any, message: Any) -> None:
+        """A message that is no Celery task."""
+        self.lanes.receive_poison(message, Code.MALFORMED, "the message is no Celery task: it has no task name")
+
+    def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
+        """A task name that is no operation."""
+        name = message.headers.get("task") if isinstance(message.headers, dict) else None
+        self.lanes.receive_poison(message, Code.UNKNOWN_OPERATION, f"{name!r} is no operation of the ledger")
+
+    def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:
+        """A task whose headers Celery cannot read."""
+        self.lanes.receive_poison(message, Code.MALFORMED, f"the headers cannot be read: {exc}")
+
+
+class Delivery:
+    """One message in the buffer, with what is to be done for it."""
+
+    __slots__ = (
+        "id", "lane", "members", "message", "name", "quarantined", "received_at", "request", "result", "revoked",
+        "started_at",
+    )  # fmt: skip
+
+    def __init__(self, message: Any, lane: str) -> None:
+        self.message = message
+        self.lane = lane
+        self.name: str | None = None
+        self.id: str | None = None
+        self.request: Request | None = None
+        self.members: list[Job | Quarantined] = []
+        """The message's operations: one, or those of a batch."""
+        self.quarantined: Quarantined | None = None
+        """Why the message as a whole cannot be understood."""
+        self.revoked = False
+        self.received_at = time.time()
+        self.started_at = 0.0
+        self.result: bytes | None = None
+
+    def jobs(self) -> list[Job]:
+        """The operations that can be applied."""
+        return [member for member in self.members if isinstance(member, Job)]
+
+
+class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc] # Celery's class has no types
+    """Owns the buffer, the lanes and the flushing of one lane worker."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, consumer: LaneConsumer, **options: Any) -> None:
+        super().__init__(consumer, **options)
+        consumer.lanes = self
+        self.consumer = consumer
+        self.settings = settings()
+        self.catalog = load_catalog(self.settings.catalog)
+        self.buffer: deque[Delivery] = deque()
+        self.writer: LedgerWriter | None = None
+        self.ownership: Ownership | None = None
+        self.broker: RedisLanes | None = None
+        self.results: Results | None = None
+        self.consuming: set[int] = set()
+        self.flush_armed = False
+        self.pause_seconds = 0.0
+        self.hub: Any = None
+
+    # Celery's life cycle
+
+    def register_with_event_loop(self, consumer: LaneConsumer, hub: Any) -> None:
+        """Begin: the event loop is about to run."""
+        self.hub = hub
+        self.buffer.clear()
+        self.flush_armed = False
+        self.broker = RedisLanes(consumer.task_consumer.channel, hub, self.room)
+        self.results = Results(consumer.app)
+        if consumer.event_dispatcher is not None:
+            consumer.event_dispatcher.buffer_limit = 1 << 30  # flushed once per batch, in one block
+        self.balance()
+        hub.call_repeatedly(self.settings.balance_seconds, self.balance)
+
+    def stop(self, consumer: LaneConsumer) -> None:
+        """Warm shutdown: apply what is buffered, then let the lanes go. After a lost broker connection: only
+        let go, since the broker delivers again."""
+        self.pause_seconds = 0.0
+        if consumer.connection is not None:
+            try:
+                while self.buffer and self.writer is not None and not self.pause_seconds:
+                    self.flush(more=False)
+            except Exception as error:
+                logger.warning("stopping with %d messages unapplied, they go back: %r", len(self.buffer), error)
+        self.buffer.clear()
+        self.consuming.clear()
+        self.close_database()
+
+    def close_database(self) -> None:
+        """Close the connection, and with it give every lane up."""
+        if self.writer is not None:
+            self.writer.connection.close()
+        self.writer = self.ownership = None
+
+    # Lanes
+
+    def balance(self) -> None:
+        """Take and give lanes so that all workers have their share; connect first, if need be.
+
+        Runs every ``balance_seconds``; also looks for messages that no wake-up told of.
+        """
+        try:
+            if self.ownership is None:
+                self.open_database()
+            assert self.ownership is not None
+            found = self.ownership.balance()
+            if found.excess:
+                self.give_up(found.excess)
+            for lane in found.taken:
+                self.consume(lane)
+            # A lane may be held without being consumed: when giving it up failed half way.
+            for lane in self.ownership.mine - self.consuming:
+                self.consume(lane)
+        except psycopg.Error as error:
+            self.lose_database(error)
+            return
+        if found.taken or found.excess:
+            logger.info(
+                "lanes: took %d, gave %d, have %d of %d among %d workers",
+                len(found.taken), len(found.excess), len(self.consuming), self.settings.lanes, found.workers,
+            )  # fmt: skip
+        assert self.broker is not None
+        self.broker.poll()
+
+    def open_database(self) -> None:
+        """Connect to Postgres; from here on lanes can be owned.
+
+        :raises psycopg.Error: when it is away.
+        """
+        connection = connect(self.settings.database_url.get_secret_value())
+        check_session(connection)
+        self.ownership = Ownership(connection, self.settings.lanes)
+        self.writer = LedgerWriter(connection, lambda: self.catalog, poison_of_job)
+        self.pause_seconds = 0.0
+
+    def consume(self, lane: int) -> None:
+        """Begin to consume a lane that this worker owns; what its last owner left unacknowledged comes first."""
+        queue = self.consumer.app.amqp.queues.select_add(lane_name(lane), exchange="", routing_key=lane_name(lane))
+        tasks = self.consumer.task_consumer
+        tasks.add_queue(queue)
+        tasks.consume()
+        self.consuming.add(lane)
+
+    def give_up(self, lanes: Sequence[int]) -> None:
+        """Give lanes to other workers, once everything that is buffered is applied."""
+        while self.buffer and not self.pause_seconds and self.writer is not None:
+            self.flush(more=False)
+        if self.buffer or self.ownership is None:
+            return
+        for lane in lanes:
+            self.forget(lane)
+        self.ownership.give(list(lanes))
+
+    def forget(self, lane: int) -> None:
+        """Stop consuming a lane."""
+        self.consumer.app.amqp.queues.deselect([lane_name(lane)])
+        self.consumer.task_consumer.cancel_by_queue(lane_name(lane))
+        self.consuming.discard(lane)
+
+    def lose_database(self, error: Exception) -> None:
+        """The connection is gone, and with it every lane: drop the buffer, begin anew at the next balance.
+
+        What was buffered was not acknowledged; the lanes' next owner (maybe this worker) gets it again, in
+        order, and the operation ids tell what of it had been committed.
+        """
+        logger.error(
+            "database away (%s): %d lanes let go, %d messages go back; trying again every %.0f s",
+            describe(error), len(self.consuming), len(self.buffer), self.settings.balance_seconds,
+        )  # fmt: skip
+        self.close_database()
+        self.buffer.clear()
+        for lane in list(self.consuming):
+            self.forget(lane)
+
+    # Messages
+
+    def room(self) -> int:
+        """How many messages may still be taken off the broker."""
+        return 0 if self.pause_seconds or self.writer is None else self.settings.batch_messages - len(self.buffer)
+
+    def receive(self, message: Any, task: Task) -> None:
+        """Take an operation's message into the buffer, in its turn."""
+        delivery = Delivery(message, lane_of_message(message))
+        try:
+            self.understand(delivery, task)
+        except ContractError as error:
+            self.refuse(delivery, error.code, str(error))
+        except Exception as error:
+            self.refuse(delivery, Code.MALFORMED, f"{type(error).__name__}: {error}", traceback.format_exc())
+        self.append(delivery)
+
+    def receive_poison(self, message: Any, code: Code, reason: str) -> None:
+        """Take a message that Celery cannot understand into the buffer: its quarantine has its turn as well."""
+        delivery = Delivery(message, lane_of_message(message))
+        headers = message.headers if isinstance(message.headers, dict) else {}
+        name, identity = headers.get("task"), headers.get("id")
+        delivery.name = name if isinstance(name, str) else None
+        delivery.id = identity if isinstance(identity, str) else None
+        if message.content_type == UNREADABLE:
+            reason = "what stood in the lane is no message of kombu's: not JSON, or without properties"
+        self.refuse(delivery, code, reason)
+        self.append(delivery)
+
+    def understand(self, delivery: Delivery, task: Task) -> None:
+        """Decode a message once, into its operations.
+
+        :raises ContractError: when it does not fit the contract.
+        """
+        message = delivery.message
+        headers = message.headers
+        delivery.name = task.name
+        delivery.id = headers.get("id") if isinstance(headers.get("id"), str) else None
+        body = message.body
+        if isinstance(body, str):
+            body = body.encode()
+        if len(body) > MAX_MESSAGE_BYTES:
+            raise ContractError(Code.INVALID_MESSAGE, f"the body has more than {MAX_MESSAGE_BYTES} bytes; split it")
+        if message.content_type != "application/json":
+            raise ContractError(Code.MALFORMED, f"only application/json is accepted, not {message.content_type!r}")
+        operation = check_id(headers.get("id"))
+        try:
+            args, kwargs, _embedded = _body.decode(body)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise ContractError(Code.MALFORMED, f"the body is no [args, kwargs, embed] in JSON: {error}") from None
+        delivery.request = self.request(delivery, task, args, kwargs)
+        if args:
+            raise ContractError(Code.INVALID_MESSAGE, "send keyword arguments; positional ones have no names")
+        if headers.get("eta"):
+            raise ContractError(Code.INVALID_MESSAGE, "lanes apply in order at once: send without eta and countdown")
+        if task.name == BATCH:
+            delivery.members = [
+                self.member(delivery, name, identity, arguments)
+                for name, identity, arguments in decode_batch(kwargs).operations
+            ]
+        else:
+            arguments = bytes(kwargs)
+            delivery.members = [Job(task.name, operation, decode_message(task.name, arguments), arguments, delivery)]
+        request = delivery.request
+        if request.expires or request.id in state.revoked:
+            delivery.revoked = request.id in state.revoked or bool(request.maybe_expire())
+
+    def member(self, delivery: Delivery, name: str, identity: str, arguments: msgspec.Raw) -> Job | Quarantined:
+        """One operation of a batch; one that does not fit the contract fails alone."""
+        raw = bytes(arguments)
+        try:
+            return Job(name, identity, decode_message(name, raw), raw, delivery)
+        except ContractError as error:
+            return member_row(delivery, name, identity, raw, error.code, str(error))
+
+    def request(self, delivery: Delivery, task: Task, args: list[Any], kwargs: msgspec.Raw) -> Request:
+        """Celery's own request, for its events, its inspection and its revocation."""
+        consumer = self.consumer
+        message = delivery.message
+        headers = message.headers
+        shown = headers.get("kwargsrepr")
+        if not isinstance(shown, str) or not shown:
+            text = bytes(kwargs[:REPR_CHARACTERS] if isinstance(kwargs, bytes) else kwargs)[:REPR_CHARACTERS]
+            headers["kwargsrepr"] = text.decode("utf-8", "replace")
+        return Request(
+            message,
+            app=consumer.app,
+            hostname=consumer.hostname,
+            eventer=consumer.event_dispatcher,
+            task=task,
+            connection_errors=consumer.connection_errors,
+            body=(args, {}, {}),
+            headers=headers,
+            decoded=True,
+            utc=True,
+        )
+
+    def refuse(self, delivery: Delivery, code: Code, reason: str, trace: str | None = None) -> None:
+        """Mark a whole message for quarantine."""
+        delivery.members = []
+        delivery.quarantined = message_row(delivery, code, reason, trace)
+
+    def append(self, delivery: Delivery) -> None:
+        """Buffer a message, and see to it that the buffer is flushed soon.
+
+        Never here: this may run inside a read of kombu's that waits for something else.
+        """
+        if delivery.request is not None:
+            state.task_reserved(delivery.request)
+        self.buffer.append(delivery)
+        if not self.flush_armed:
+            self.flush_armed = True
+            self.hub.call_later(0, self.flush)
+
+    # Batches
+
+    def flush(self, more: bool = True) -> None:
+        """Apply the next batch, answer, acknowledge; then look for more."""
+        self.flush_armed = False
+        if self.writer is None or not self.buffer:
+            return
+        batch = self.next_batch()
+        started = time.time()
+        for delivery in batch:
+            delivery.started_at = started
+            if delivery.request is not None:
+                state.task_accepted(delivery.request)
+        try:
+            self.write(batch)
+        except psycopg.Error as error:
+            self.hold_on(error)
+            return
+        self.pause_seconds = 0.0
+        assert self.results is not None
+        assert self.broker is not None
+        for delivery in batch:
+            finish(delivery)
+        self.results.store(batch)
+        crash_point("after-results")
+        self.broker.acknowledge(delivery.message for delivery in batch)
+        for _ in batch:
+            self.buffer.popleft()
+        self.results.announce(batch, self.consumer.event_dispatcher, self.consumer.hostname)
+        if more:
+            self.broker.poll()
+        if self.buffer and not self.flush_armed:
+            self.flush_armed = True
+            self.hub.call_later(0, self.flush)
+
+    def next_batch(self) -> list[Delivery]:
+        """The oldest messages of the buffer, up to the limits of a transaction; at least one."""
+        batch: list[Delivery] = []
+        operations = 0
+        for delivery in self.buffer:
+            operations += len(delivery.members)
+            if batch and operations > self.settings.batch_operations:
+                break
+            batch.append(delivery)
+        return batch
+
+    def write(self, batch: Sequence[Delivery]) -> None:
+        """Write a batch, and make sure that one bad operation stops nobody.
+
+        :raises psycopg.Error: for what is no operation's fault; the batch is to be tried again whole.
+        """
+        assert self.writer is not None
+        jobs = [job for delivery in batch if not delivery.revoked for job in delivery.jobs()]
+        quarantined = [delivery.quarantined for delivery in batch if delivery.quarantined is not None]
+        quarantined += [member for delivery in batch for member in delivery.members if isinstance(member, Quarantined)]
+        write_around(self.writer, jobs, quarantined)
+        for job in jobs:
+            if job.conflict:
+                logger.warning("id conflict: %s %s of %s", job.name, job.operation, job.account)
+            elif job.quarantined is not None:
+                logger.error("quarantined: %s %s: %s", job.name, job.operation, job.quarantined.reason)
+        for row in quarantined:
+            logger.error("quarantined: %s %s: %s", row.task, row.operation, row.reason)
+
+    def hold_on(self, error: psycopg.Error) -> None:
+        """A fault of the infrastructure is no refusal: keep the batch and try again, visibly."""
+        assert self.writer is not None
+        if self.writer.connection.closed or self.writer.connection.broken:
+            self.pause_seconds = 0.0
+            self.lose_database(error)
+            return
+        self.pause_seconds = min(
+            self.settings.max_retry_seconds, self.pause_seconds * 2 if self.pause_seconds else FIRST_RETRY_SECONDS
+        )
+        logger.error(
+            "the database refused a batch (%s): %d messages wait, next attempt in %.1f s",
+            describe(error), len(self.buffer), self.pause_seconds,
+        )  # fmt: skip
+        self.flush_armed = True
+        self.hub.call_later(self.pause_seconds, self.flush)
+
+
+DATA_FAULTS = ("22", "23", "54")
+"""SQLSTATE classes that a row can be at fault for: data exception, constraint violation, program limit."""
+
+UNIQUE_VIOLATION = "23505"
+
+
+def write_around(writer: LedgerWriter, jobs: Sequence[Job], quarantined: Sequence[Quarantined] = ()) -> None:
+    """Write jobs in one transaction; if a row is at fault, find it by halves, quarantine it, write the rest.
+
+    Two writers of one new account can collide on its row once; the second attempt finds it there.
+
+    :raises psycopg.Error: for every other fault; what was committed before is found again by its ids.
+    """
+    for attempt in (1, 2):
+        try:
+            writer.write(jobs, quarantined)
+        except psycopg.Error as error:
+            if (error.sqlstate or "")[:2] not in DATA_FAULTS:
+                raise
+            if attempt == 1 and error.sqlstate == UNIQUE_VIOLATION:
+                continue
+            fault = error
+            break
+        else:
+            return
+    if quarantined:
+        writer.write((), quarantined)
+    if len(jobs) == 1:
+        job = jobs[0]
+        job.result = None
+        job.quarantined = poison_of_job(job, Code.OUT_OF_RANGE, f"SQLSTATE {fault.sqlstate}: {fault}", None)
+        writer.write((), [job.quarantined])
+        return
+    middle = len(jobs) // 2
+    write_around(writer, jobs[:middle])
+    write_around(writer, jobs[middle:])
+
+
+def finish(delivery: Delivery) -> None:
+    """Put a message's result together from those of its operations."""
+    if delivery.revoked or delivery.quarantined is not None:
+        return
+    answers: list[bytes] = []
+    for member in delivery.members:
+        row = member if isinstance(member, Quarantined) else member.quarantined
+        if row is not None:
+            if delivery.name != BATCH:
+                delivery.quarantined = row
+                return
+            answers.append(
+                _json.encode(
+                    {"operation": row.task, "id": row.operation, "status": "quarantined", "code": row.code,
+                     "reason": row.reason}
+                )
+            )  # fmt: skip
+        else:
+            assert isinstance(member, Job)
+            assert member.result is not None
+            answers.append(member.result)
+    delivery.result = b"[" + b",".join(answers) + b"]" if delivery.name == BATCH else answers[0]
+
+
+def lane_of_message(message: Any) -> str:
+    """The lane that a message came through."""
+    return str((message.delivery_info or {}).get("routing_key", ""))
+
+
+def message_row(delivery: Delivery, code: Code, reason: str, trace: str | None = None) -> Quarantined:
+    """The quarantine row of a whole message."""
+    message = delivery.message
+    body = message.body if message.body is not None else b""
+    return Quarantined(
+        code,
+        reason,
+        delivery.lane,
+        body.encode("utf-8", "surrogatepass") if isinstance(body, str) else bytes(body),
+        _json.encode({"headers": message.headers, "properties": message.properties}),
+        message.content_type,
+        delivery.name,
+        delivery.id,
+        None,
+        trace,
+    )
+
+
+def member_row(
+    delivery: Delivery,
+    name: str,
+    operation: str,
+    arguments: bytes,
+    code: Code,
+    reason: str,
+    account: str | None = None,
+    trace: str | None = None,
+) -> Quarantined:
+    """The quarantine row of one operation, as a message of its own: so it can be replayed alone."""
+    headers = {"headers": {"task": name, "id": operation, "lang": "py"}, "properties": {}}
+    return Quarantined(
+        code,
+        reason,
+        delivery.lane,
+        b"[[]," + arguments + b",{}]",
+        _json.encode(headers),
+        "application/json",
+        name,
+        operation,
+        account,
+        trace,
+    )
+
+
+def poison_of_job(job: Job, code: Code, reason: str, trace: str | None) -> Quarantined:
+    """The quarantine row of a job that could not be applied."""
+    return member_row(job.source, job.name, job.operation, job.arguments, code, reason, job.account, trace)
+
+
+def describe(error: BaseException) -> str:
+    """An error for the log: its SQLSTATE if it has one, and the first line of its text."""
+    state_code = getattr(error, "sqlstate", None)
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__} {state_code}: {text}" if state_code else f"{type(error).__name__}: {text}"

@@ -1,0 +1,295 @@
+"""Lanes on Redis: kombu's Redis transport with its holes closed (lanes: brokers).
+
+Stock kombu takes a message off its list first and notes it as unacknowledged after, one per round trip, and
+gives back what was not acknowledged an hour later at an arbitrary place. Here, for lane queues only:
+
+- **waiting takes nothing**: ``BLMOVE lane lane RIGHT RIGHT`` returns when there is something to take;
+- **taking is atomic and in bulk**: one script moves messages from the lanes to their unacknowledged lists and
+  returns them, in order;
+- **acknowledging** cuts the oldest off an unacknowledged list, for all lanes of a batch in one script;
+- **taking a lane over** puts its unacknowledged messages back at the head, in order, at once;
+- **a fence**: each take-over counts the lane's epoch up, and a script of an older epoch changes nothing. So a
+  process that lost a lane without noticing can neither take nor acknowledge its messages.
+
+Keys beside ``lane.NNN``: ``lane.NNN:unacked`` (a list, oldest right) and ``lane.NNN:epoch`` (a counter).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any
+
+import msgspec
+import redis
+from kombu.transport import redis as kombu_redis
+from kombu.utils.encoding import bytes_to_str
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from creditlane.lanes import PREFIX
+
+MAX_FETCH_BYTES = 8 << 20
+"""Bytes of messages that one fetch returns at the most (and one message more)."""
+
+TAKE_OVER = """
+-- KEYS: the lane, its unacked list, its epoch
+local epoch = redis.call('INCR', KEYS[3])
+local restored = 0
+while redis.call('LMOVE', KEYS[2], KEYS[1], 'LEFT', 'RIGHT') do
+    restored = restored + 1
+end
+return {epoch, restored}
+"""
+
+FETCH = """
+-- KEYS: for each lane: the lane, its unacked list, its epoch. ARGV: messages, bytes, then the epochs
+local room, bytes = tonumber(ARGV[1]), tonumber(ARGV[2])
+local out, lost = {}, {}
+for i = 1, #KEYS / 3 do
+    local lane, unacked, epoch = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i]
+    if redis.call('GET', epoch) ~= ARGV[2 + i] then
+        lost[#lost + 1] = lane
+    else
+        local got = {}
+        while room > 0 and bytes > 0 do
+            local message = redis.call('LMOVE', lane, unacked, 'RIGHT', 'LEFT')
+            if not message then break end
+            got[#got + 1] = message
+            room = room - 1
+            bytes = bytes - #message
+        end
+        if #got > 0 then
+            out[#out + 1] = lane
+            out[#out + 1] = got
+        end
+    end
+    if room <= 0 or bytes <= 0 then break end
+end
+return {out, lost}
+"""
+
+ACKNOWLEDGE = """
+-- KEYS: for each lane: its unacked list, its epoch. ARGV: for each lane: the epoch, how many
+local lost = {}
+for i = 1, #KEYS / 2 do
+    local unacked, epoch = KEYS[2 * i - 1], KEYS[2 * i]
+    if redis.call('GET', epoch) ~= ARGV[2 * i - 1] then
+        lost[#lost + 1] = unacked
+    else
+        redis.call('LTRIM', unacked, 0, -(tonumber(ARGV[2 * i]) + 1))
+    end
+end
+return lost
+"""
+
+
+class FencedError(ConnectionError):
+    """Another process took lanes over that this one believed to own; nothing was changed in them."""
+
+
+def keys_of(lane: str) -> tuple[str, str, str]:
+    """The Redis keys of a lane: its queue, its unacknowledged list, its epoch."""
+    return lane, f"{lane}:unacked", f"{lane}:epoch"
+
+
+class Channel(kombu_redis.Channel):
+    """A channel that takes lane queues in bulk; other queues go the ordinary way."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.epochs: dict[str, str] = {}
+        """The lanes taken over, in the order in which they are looked at, with their epochs."""
+        self._waiting: dict[str, redis.Connection] = {}
+        self._scripts: tuple[Any, Any, Any] | None = None
+        self._pool_of_waits: redis.ConnectionPool | None = None
+        self._tag = 0
+
+    # What kombu calls
+
+    def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any) -> Any:
+        """Begin to consume; for a lane, take it over."""
+        if not queue.startswith(PREFIX):
+            return super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
+        take_over, _, _ = self._lane_scripts()
+        epoch, _ = take_over(keys=keys_of(queue))
+        self.epochs[queue] = str(epoch)
+        self._tag_to_queue[consumer_tag] = queue
+        self._consumers.add(consumer_tag)
+        self.connection._callbacks[queue] = callback
+        return None
+
+    def basic_cancel(self, consumer_tag: str) -> Any:
+        """Stop consuming; what is unacknowledged of a lane stays there for its next owner."""
+        queue = self._tag_to_queue.get(consumer_tag)
+        if queue is None or queue not in self.epochs:
+            return super().basic_cancel(consumer_tag)
+        del self.epochs[queue]
+        self._stop_waiting(queue)
+        self._consumers.discard(consumer_tag)
+        self._tag_to_queue.pop(consumer_tag, None)
+        self.connection._callbacks.pop(queue, None)
+        return None
+
+    def close(self) -> None:
+        """Close the channel and the connections that wait."""
+        for lane in list(self._waiting):
+            self._stop_waiting(lane)
+        if self._pool_of_waits is not None:
+            self._pool_of_waits.disconnect()
+        super().close()
+
+    # What the lane consumer calls
+
+    def fetch(self, messages: int) -> int:
+        """Take up to so many messages off the lanes, a lane's in order, and deliver them.
+
+        The lane that stood first stands last the next time, so that a busy lane does not starve the others.
+
+        :returns: how many were delivered; 0 when all lanes are empty.
+        :raises FencedError: when a lane belongs to another process by now.
+        """
+        if not self.epochs:
+            return 0
+        _, fetch, _ = self._lane_scripts()
+        keys = [key for lane in self.epochs for key in keys_of(lane)]
+        out, lost = fetch(keys=keys, args=[messages, MAX_FETCH_BYTES, *self.epochs.values()])
+        if lost:
+            raise FencedError(f"lanes taken over by another process: {', '.join(map(bytes_to_str, lost))}")
+        count = 0
+        for name, payloads in zip(islice(out, 0, None, 2), islice(out, 1, None, 2), strict=True):
+            lane = bytes_to_str(name)
+            callback = self.connection._callbacks[lane]
+            for payload in payloads:
+                callback(self._message(lane, payload))
+            count += len(payloads)
+        first = next(iter(self.epochs))
+        self.epochs[first] = self.epochs.pop(first)
+        return count
+
+    def acknowledge(self, counts: dict[str, int]) -> None:
+        """Drop the oldest unacknowledged messages of lanes, so many of each, in one round trip.
+
+        :raises FencedError: when a lane belongs to another process by now; the others are acknowledged.
+        """
+        _, _, acknowledge = self._lane_scripts()
+        keys: list[str] = []
+        args: list[Any] = []
+        for lane, count in counts.items():
+            _, unacked, epoch = keys_of(lane)
+            keys += (unacked, epoch)
+            args += (self.epochs.get(lane, "gone"), count)
+        lost = acknowledge(keys=keys, args=args)
+        if lost:
+            raise FencedError(f"lanes taken over by another process: {', '.join(map(bytes_to_str, lost))}")
+
+    def wait(self, loop: Any, wake: Callable[[str], None]) -> None:
+        """Have ``wake(lane)`` called when a lane has something to take; takes nothing.
+
+        :param loop: kombu's event loop.
+        """
+        for lane in self.epochs:
+            if lane not in self._waiting:
+                connection = self._waits().get_connection()
+                connection.send_command("BLMOVE", lane, lane, "RIGHT", "RIGHT", 0)
+                self._waiting[lane] = connection
+                loop.add_reader(connection._sock.fileno(), self._woken, loop, lane, wake)
+
+    def _woken(self, loop: Any, lane: str, wake: Callable[[str], None]) -> None:
+        connection = self._waiting.pop(lane)
+        loop.remove(connection._sock.fileno())
+        try:
+            connection.read_response()
+        except redis.RedisError:
+            connection.disconnect()
+            self._waits().release(connection)
+            raise
+        self._waits().release(connection)
+        wake(lane)
+
+    def _stop_waiting(self, lane: str) -> None:
+        connection = self._waiting.pop(lane, None)
+        if connection is None:
+            return
+        if connection._sock is not None:
+            loop = getattr(self.connection, "loop", None)
+            if loop is not None:
+                loop.remove(connection._sock.fileno())
+        connection.disconnect()
+        self._waits().release(connection)
+
+    def _message(self, lane: str, payload: bytes) -> Any:
+        """A kombu message of what stood in the list; one that is no message at all comes undecoded."""
+        self._tag += 1
+        try:
+            decoded = msgspec.json.decode(payload)
+            message = self.Message(decoded, channel=self)
+        except Exception:
+            # Whatever it is, it must reach quarantine whole, and as itself.
+            message = self.Message({"properties": {"delivery_tag": None}}, channel=self)
+            message.body = payload
+            message.content_type = UNREADABLE
+        message.delivery_tag = self._tag
+        message.delivery_info = {**(message.delivery_info or {}), "exchange": "", "routing_key": lane}
+        return message
+
+    def _lane_scripts(self) -> tuple[Any, Any, Any]:
+        if self._scripts is None:
+            client = redis.Redis(connection_pool=redis.ConnectionPool(**self._lane_parameters()))
+            take_over, fetch, acknowledge = map(client.register_script, (TAKE_OVER, FETCH, ACKNOWLEDGE))
+            self._scripts = take_over, fetch, acknowledge
+        return self._scripts
+
+    def _waits(self) -> redis.ConnectionPool:
+        if self._pool_of_waits is None:
+            self._pool_of_waits = redis.ConnectionPool(**self._lane_parameters())
+        return self._pool_of_waits
+
+    def _lane_parameters(self) -> dict[str, Any]:
+        """Connections that never repeat a command by themselves: a repeated fetch would lose its first answer."""
+        return {**self._connparams(), "max_connections": None, "retry": Retry(NoBackoff(), 0)}
+
+
+UNREADABLE = "application/x-unreadable"
+"""The content type given to what stood in a lane and is not a kombu message."""
+
+
+class Transport(kombu_redis.Transport):
+    """The Redis transport of lane workers: ``broker_transport = "workers.redis_lanes:Transport"``."""
+
+    Channel = Channel
+    loop: Any = None
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        """Remember the loop, so that a closing channel can leave it."""
+        self.loop = loop
+        super().register_with_event_loop(connection, loop)
+
+
+class RedisLanes:
+    """The broker's side of the lane consumer, on Redis.
+
+    :param channel: the consumer's channel.
+    :param loop: kombu's event loop.
+    :param room: how many messages the consumer's buffer has room for.
+    """
+
+    def __init__(self, channel: Channel, loop: Any, room: Callable[[], int]) -> None:
+        self.channel = channel
+        self.loop = loop
+        self.room = room
+
+    def poll(self) -> None:
+        """Bring what is waiting into the buffer, or wait for something to come."""
+        room = self.room()
+        if room > 0 and not self.channel.fetch(room):
+            self.channel.wait(self.loop, lambda _lane: self.poll())
+
+    def acknowledge(self, messages: Iterable[Any]) -> None:
+        """Acknowledge messages that are the oldest of their lanes, in one round trip."""
+        counts: dict[str, int] = {}
+        for message in messages:
+            lane = message.delivery_info["routing_key"]
+            counts[lane] = counts.get(lane, 0) + 1
+        if counts:
+            self.channel.acknowledge(counts)

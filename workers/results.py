@@ -1,0 +1,140 @@
+"""Results and events of a batch: one pipeline to the result backend, one block of events (messages: results)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from time import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from celery.utils.log import get_logger
+from celery.worker import state
+
+from creditlane.errors import QuarantinedError
+
+if TYPE_CHECKING:
+    from workers.lane_consumer import Delivery
+
+logger = get_logger(__name__)
+
+RESULT_CHARACTERS = 1000
+"""How much of a result Flower shows."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Results:
+    """Tells senders that wait, and watchers, what became of messages.
+
+    :param app: the worker's Celery app, for its result backend.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.backend = app.backend
+        self.expires = int(app.conf.result_expires)
+        self.is_redis = hasattr(self.backend, "client") and hasattr(self.backend, "result_consumer")
+
+    def store(self, batch: Sequence[Delivery]) -> None:
+        """Write the results that somebody waits for, in one round trip.
+
+        Every result is in ``operations`` as well: when the backend is away, a sender that got no answer sends
+        the same id again. So a fault here is logged and stops nothing.
+        """
+        waited = [
+            delivery for delivery in batch if delivery.request is not None and not delivery.request.ignore_result
+        ]
+        if not waited:
+            return
+        now = datetime.now(UTC).isoformat().encode()
+        try:
+            if self.is_redis:
+                with self.backend.client.pipeline(transaction=False) as pipe:
+                    for delivery in waited:
+                        key = self.backend.get_key_for_task(delivery.id)
+                        meta = result_meta(delivery, now)
+                        pipe.set(key, meta, ex=self.expires)
+                        pipe.publish(key, meta)
+                    pipe.execute()
+            else:
+                for delivery in waited:
+                    self._store_one(delivery)
+        except Exception as error:
+            logger.warning("%d results could not be sent to their waiting senders: %r", len(waited), error)
+
+    def _store_one(self, delivery: Delivery) -> None:
+        if delivery.revoked:
+            self.backend.mark_as_revoked(delivery.id, "revoked", request=delivery.request)
+        elif delivery.quarantined is not None:
+            error = QuarantinedError(f"{delivery.quarantined.code}: {delivery.quarantined.reason}")
+            self.backend.mark_as_failure(delivery.id, error, request=delivery.request)
+        else:
+            assert delivery.result is not None
+            self.backend.store_result(delivery.id, msgspec.json.decode(delivery.result), "SUCCESS")
+
+    def announce(self, batch: Sequence[Delivery], dispatcher: Any, hostname: str) -> None:
+        """Send the events of a batch in one block, and tell Celery's own books that its messages are done."""
+        enabled = dispatcher is not None and dispatcher.enabled
+        for delivery in batch:
+            request = delivery.request
+            if request is not None:
+                state.task_ready(request, successful=delivery.quarantined is None and not delivery.revoked)
+            if enabled and delivery.id is not None:
+                self._send(delivery, dispatcher.send)
+        if enabled:
+            dispatcher.flush()
+
+    def _send(self, delivery: Delivery, send: Any) -> None:
+        uuid = delivery.id
+        request = delivery.request
+        send(
+            "task-received",
+            uuid=uuid,
+            name=delivery.name or "?",
+            args="",
+            kwargs=request.kwargsrepr if request is not None else "",
+            root_id=uuid,
+            parent_id=None,
+            retries=0,
+            eta=None,
+            expires=None,
+            exchange="",
+            routing_key=delivery.lane,
+            queue=delivery.lane,
+            timestamp=delivery.received_at,
+        )
+        if delivery.revoked:
+            send("task-revoked", uuid=uuid, terminated=False, signum=None, expired=False)
+            return
+        send("task-started", uuid=uuid, timestamp=delivery.started_at)
+        if delivery.quarantined is not None:
+            text = f"{delivery.quarantined.code}: {delivery.quarantined.reason}"
+            send("task-failed", uuid=uuid, exception=f"QuarantinedError({text!r})", traceback=text)
+            return
+        assert delivery.result is not None
+        send(
+            "task-succeeded",
+            uuid=uuid,
+            result=delivery.result[:RESULT_CHARACTERS].decode("utf-8", "replace"),
+            runtime=max(0.0, time() - delivery.started_at),
+        )
+
+
+def result_meta(delivery: Delivery, now: bytes) -> bytes:
+    """A result as Celery's backends keep it, as JSON."""
+    if delivery.revoked:
+        status, result = b"REVOKED", _exception("TaskRevokedError", "celery.exceptions", "revoked")
+    elif delivery.quarantined is not None:
+        text = f"{delivery.quarantined.code}: {delivery.quarantined.reason}"
+        status, result = b"FAILURE", _exception(QuarantinedError.__name__, QuarantinedError.__module__, text)
+    else:
+        assert delivery.result is not None
+        status, result = b"SUCCESS", delivery.result
+    return (
+        b'{"status":"%s","result":%s,"traceback":null,"children":[],"date_done":"%s","task_id":%s}'
+        % (status, result, now, _encode(delivery.id))
+    )
+
+
+def _exception(name: str, module: str, text: str) -> bytes:
+    return _encode({"exc_type": name, "exc_message": [text], "exc_module": module})
