@@ -494,7 +494,8 @@ class Buffer(Operations):
             raise failed
 
     def _send_lingering(self) -> None:
-        while self._pending.wait() and not self._ended.is_set():
+        while not self._ended.is_set():
+            self._pending.wait()
             self._ended.wait(self._linger)
             with self._lock:
                 self._pending.clear()

@@ -503,13 +503,11 @@ class _Server:
         self.directory.chmod(0o700)
         self._account.own(self.directory)
         self._end_leftovers()
+        if self.port and not self._any_port:
+            check_port(self.port, self.service, self.option)  # before anything is made
         self._prepare()
         for _ in range(_PORT_ATTEMPTS):
-            if self.port == 0:
-                self.port = free_port()
-            elif not port_is_free(self.port):
-                if not self._any_port:
-                    check_port(self.port, self.service, self.option)
+            if self._any_port and (self.port == 0 or not port_is_free(self.port)):
                 self.port = free_port()
             with open_log(self.log) as log:
                 self._account.own(self.log)
@@ -523,8 +521,8 @@ class _Server:
                 )
             if self._await_ready(deadline):
                 return
-            if port_is_free(self.port):
-                break  # it did not end because somebody else was faster at the port
+            if not self._any_port or port_is_free(self.port):
+                break  # it did not end because somebody else was faster at a port of our choice
         raise StackError(
             f"{self.service} did not start; the end of its log ({self.log}):\n{last_lines(self.log)}"
         )

@@ -67,10 +67,10 @@ def apply(
     :returns: the result as JSON, with the row to write.
     """
     account.updated_at = now
+    settle(account, now)
     known = account.known.get(operation)
     if known is not None:
         return _repeat(account, name, operation, message, known)
-    settle(account, now)
     settled = account.seq
     try:
         task = OPERATIONS[name]

@@ -6,7 +6,6 @@ from typing import Any
 
 from celery import Celery
 
-from creditlane.contract import MAX_MESSAGE_BYTES
 from models.settings import Settings, settings
 
 QUERIES, MAINTENANCE = "queries", "maintenance"
@@ -36,6 +35,7 @@ def common_configuration(config: Settings) -> dict[str, Any]:
         "task_serializer": "json",
         "result_serializer": "json",
         "task_default_queue": MAINTENANCE,
+        "task_routes": {"queries.*": {"queue": QUERIES}},
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
         "task_time_limit": 3600,
@@ -47,8 +47,10 @@ def common_configuration(config: Settings) -> dict[str, Any]:
         "enable_utc": True,
         "timezone": "UTC",
         "worker_redirect_stdouts": False,
+        "beat_scheduler": "redbeat.RedBeatScheduler" if broker.startswith("redis") else "celery.beat:Scheduler",
+        "beat_max_loop_interval": 5,
         "redbeat_redis_url": broker,
-        "redbeat_lock_timeout": 60,
+        "redbeat_lock_timeout": 30,
     }
 
 
@@ -60,6 +62,4 @@ def make_app(name: str, config: Settings | None = None) -> Celery:
 
 
 app = make_app("creditlane")
-app.conf.imports = ("tasks.queries", "tasks.maintenance")
-
-__all__ = ["MAINTENANCE", "MAX_MESSAGE_BYTES", "QUERIES", "app", "common_configuration", "make_app"]
+app.conf.imports = ("tasks.queries", "schedules.expiry", "schedules.audit")

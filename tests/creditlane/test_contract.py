@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from creditlane import contract
+from creditlane.amounts import Micro
 from creditlane.codes import Code
 from creditlane.contract import ContractError, check_id, decode_batch, decode_message
 
@@ -71,8 +74,9 @@ REQUIRED = [
     (name, field)
     for name, content in MINIMAL.items()
     for field in content
-    if (name, field) not in {("credits.consume", "feature"), ("credits.hold", "amount"), ("credits.revoke", "grant")}
-]  # fmt: skip
+    if (name, field)
+    not in {("credits.consume", "feature"), ("credits.hold", "amount"), ("credits.revoke", "grant")}
+]
 
 
 def encoded(content: object) -> bytes:
@@ -124,9 +128,7 @@ def test_amounts_and_quantities_are_read_into_millionths() -> None:
     grant = decode_message("credits.grant", encoded(FULL["credits.grant"]))
     assert isinstance(grant, contract.Grant)
     assert grant.amount == 25_000_000
-    assert grant.unit_price == contract.UnitPrice(
-        minor=499, currency="EUR", per=contract.Micro(25_000_000)
-    )
+    assert grant.unit_price == contract.UnitPrice(minor=499, currency="EUR", per=Micro(25_000_000))
     assert grant.effective_at == datetime(2026, 1, 31, tzinfo=UTC)
 
 
@@ -212,7 +214,9 @@ def test_a_text_is_not_empty_and_not_a_number(name: str, field: str) -> None:
         assert f"$.{field}" in invalid(name, **{field: wrong})
 
 
-@pytest.mark.parametrize("escape", [b"\\ud800", b"\\udfff", b"\\udc00\\ud800", b"\xed\xa0\x80", b"\xff", b"\xc0\x80"])
+@pytest.mark.parametrize(
+    "escape", [b"\\ud800", b"\\udfff", b"\\udc00\\ud800", b"\xed\xa0\x80", b"\xff", b"\xc0\x80"]
+)
 @pytest.mark.parametrize("place", [b'{"account":"a%s"}', b'{"a%s":1,"account":"a"}'])
 def test_lone_surrogates_and_broken_utf_8_are_refused(escape: bytes, place: bytes) -> None:
     assert refused("credits.settle", place % escape).code is Code.INVALID_MESSAGE
@@ -238,10 +242,34 @@ AMOUNTS = [
     ("credits.adjust", "amount"),
     ("credits.revoke", "amount"),
 ]
-NO_AMOUNT = [b"1.0", b"0.1", b"1e3", b"1E400", b"-1.5", b"true", b"[]", b"{}", b'""', b'"1e3"', b'"NaN"', b'"1.0000001"',
-             b'"0.' + b"0" * 599 + b'1"', b'"+1"', b'" 1"', b'"1\\n"', b'"\\u0661"', b'"1000000000000.000001"',
-             b"1000000000001", b"9223372036854775808", b"-9223372036854775809", b"18446744073709551616",
-             b'"9223372036854775808"', b"9" * 400, b"9" * 5000, b"-1000000000001"]  # fmt: skip
+NO_AMOUNT = [
+    b"1.0",
+    b"0.1",
+    b"1e3",
+    b"1E400",
+    b"-1.5",
+    b"true",
+    b"[]",
+    b"{}",
+    b'""',
+    b'"1e3"',
+    b'"NaN"',
+    b'"1.0000001"',
+    b'"0.' + b"0" * 599 + b'1"',
+    b'"+1"',
+    b'" 1"',
+    b'"1\\n"',
+    b'"\\u0661"',
+    b'"1000000000000.000001"',
+    b"1000000000001",
+    b"9223372036854775808",
+    b"-9223372036854775809",
+    b"18446744073709551616",
+    b'"9223372036854775808"',
+    b"9" * 400,
+    b"9" * 5000,
+    b"-1000000000001",
+]
 
 
 @pytest.mark.parametrize(("name", "field"), AMOUNTS)
@@ -310,18 +338,19 @@ def test_a_grant_ends_at_an_instant_or_after_a_while_but_not_both() -> None:
     assert "not both" in invalid("credits.grant", expires_at="2030-01-01T00:00:00Z", expires_in=60)
 
 
-BAD_FIELDS: list[tuple[str, str, Any]] = [
-    *(("credits.open", "kind", bad) for bad in ("admin", "", 1, "User")),
-    *(("credits.open", "locale", bad) for bad in ("", "f" * 36, "fr FR", "fr\n", 1)),
-    *(("credits.open", "timezone", bad) for bad in ("", "Europe Paris", "../../etc/passwd\x00", "x" * 65, 2)),
-    *(("credits.grant", "priority", bad) for bad in (-1, 1001, "1", 1.5, 2**63)),
-    *(("credits.grant", "features", bad) for bad in ([], [""], "image", [1], ["a"] * 65, ["a\x00"], {})),
-    *(("credits.grant", "expires_in", bad) for bad in (0, -1, "60", 1.5, 100 * 366 * 24 * 3600 + 1, 2**64)),
-    *(("credits.consume", "partial", bad) for bad in ("true", 1, 0, "")),
-    *(("credits.consume", "metadata", bad) for bad in ("a", 1, [], [["a", 1]])),
-    *(("credits.hold", "ttl", bad) for bad in (0, -1, "60", 60.5, 30 * 24 * 3600 + 1, 2**63)),
-    *(("credits.revoke", "grant", bad) for bad in (0, -1, "1", 1.5, 2**31, True)),
-]
+WRONG: dict[tuple[str, str], list[Any]] = {
+    ("credits.open", "kind"): ["admin", "", 1, "User"],
+    ("credits.open", "locale"): ["", "f" * 36, "fr FR", "fr\n", 1],
+    ("credits.open", "timezone"): ["", "Europe Paris", "../../etc/passwd\x00", "x" * 65, 2],
+    ("credits.grant", "priority"): [-1, 1001, "1", 1.5, 2**63],
+    ("credits.grant", "features"): [[], [""], "image", [1], ["a"] * 65, ["a\x00"], {}],
+    ("credits.grant", "expires_in"): [0, -1, "60", 1.5, 100 * 366 * 24 * 3600 + 1, 2**64],
+    ("credits.consume", "partial"): ["true", 1, 0, ""],
+    ("credits.consume", "metadata"): ["a", 1, [], [["a", 1]]],
+    ("credits.hold", "ttl"): [0, -1, "60", 60.5, 30 * 24 * 3600 + 1, 2**63],
+    ("credits.revoke", "grant"): [0, -1, "1", 1.5, 2**31, True],
+}
+BAD_FIELDS = [(name, field, bad) for (name, field), values in WRONG.items() for bad in values]
 
 
 @pytest.mark.parametrize(("name", "field", "bad"), BAD_FIELDS)
@@ -331,12 +360,27 @@ def test_an_argument_of_a_wrong_type_or_out_of_range_is_named(name: str, field: 
 
 @pytest.mark.parametrize(
     ("name", "field"),
-    [("credits.grant", "effective_at"), ("credits.grant", "expires_at"), ("credits.consume", "occurred_at"), ("credits.hold", "occurred_at")],
-)  # fmt: skip
+    [
+        ("credits.grant", "effective_at"),
+        ("credits.grant", "expires_at"),
+        ("credits.consume", "occurred_at"),
+        ("credits.hold", "occurred_at"),
+    ],
+)
 @pytest.mark.parametrize(
     "bad",
-    ["2026-01-31", "2026-01-31T00:00:00", "2026-02-30T00:00:00Z", "2026-01-31T25:00:00Z", "tomorrow", "", 1767225600, 1.5, True],
-)  # fmt: skip
+    [
+        "2026-01-31",
+        "2026-01-31T00:00:00",
+        "2026-02-30T00:00:00Z",
+        "2026-01-31T25:00:00Z",
+        "tomorrow",
+        "",
+        1767225600,
+        1.5,
+        True,
+    ],
+)
 def test_an_instant_is_complete_and_has_its_offset(name: str, field: str, bad: object) -> None:
     assert f"$.{field}" in invalid(name, **{field: bad})
 
@@ -391,8 +435,23 @@ def test_nesting_that_is_too_deep_is_refused(opening: bytes, depth: int) -> None
 
 @pytest.mark.parametrize(
     "arguments",
-    [b"", b" ", b"null", b"1", b'"a"', b"[]", b"true", b"{", b"{}", b'{"account":"a"', b'{"account":"a"}}', b"\x00", b"\xef\xbb\xbf{}", b"\x80\x04N."],
-)  # fmt: skip
+    [
+        b"",
+        b" ",
+        b"null",
+        b"1",
+        b'"a"',
+        b"[]",
+        b"true",
+        b"{",
+        b"{}",
+        b'{"account":"a"',
+        b'{"account":"a"}}',
+        b"\x00",
+        b"\xef\xbb\xbf{}",
+        b"\x80\x04N.",
+    ],
+)
 @pytest.mark.parametrize("name", list(MINIMAL))
 def test_what_is_no_json_object_of_the_operation_is_refused(name: str, arguments: bytes) -> None:
     assert refused(name, arguments).code is Code.INVALID_MESSAGE
@@ -413,8 +472,19 @@ def test_what_is_no_version_is_a_wrong_message(version: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "credits", "credits.Open", "credits.batch", "credits.open ", "payments.steal", "x" * 10_000, "\x00", "os.system"]
-)  # fmt: skip
+    "name",
+    [
+        "",
+        "credits",
+        "credits.Open",
+        "credits.batch",
+        "credits.open ",
+        "payments.steal",
+        "x" * 10_000,
+        "\x00",
+        "os.system",
+    ],
+)
 def test_a_name_that_is_no_operation_is_refused_as_such(name: str) -> None:
     error = refused(name, b'{"account":"a"}')
     assert error.code is Code.UNKNOWN_OPERATION
@@ -516,18 +586,24 @@ json_values = st.recursive(
 fields = st.sampled_from(sorted({field for content in FULL.values() for field in content} | {"account", "v"}))
 
 
+def verdict(decode: Callable[[], object]) -> Code | None:
+    """The code of the contract's error, none when the message passes; any other exception goes on."""
+    try:
+        decode()
+    except ContractError as error:
+        return error.code if str(error) else None
+    return None
+
+
 @given(name=st.sampled_from([*MINIMAL, "credits.batch", "nonsense"]), arguments=st.binary(max_size=200))
 @example(name="credits.settle", arguments=b'{"account":"\\')
 @example(name="credits.settle", arguments=b'{"account":"a","v":1e999}')
 @example(name="credits.settle", arguments=b'{"v":' + b"9" * 10_000 + b"}")
 @settings(deadline=None)
 def test_random_bytes_raise_nothing_but_the_contracts_error(name: str, arguments: bytes) -> None:
-    for decode in (lambda: decode_message(name, arguments), lambda: decode_batch(arguments)):
-        try:
-            decode()
-        except ContractError as error:
-            assert error.code in (Code.INVALID_MESSAGE, Code.UNKNOWN_OPERATION, Code.UNKNOWN_VERSION)
-            assert str(error)
+    assert verdict(lambda: decode_batch(arguments)) in (Code.INVALID_MESSAGE, Code.UNKNOWN_VERSION)
+    expected = [Code.INVALID_MESSAGE, Code.UNKNOWN_VERSION] if name in MINIMAL else [Code.UNKNOWN_OPERATION]
+    assert verdict(lambda: decode_message(name, arguments)) in expected
 
 
 @given(
@@ -542,19 +618,15 @@ def test_random_json_raises_nothing_but_the_contracts_error(
     content = changes if whole else {**MINIMAL[name], **changes}
     for ascii_only in (True, False):
         arguments = json.dumps(content, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
-        for decode in (lambda a=arguments: decode_message(name, a), lambda a=arguments: decode_batch(a)):
-            try:
-                decode()
-            except ContractError as error:
-                assert error.code in (Code.INVALID_MESSAGE, Code.UNKNOWN_VERSION)
+        for decode in (partial(decode_message, name, arguments), partial(decode_batch, arguments)):
+            assert verdict(decode) in (None, Code.INVALID_MESSAGE, Code.UNKNOWN_VERSION)
 
 
 @given(st.text(st.characters(), max_size=200) | st.none() | st.binary() | st.integers())
 def test_any_id_is_taken_unchanged_or_refused(operation: object) -> None:
-    try:
-        assert check_id(operation) == operation
-    except ContractError as error:
-        assert error.code is Code.INVALID_MESSAGE
+    refusal = verdict(lambda: check_id(operation))
+    assert refusal in (None, Code.INVALID_MESSAGE)
+    assert refusal is not None or check_id(operation) == operation
 
 
 # Results.

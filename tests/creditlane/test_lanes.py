@@ -73,8 +73,9 @@ def test_a_lanes_name_gives_its_number_back(number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "queue", ["", "lane", "lane.", "007", "celery", "lane.x", "lane.-1", "lane.1.2", "lane.²", "lane.٣", "Lane.001"]
-)  # fmt: skip
+    "queue",
+    ["", "lane", "lane.", "007", "celery", "lane.x", "lane.-1", "lane.1.2", "lane.²", "lane.٣", "Lane.001"],
+)
 def test_other_queues_are_no_lanes(queue: str) -> None:
     with pytest.raises(ValueError, match="is not a lane"):
         lane_number(queue)

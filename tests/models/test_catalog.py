@@ -73,7 +73,7 @@ def test_a_file_that_is_not_there_is_named_with_the_shipped_ones() -> None:
 
 def test_a_catalog_is_loaded_from_a_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(HEAD + '[features.ü]\nprice = "0.000001"\n', encoding="utf-8")
+    path.write_text(HEAD + '[features."ü"]\nprice = "0.000001"\n', encoding="utf-8")
     assert load_catalog(str(path)).features["ü"].price == 1
 
 
@@ -121,7 +121,11 @@ def test_a_catalog_without_its_own_section_is_refused() -> None:
         ("[packs.small]\ncredits = 25\nprice = '4,99 EUR'\n", "packs.small", "money is written as"),
         ("[packs.small]\ncredits = 25\nprice = '-4.99 EUR'\n", "packs.small", "money is written as"),
         ("[packs.small]\ncredits = 25\nprice = 4.99\n", "packs.small.price", "float"),
-        ("[packs.small]\ncredits = 25\nprice = '1 EUR'\nsale = true\n", "packs.small", "unknown field `sale`"),
+        (
+            "[packs.small]\ncredits = 25\nprice = '1 EUR'\nsale = true\n",
+            "packs.small",
+            "unknown field `sale`",
+        ),
         ("[signup]\ncredits = '-1'\n", "signup", "credits must not be negative"),
         ("[signup]\ncredits = 1\nexpires_days = 0\n", "signup.expires_days", ">= 1"),
         ("[priorities]\npack = -1\n", "priorities", ">= 0"),
@@ -173,13 +177,17 @@ def test_money_is_an_integer_of_the_currencys_minor_units(text: str, money: Mone
     assert str(money) == written
 
 
-@pytest.mark.parametrize("text", ["", "4.99", "EUR", "4.99EUR", "4.99 eur", "1e3 EUR", "4.99 EUR ", "４ EUR", "1. EUR"])
+@pytest.mark.parametrize(
+    "text", ["", "4.99", "EUR", "4.99EUR", "4.99 eur", "1e3 EUR", "4.99 EUR ", "４ EUR", "1. EUR"]
+)
 def test_money_is_written_in_one_way(text: str) -> None:
     with pytest.raises(ValueError, match="money is written as"):
         Money.parse(text)
 
 
-PACKS = HEAD + """
+PACKS = (
+    HEAD
+    + """
 [packs.a]
 credits = 10
 price = "2.00 EUR"
@@ -195,9 +203,12 @@ price = "9.00 EUR"
 [packs.quote]
 quote_above = 500
 """
+)
 
 
-@pytest.mark.parametrize(("shortfall", "pack"), [(1, "b"), (10, "b"), (20, "b"), (21, "d"), (100, "d"), (101, None)])
+@pytest.mark.parametrize(
+    ("shortfall", "pack"), [(1, "b"), (10, "b"), (20, "b"), (21, "d"), (100, "d"), (101, None)]
+)
 def test_the_offer_is_the_pack_of_least_price_that_covers_and_of_equals_the_fuller(
     shortfall: int, pack: str | None
 ) -> None:

@@ -21,7 +21,18 @@ INSTANTS = ("effective_at", "expires_at", "occurred_at")
 AMOUNTS = ("amount", "quantity")
 DEFAULTS = {"v": 1, "kind": "user", "ttl": 900, "partial": False}
 
-BUCKETS = ("granted", "received", "restored", "available", "held", "in_transit", "consumed", "expired", "revoked", "sent")  # fmt: skip
+BUCKETS = (
+    "granted",
+    "received",
+    "restored",
+    "available",
+    "held",
+    "in_transit",
+    "consumed",
+    "expired",
+    "revoked",
+    "sent",
+)
 
 
 class Refusal(Exception):
@@ -41,7 +52,7 @@ def micro(credits: str | int) -> int:
 
 
 def meaning(content: Row) -> Row:
-    """What a message says, however it is spelt: amounts and instants read, what is absent or usual left out."""
+    """What a message says, however it is spelt: amounts and instants read, the usual left out."""
     said: Row = {}
     for field, value in content.items():
         if value is None or DEFAULTS.get(field) == value:
@@ -49,7 +60,7 @@ def meaning(content: Row) -> Row:
         if field in AMOUNTS:
             said[field] = micro(value)
         elif field in INSTANTS:
-            said[field] = datetime.fromisoformat(value.replace("Z", "+00:00"))
+            said[field] = datetime.fromisoformat(value)
         else:
             said[field] = value
     return said
@@ -132,9 +143,7 @@ class Ledger:
 
     def adjust_(self, said: Row, operation: str, now: datetime) -> Row:
         if said["amount"] > 0:
-            return self.come_in(
-                self.add_lot(operation, now, "adjustment"), said["amount"], operation, now
-            )
+            return self.come_in(self.add_lot(operation, now, "adjustment"), said["amount"], operation, now)
         takings = self.find(-said["amount"], None, now)
         for lot, taken in takings:
             self.move("revoked", lot, taken, now, operation)
@@ -296,7 +305,7 @@ class Ledger:
             ]
             if not due:
                 return
-            instant, rank, _, what = sorted(due, key=lambda item: item[:3])[0]
+            instant, rank, _, what = min(due, key=lambda item: item[:3])
             if rank == 0:
                 self.unhold(what, what["amount"], instant, now, None)
                 what["open"] = False
@@ -317,7 +326,7 @@ class Ledger:
         blocks = Fraction(quantity, feature["per"])
         if feature["rounding"] == "up":
             blocks = Fraction(ceil(blocks))
-        cost = ceil(blocks * feature["price"])
+        cost: int = ceil(blocks * feature["price"])
         if cost > 10**18:
             raise Refusal("invalid")
         return cost
@@ -330,7 +339,7 @@ class Ledger:
         return lot["scope"] is None or feature in lot["scope"]
 
     def spendable(self, feature: str | None, now: datetime) -> int:
-        return sum(lot["available"] for lot in self.lots if self.can_pay(lot, feature, now))
+        return sum(int(lot["available"]) for lot in self.lots if self.can_pay(lot, feature, now))
 
     def find(self, amount: int, feature: str | None, now: datetime) -> list[tuple[Row, int]]:
         """Which lots pay, in the order of taking; all or nothing."""

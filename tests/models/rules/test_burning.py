@@ -136,7 +136,7 @@ def test_each_step_decides_only_among_equals_of_the_step_before() -> None:
         account = Account("a")
         made = {}
         for place in (*range(shift, len(steps)), *range(shift)):
-            grant = lot(account, 1, **steps[place])  # type: ignore[arg-type]
+            grant = lot(account, 1, **steps[place])
             made[grant.id] = place
         plan, missing = plan_burn(account, len(steps), "image", NOW)
         assert missing == 0
@@ -261,7 +261,7 @@ def test_consumed_credits_go_back_to_a_live_grant_and_a_successor_of_an_expired_
     assert (staying.available, staying.restored) == (5, 3)
     assert (ending.available, ending.restored) == (0, 0)
     assert (successor.available, successor.restored, successor.granted) == (3, 3, 0)
-    assert (successor.source, successor.priority, successor.features) == ("pack", 1, {"image"})
+    assert (successor.source, successor.priority, successor.features) == ("pack", 1, frozenset({"image"}))
     assert (successor.effective_at, successor.expires_at) == (at(10), at(10) + timedelta(days=30))
 
 

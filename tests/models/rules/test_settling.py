@@ -21,9 +21,7 @@ def opened() -> Account:
 
 
 def lot(account: Account, amount: int, end: float | None, priority: int = 100) -> Grant:
-    grant = new_grant(
-        account, "pack", priority, NOW, "g", expires_at=None if end is None else at(end)
-    )
+    grant = new_grant(account, "pack", priority, NOW, "g", expires_at=None if end is None else at(end))
     post(account, grant, "granted", amount, NOW, "g")
     account.next_due_at = account.due_at()
     return grant

@@ -1,0 +1,13 @@
+"""The Celery app of beat: ``celery -A schedules.app beat``.
+
+Beat only ticks. What is due is a fact in the database: two beats, or none for a day, change no balance.
+"""
+
+from __future__ import annotations
+
+from schedules import audit, expiry
+from workers.app import app
+
+app.conf.beat_schedule = {**expiry.SCHEDULE, **audit.SCHEDULE}
+
+__all__ = ["app"]

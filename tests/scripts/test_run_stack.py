@@ -1,0 +1,208 @@
+"""The whole stack as a user starts it: a replay, the same again, a child that dies, a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from scripts.embedded import StackError, free_port, process_exists, temporary_directory, wait_until
+from scripts.replay import ReplayError, Usage, recognise
+from scripts.run_stack import Plan, check_features, parse_credits, parse_scale, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+USAGE = """account,feature,quantity
+alice,completion,30
+alice,image,8
+bob,embedding,0.5
+bob,embedding,zero
+alice,completion,30
+"""
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    with temporary_directory() as directory:
+        (directory / "usage.csv").write_text(USAGE)
+        yield directory
+
+
+def command(place: Path, *arguments: str) -> list[str]:
+    ports = ["--postgres-port", "--redis-port", "--flower-port"]
+    return [
+        *(sys.executable, "-m", "scripts.run_stack", "--input", str(place / "usage.csv")),
+        *("--data", str(place / "data"), "--workers", "1"),
+        *(part for option in ports for part in (option, str(free_port()))),
+        *arguments,
+    ]
+
+
+def run(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(place, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=150, check=False
+    )
+
+
+def figure(output: str, label: str) -> int:
+    found = re.search(rf"│ {re.escape(label)}\s*│\s*([0-9,]+)", output)
+    assert found is not None, output
+    return int(found[1].replace(",", ""))
+
+
+@pytest.fixture
+def started(place: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A stack that stays up, and its data directory."""
+    process = subprocess.Popen(
+        command(place), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line.startswith("Ask the ledger"):
+                break
+        else:
+            pytest.fail("it ended before it was up")
+        yield process, place / "data"
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def state(data: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((data / "stack.json").read_text())
+    return content
+
+
+def assert_gone(pids: dict[str, int]) -> None:
+    assert wait_until(lambda: not any(map(process_exists, pids.values())), 20), pids
+
+
+@pytest.mark.timeout(300)
+def test_a_replay_charges_once_however_often_it_runs(place: Path) -> None:
+    first = run(place, "--once")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert figure(first.stdout, "operations sent") == 8
+    assert figure(first.stdout, "applied") == 7
+    assert figure(first.stdout, "  insufficient_credits") == 1
+    assert figure(first.stdout, "replayed (the ledger had them before)") == 0
+    assert figure(first.stdout, "rows not charged") == 1
+    assert "line 5: quantity: 'zero' is not a number" in first.stdout
+    assert re.search(r"alice\s*│\s*31\s*│\s*9\s*│", first.stdout)
+    assert re.search(r"bob\s*│\s*0\.05\s*│\s*39\.95\s*│", first.stdout)
+    assert "The audit holds" in first.stdout
+    assert not (place / "data" / "stack.json").exists()
+
+    second = run(place, "--once", "--single")
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert figure(second.stdout, "replayed (the ledger had them before)") == 8
+    assert figure(second.stdout, "applied") == 0
+    assert re.search(r"alice\s*│\s*31\s*│\s*9\s*│", second.stdout)
+
+
+@pytest.mark.timeout(180)
+def test_a_signal_stops_all_that_was_started(started: tuple[subprocess.Popen[str], Path]) -> None:
+    process, data = started
+    found = state(data)
+    assert stat.S_IMODE((data / "stack.json").stat().st_mode) == 0o600
+    assert set(found["pids"]) == {"postgres", "redis", "lanes1", "general", "beat", "flower"}
+    with psycopg.connect(found["database_url"]) as connection:
+        row = connection.execute("SELECT available_micro FROM accounts WHERE account = 'alice'").fetchone()
+    assert row == (9_000_000,)
+    for log in [
+        *(data / "logs").glob("*.log"),
+        data / "redis" / "server.log",
+        data / "postgres" / "server.log",
+    ]:
+        text = log.read_text()
+        for server in ("redis", "postgres"):
+            assert (data / server / "password").read_text() not in text
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert_gone(found["pids"])
+    assert not (data / "stack.json").exists()
+
+
+@pytest.mark.timeout(180)
+def test_a_child_that_dies_is_named(started: tuple[subprocess.Popen[str], Path]) -> None:
+    process, data = started
+    pids = state(data)["pids"]
+    os.kill(pids["general"], signal.SIGKILL)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    assert process.wait(20) == 1
+    assert "general was ended by SIGKILL; the end of its log" in output
+    assert "general@" in output
+    assert_gone(pids)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--quantity-column", "tokens"],
+            "There is no column 'tokens'; the file has: account, feature, quantity",
+        ),
+        (
+            ["--feature", "video"],
+            "The catalog metering has no feature 'video'; it has: completion, embedding",
+        ),
+        (["--catalog", "none"], "shipped catalogs: metering, packs"),
+        (["--credits", "1.2345678"], "--credits: '1.2345678' is not an amount"),
+        (["--quantity-scale", "much"], "--quantity-scale: send a decimal factor such as 0.001"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_starts(
+    place: Path, arguments: list[str], sentence: str
+) -> None:
+    done = run(place, *arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (place / "data").exists()
+
+
+def test_each_account_is_opened_and_granted_once_before_its_first_use() -> None:
+    usage = [Usage(n, account, "image", None, None, f"id-{n}") for n, account in enumerate("abab")]
+    sent = [(kind, account) for kind, account, _, _ in Plan("d" * 64, "40", usage, []).operations()]
+    assert sent == [
+        *(("open", "a"), ("grant", "a"), ("consume", "a")),
+        *(("open", "b"), ("grant", "b"), ("consume", "b")),
+        *(("consume", "a"), ("consume", "b")),
+    ]
+    without = Plan("d" * 64, None, usage, [])
+    assert "grant" not in {kind for kind, _, _, _ in without.operations()}
+
+
+def test_amounts_on_the_command_line_are_exact() -> None:
+    assert parse_credits("0.000001") == 1
+    assert parse_credits("0") == 0
+    assert parse_scale("0.001") == Decimal("0.001")
+    assert parse_scale(None) is None
+    for text in ("-1", "1e3", "x", ""):
+        with pytest.raises(ReplayError, match="--credits"):
+            parse_credits(text)
+    for text in ("0", "-1", "NaN", "Infinity", "1e99999", "x"):
+        with pytest.raises(ReplayError, match="--quantity-scale"):
+            parse_scale(text)
+
+
+def test_a_feature_to_try_is_of_the_catalog() -> None:
+    shape = recognise(["account", "feature"])
+    assert check_features(shape, "metering") == "completion"
+
+
+def test_what_does_not_come_in_time_is_said() -> None:
+    with pytest.raises(StackError, match="Nothing came within 0 s"):
+        wait_for(lambda: False, lambda: None, 0, "Nothing came")
