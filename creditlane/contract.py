@@ -7,7 +7,8 @@ producers before sending and by workers on arrival, with the same types.
 
 from __future__ import annotations
 
-from datetime import datetime
+import re
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -37,6 +38,13 @@ MAX_BATCH = 1000
 MAX_FEATURES = 64
 """Features that one grant may be scoped to."""
 
+MAX_METADATA_DEPTH = 16
+"""Levels of objects and arrays in a metadata object."""
+
+FIRST_INSTANT = datetime(1970, 1, 1, tzinfo=UTC)
+LAST_INSTANT = datetime(9000, 1, 1, tzinfo=UTC)
+"""Between these every instant of a message lies, so that adding any lifetime to it stays in the calendar."""
+
 MAX_TTL_SECONDS = 30 * 24 * 3600
 """The longest a hold may live."""
 
@@ -44,6 +52,9 @@ DEFAULT_TTL_SECONDS = 15 * 60
 """How long a hold lives unless its message says otherwise."""
 
 _CLEAN = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*\Z"
+
+_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+"""A NUL as JSON writes it; an escaped backslash before ``u0000`` makes it something else."""
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME, pattern=_CLEAN)]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TEXT, pattern=_CLEAN)]
@@ -104,6 +115,8 @@ class Grant(Message):
 
     def __post_init__(self) -> None:
         _positive(self.amount, "amount")
+        _in_calendar(self.effective_at, "effective_at")
+        _in_calendar(self.expires_at, "expires_at")
         if self.expires_at is not None and self.expires_in is not None:
             raise ValueError("send expires_at or expires_in, not both")
 
@@ -126,14 +139,13 @@ class Charge(Message):
             if self.feature is None:
                 raise ValueError("quantity goes with feature, not with amount")
             _positive(self.quantity, "quantity")
+        elif self.feature is not None:
+            self.quantity = Micro(MICRO)
         if self.amount is not None:
             _positive(self.amount, "amount")
+        _in_calendar(self.occurred_at, "occurred_at")
         if self.metadata is not None:
-            encoded = msgspec.json.encode(self.metadata)
-            if len(encoded) > MAX_METADATA_BYTES:
-                raise ValueError(f"metadata is at most {MAX_METADATA_BYTES} bytes as JSON")
-            if b"\\u0000" in encoded:
-                raise ValueError("metadata holds a NUL character; leave it out")
+            _check_metadata(self.metadata)
 
 
 class Consume(Charge):
@@ -317,6 +329,27 @@ def _not_negative(amount: int, field: str) -> None:
         raise ValueError(f"{field} must not be negative")
 
 
+def _in_calendar(instant: datetime | None, field: str) -> None:
+    if instant is not None and not FIRST_INSTANT <= instant < LAST_INSTANT:
+        raise ValueError(f"{field} must lie between the years 1970 and 8999")
+
+
+def _check_metadata(metadata: dict[str, Any]) -> None:
+    level: list[Any] = [metadata]
+    for _ in range(MAX_METADATA_DEPTH):
+        below = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [value for values in below for value in values if isinstance(value, dict | list)]
+        if not level:
+            break
+    else:
+        raise ValueError(f"metadata has more than {MAX_METADATA_DEPTH} levels")
+    encoded = msgspec.json.encode(metadata)
+    if len(encoded) > MAX_METADATA_BYTES:
+        raise ValueError(f"metadata is at most {MAX_METADATA_BYTES} bytes as JSON")
+    if _NUL.search(encoded):
+        raise ValueError("metadata holds a NUL character; leave it out")
+
+
 def _decode_hook(kind: type, value: object) -> Any:
     if kind is Micro:
         return Micro(parse_amount(value))
@@ -355,9 +388,8 @@ def decode_message(name: str, arguments: bytes | msgspec.Raw) -> Message:
     try:
         decoder = _decoders[name]
     except KeyError:
-        raise ContractError(
-            Code.UNKNOWN_OPERATION, f"{name[:MAX_NAME]!r} is no operation of the ledger"
-        ) from None
+        unknown = ContractError(Code.UNKNOWN_OPERATION, f"{name[:MAX_NAME]!r} is no operation of the ledger")
+        raise _newer_version(arguments) or unknown from None
     try:
         return decoder.decode(arguments)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -387,15 +419,21 @@ def check_id(operation_id: object) -> str:
 
 
 def _contract_error(arguments: bytes | msgspec.Raw, error: Exception) -> ContractError:
+    reason = str(error)[:MAX_TEXT] or type(error).__name__
+    return _newer_version(arguments) or ContractError(Code.INVALID_MESSAGE, reason)
+
+
+def _newer_version(arguments: bytes | msgspec.Raw) -> ContractError | None:
+    """A message of a newer contract is parked for newer workers, whatever else is wrong with it."""
     try:
         version = _version_decoder.decode(arguments).v
     except (msgspec.MsgspecError, ValueError, RecursionError):
-        version = VERSION
-    if version > VERSION:
-        return ContractError(
-            Code.UNKNOWN_VERSION, f"the message is of contract version {version}, this side knows {VERSION}"
-        )
-    return ContractError(Code.INVALID_MESSAGE, str(error)[:MAX_TEXT] or type(error).__name__)
+        return None
+    if version <= VERSION:
+        return None
+    return ContractError(
+        Code.UNKNOWN_VERSION, f"the message is of contract version {version}, this side knows {VERSION}"
+    )
 
 
 __all__ = [

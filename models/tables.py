@@ -102,11 +102,12 @@ class GrantRow(Buckets, Base):
     __table_args__ = (
         ForeignKeyConstraint(["account"], ["accounts.account"], name="grants_account"),
         CheckConstraint(CLOSING_IDENTITY, name="grants_close"),
-        CheckConstraint(f"{NOT_NEGATIVE} AND clawed_back_micro >= 0", name="grants_not_negative"),
+        CheckConstraint(f"{NOT_NEGATIVE} AND clawed_back_micro >= 0 AND forgiven_micro >= 0", name="grants_not_negative"),
         CheckConstraint(
             "is_open = (available_micro > 0 OR held_micro > 0 OR in_transit_micro > 0)", name="grants_open"
         ),
         Index("grants_open_by_account", "account", postgresql_where=text("is_open")),
+        Index("grants_by_origin", "account", "origin", postgresql_where=text("origin IS NOT NULL")),
         Index("grants_by_purchase", "account", "purchase", postgresql_where=text("purchase IS NOT NULL")),
         {"postgresql_with": {"fillfactor": "70"}},
     )
@@ -127,6 +128,11 @@ class GrantRow(Buckets, Base):
     price_currency: Mapped[str | None]
     price_per_micro: Mapped[int | None] = mapped_column(BigInteger)
     clawed_back_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    """What revocations took back of it, were it spent or not."""
+    forgiven_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    """What revocations let go because it was spent or set aside."""
+    origin: Mapped[int | None] = mapped_column(Integer)
+    """The grant that this one continues, because that had expired when its credits came back."""
     is_open: Mapped[bool]
 
 

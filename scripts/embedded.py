@@ -33,6 +33,8 @@ from typing import IO, Self
 import psycopg
 import redis
 from psycopg import sql
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 HOST = "127.0.0.1"
 USER = "creditlane"
@@ -866,7 +868,9 @@ class Redis(_Server):
 
     def _answers(self) -> bool:
         try:
-            with closing(redis.Redis.from_url(self.url, socket_timeout=5)) as client:
+            # Once: the client's own attempts would go on for seconds after the server has ended.
+            once = Retry(NoBackoff(), 0)
+            with closing(redis.Redis.from_url(self.url, socket_timeout=5, retry=once)) as client:
                 client.ping()
         except redis.RedisError:
             # Not there yet, still loading, or another server on this port: then ours is about to end.

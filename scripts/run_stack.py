@@ -622,10 +622,12 @@ def show_addresses(running: Running, state: Path, flower_port: int, account: str
         f'client = CreditClient({stack}["broker_url"], lanes={running.lanes})\n'
         f'print(client.consume({json.dumps(account)}, feature={json.dumps(feature)}, id="try-1", wait=5.0))'
     )
-    ask = (
-        "import json, psycopg\n"
-        f'ledger = psycopg.connect({stack}["database_url"])\n'
-        'print(*ledger.execute("TABLE accounts ORDER BY account LIMIT 5"), sep="\\n")'
+    ask = "\n".join(
+        (
+            "import json, psycopg",
+            f'ledger = psycopg.connect({stack}["database_url"])',
+            'print(*ledger.execute("SELECT account, available_micro FROM accounts LIMIT 5"), sep="\\n")',
+        )
     )
     console.print(
         Panel.fit(
@@ -735,6 +737,19 @@ def running_stack(
             console.print(f"[yellow]{', '.join(killed)} did not end in time and had to be killed.[/]")
 
 
+@contextmanager
+def naming_what_ended(running: Running) -> Iterator[None]:
+    """Turn a lost connection into a sentence about what was lost.
+
+    :raises StackError: naming the server or worker that ended, or what the connection said.
+    """
+    try:
+        yield
+    except (psycopg.Error, redis.RedisError, CreditlaneError) as error:
+        running.check()
+        raise StackError(f"The replay stopped ({type(error).__name__}: {error}).") from error
+
+
 def make_plan(
     file: Path, shape: Shape, *, credits_micro: int, seed: int, exponent: float, limit: int | None
 ) -> Plan:
@@ -804,6 +819,7 @@ def audited(running: Running) -> bool:
     """Run the audit over the whole ledger and show its verdict."""
     started = time.perf_counter()
     with psycopg.connect(running.stack.database_url, autocommit=True) as connection:
+        # Not within a transaction: it begins one of its own.
         report = audit(connection)
     return show_verdict(report, time.perf_counter() - started)
 
@@ -900,12 +916,13 @@ def main(
             lanes=lanes,
         ) as running:
             console.print(f"Replaying {len(plan.usage):,} rows of {escape(str(input))}", soft_wrap=True)
-            outcome = replay(running, plan, single=single)
-            show_bad_rows(plan.bad, input)
-            show_outcome(outcome, len(plan.bad))
-            with psycopg.connect(running.stack.database_url) as connection:
-                show_accounts(connection, outcome)
-            holds = audited(running)
+            with naming_what_ended(running):
+                outcome = replay(running, plan, single=single)
+                show_bad_rows(plan.bad, input)
+                show_outcome(outcome, len(plan.bad))
+                with psycopg.connect(running.stack.database_url) as connection:
+                    show_accounts(connection, outcome)
+                holds = audited(running)
             if once:
                 code = 0 if holds else 1
             else:
@@ -920,7 +937,7 @@ def main(
     except (ReplayError, CatalogError) as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         code = 2
-    except (StackError, CreditlaneError) as error:
+    except StackError as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         code = 1
     except Stopped:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from creditlane.amounts import MAX_MICRO, MICRO, format_amount
+from creditlane.amounts import MAX_MICRO, format_amount
 from creditlane.codes import Code
 from creditlane.contract import Charge, Consume, Refund
-from models.rules.burning import burn, plan_burn, restore_consumed
+from models.rules.burning import burn, check_room, plan_burn, restore_consumed
 from models.rules.catalog import price_of
 from models.rules.refusal import RefusedError
 from models.rules.state import Account
@@ -45,6 +45,7 @@ def refund(account: Account, message: Refund, context: Context) -> Outcome:
         raise RefusedError(
             Code.EXCEEDS_ORIGINAL, f"{format_amount(left)} credits of this charge are left to give back"
         )
+    check_room(account, amount)
     uses = restore_consumed(
         account,
         charge.lines,
@@ -66,7 +67,8 @@ def cost_of(message: Charge, context: Context) -> tuple[int, int | None]:
     if message.amount is not None:
         return int(message.amount), None
     assert message.feature is not None
-    quantity = MICRO if message.quantity is None else int(message.quantity)
+    assert message.quantity is not None
+    quantity = int(message.quantity)
     return feature_cost(message.feature, quantity, context), quantity
 
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 from creditlane.amounts import format_amount
 from creditlane.codes import Code
 from creditlane.contract import Adjust, Grant, Revoke
-from models.rules.burning import Plan, burn, new_grant, pay_debt, plan_burn
+from models.rules.burning import Plan, burn, check_room, new_grant, pay_debt, plan_burn
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import MAX_OPEN_GRANTS, Account
@@ -34,6 +34,7 @@ def grant(account: Account, message: Grant, context: Context) -> Outcome:
     if expires_at is not None and expires_at <= max(effective_at, context.now):
         raise RefusedError(Code.INVALID, "expires_at is not after the grant's start and the present")
     check_grant_limit(account)
+    check_room(account, int(message.amount))
     price = message.unit_price
     lot = new_grant(
         account,
@@ -60,6 +61,7 @@ def adjust(account: Account, message: Adjust, context: Context) -> Outcome:
     amount = int(message.amount)
     if amount > 0:
         check_grant_limit(account)
+        check_room(account, amount)
         lot = new_grant(
             account,
             source=ADJUSTMENT,
@@ -72,6 +74,8 @@ def adjust(account: Account, message: Adjust, context: Context) -> Outcome:
     if missing:
         raise insufficient(context, -amount, missing)
     burn(account, plan, "revoked", context.now, context.operation)
+    for lot, taken in plan:
+        lot.clawed_back += taken  # so that a later revocation of the lot does not take it twice
     return Outcome(charged=-amount, uses=plan)
 
 
@@ -90,14 +94,12 @@ def revoke(account: Account, message: Revoke, context: Context) -> Outcome:
     becomes debt, or is forgiven, as the catalog says; what expired is gone and owes nothing. Refusals:
     ``unknown_grant``, ``exceeds_original``. (ledger rules: claw-back)
     """
-    if message.grant is not None:
-        lots = [account.grants[message.grant]] if message.grant in account.grants else []
-    else:
-        lots = [lot for lot in account.grants.values() if lot.purchase == message.purchase]
+    lots = [lot for lot in account.grants.values() if _is_meant(lot, message)]
     if not lots:
         raise RefusedError(Code.UNKNOWN_GRANT)
     lots.sort(key=lambda lot: lot.key, reverse=True)
-    revocable = sum(map(_revocable, lots))
+    worth = sum(lot.granted + lot.received - lot.expired - lot.clawed_back for lot in lots)
+    revocable = max(0, worth)
     wanted = revocable if message.amount is None else int(message.amount)
     if wanted > revocable or not wanted:
         raise RefusedError(
@@ -105,29 +107,32 @@ def revoke(account: Account, message: Revoke, context: Context) -> Outcome:
         )
     taken: Plan = []
     for lot in lots:
-        amount = min(lot.available, _revocable(lot), wanted)
+        amount = min(lot.available, wanted)
         if amount:
             post(account, lot, "revoked", amount, context.now, context.operation)
             lot.clawed_back += amount
             wanted -= amount
             taken.append((lot, amount))
-    forgiven = context.catalog.clawback.on_spent == "forgive"
-    owed = wanted
-    for lot in lots:
-        amount = min(_revocable(lot), wanted)
-        if amount:
-            if not forgiven:
-                post(account, lot, "debt_incurred", amount, context.now, context.operation)
-            lot.clawed_back += amount
-            lot.is_dirty = account.is_dirty = True
-            wanted -= amount
-    details = {("forgiven" if forgiven else "owed"): format_amount(owed)} if owed else None
+    if not wanted:
+        return Outcome(charged=sum(amount for _, amount in taken), uses=taken)
+    # What is left of it was spent or is held. It is owed by the first lot, the one that the others continue.
+    first = min(lots, key=lambda lot: lot.id)
+    first.clawed_back += wanted
+    first.is_dirty = account.is_dirty = True
+    if context.catalog.clawback.on_spent == "forgive":
+        first.forgiven += wanted
+        details = {"forgiven": format_amount(wanted)}
+    else:
+        post(account, first, "debt_incurred", wanted, context.now, context.operation)
+        details = {"owed": format_amount(wanted)}
     return Outcome(charged=sum(amount for _, amount in taken), uses=taken, details=details)
 
 
-def _revocable(lot: Lot) -> int:
-    """What a lot was worth, less what expired unspent and what was taken back before."""
-    return max(0, lot.granted + lot.received - lot.expired - lot.clawed_back)
+def _is_meant(lot: Lot, message: Revoke) -> bool:
+    """Whether a revocation names this lot, its purchase, or the lot that it continues."""
+    if message.grant is not None:
+        return message.grant in (lot.id, lot.origin)
+    return lot.purchase == message.purchase
 
 
 def check_grant_limit(account: Account) -> None:

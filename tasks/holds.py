@@ -39,6 +39,8 @@ def hold(account: Account, message: Hold, context: Context) -> Outcome:
     )
     reservation.is_new = True
     account.holds[reservation.id] = reservation
+    if account.next_due_at is None or reservation.expires_at < account.next_due_at:
+        account.next_due_at = reservation.expires_at
     account.is_dirty = True
     details = {"hold": reservation.id, "expires_at": reservation.expires_at}
     return Outcome(cost, plan, None, details, quantity, message.feature)

@@ -42,7 +42,8 @@ ACCOUNT_FIELDS = (
 GRANT_COLUMNS = f"""
 g.account, g.grant_id, g.source, g.priority, g.features, g.effective_at, g.expires_at, g.created_at, g.operation,
 g.purchase, g.price_minor, g.price_currency, g.price_per_micro,
-{", ".join(f"g.{counter}_micro" for counter in COUNTERS)}, g.clawed_back_micro
+{", ".join(f"g.{counter}_micro" for counter in COUNTERS)}, g.clawed_back_micro,
+g.forgiven_micro, g.origin
 """
 OPEN_GRANTS = f"SELECT {GRANT_COLUMNS} FROM grants g WHERE g.account = ANY(%s) AND g.is_open"
 
@@ -83,6 +84,7 @@ JOIN grants g ON g.account = e.account AND g.grant_id = e.grant_id
 """
 NAMED_GRANTS = (
     f"SELECT {GRANT_COLUMNS} FROM {PAIRS} JOIN grants g ON g.account = k.account AND g.grant_id = k.key::int"
+    f" UNION ALL SELECT {GRANT_COLUMNS} FROM {PAIRS} JOIN grants g ON g.account = k.account AND g.origin = k.key::int"
 )
 PURCHASED_GRANTS = (
     f"SELECT {GRANT_COLUMNS} FROM {PAIRS} JOIN grants g ON g.account = k.account AND g.purchase = k.key"
@@ -94,7 +96,8 @@ COPY_ACCOUNTS = (
 )
 COPY_GRANTS = (
     "COPY grants (account, grant_id, source, priority, features, effective_at, expires_at, created_at, operation,"
-    f" purchase, price_minor, price_currency, price_per_micro, {BUCKETS}, clawed_back_micro, is_open) FROM STDIN"
+    f" purchase, price_minor, price_currency, price_per_micro, {BUCKETS}, clawed_back_micro,"
+    " forgiven_micro, origin, is_open) FROM STDIN"
 )
 COPY_OPERATIONS = (
     "COPY operations (account, operation, number, name, status, code, charged_micro, feature, quantity_micro, member,"
@@ -122,9 +125,10 @@ UPDATE accounts SET kind = %s, status = %s, email = %s, locale = %s, timezone = 
 """
 UPDATE_GRANTS = f"""
 UPDATE grants g SET is_open = u.is_open, clawed_back_micro = u.clawed_back_micro,
+    forgiven_micro = u.forgiven_micro,
     {", ".join(f"{counter}_micro = u.{counter}_micro" for counter in COUNTERS)}
-FROM unnest(%s::text[], %s::int[], %s::bool[], %s::bigint[], {", ".join(["%s::bigint[]"] * len(COUNTERS))})
-    AS u(account, grant_id, is_open, clawed_back_micro, {BUCKETS})
+FROM unnest(%s::text[], %s::int[], %s::bool[], %s::bigint[], %s::bigint[], {", ".join(["%s::bigint[]"] * len(COUNTERS))})
+    AS u(account, grant_id, is_open, clawed_back_micro, forgiven_micro, {BUCKETS})
 WHERE g.account = u.account AND g.grant_id = u.grant_id
 """
 UPDATE_HOLDS = """
@@ -281,6 +285,7 @@ class LedgerWriter:
                     _array(grant.id for grant in lots),
                     _array("t" if grant.is_open else "f" for grant in lots),
                     _array(grant.clawed_back for grant in lots),
+                    _array(grant.forgiven for grant in lots),
                     *(_array(map(attrgetter(counter), lots)) for counter in COUNTERS),
                 ),
             )
@@ -334,7 +339,7 @@ class Loaded:
                 charges = connection.execute(CHARGES, needs["charge"])
                 grants.append(connection.execute(CHARGED_GRANTS, needs["charge"]))
             if "grant" in needs:
-                grants.append(connection.execute(NAMED_GRANTS, needs["grant"]))
+                grants.append(connection.execute(NAMED_GRANTS, (*needs["grant"], *needs["grant"])))
             if "purchase" in needs:
                 grants.append(connection.execute(PURCHASED_GRANTS, needs["purchase"]))
             now = clock.fetchone()
@@ -504,7 +509,7 @@ def _grant_row(account: str, grant: Grant) -> tuple[Any, ...]:
     return (
         account, grant.id, grant.source, grant.priority, features, grant.effective_at, grant.expires_at,
         grant.created_at, grant.operation, grant.purchase, grant.price_minor, grant.price_currency, grant.price_per,
-        *_counters(grant), grant.clawed_back, grant.is_open,
+        *_counters(grant), grant.clawed_back, grant.forgiven, grant.origin, grant.is_open,
     )  # fmt: skip
 
 

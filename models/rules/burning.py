@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
+from creditlane.codes import Code
 from models.rules.posting import post
-from models.rules.state import Account, Grant, Line
+from models.rules.refusal import RefusedError
+from models.rules.state import MAX_TOTAL_MICRO, Account, Grant, Line
 
 Plan = list[tuple[Grant, int]]
 """Which grants give how many micro-credits, in the order of taking."""
@@ -52,8 +54,26 @@ def burn(account: Account, plan: Plan, kind: str, now: datetime, operation: str,
     return [Line(grant.id, taken) for grant, taken in plan]
 
 
+def check_room(account: Account, amount_micro: int) -> None:
+    """Refuse credits that would take an account's lifetime total over :data:`MAX_TOTAL_MICRO`.
+
+    :raises RefusedError: ``limit_reached``.
+    """
+    if account.granted + account.received + account.restored + amount_micro > MAX_TOTAL_MICRO:
+        raise RefusedError(Code.LIMIT_REACHED, "the account was credited with as much as it can ever hold")
+
+
 def pay_debt(account: Account, grant: Grant, now: datetime, operation: str | None, at: datetime | None = None) -> None:
-    """Credits that come in pay the debt first (ledger rules: claw-back)."""
+    """Credits that come in pay the debt first (ledger rules: claw-back).
+
+    What a revocation let go of this very lot, because it was spent or set aside, is taken when it comes back.
+    """
+    lot = grant if grant.origin is None else account.grants.get(grant.origin, grant)
+    taken = min(lot.forgiven, grant.available)
+    if taken:
+        post(account, grant, "revoked", taken, now, operation, at=at)
+        lot.forgiven -= taken
+        lot.is_dirty = True
     payment = min(account.debt, grant.available)
     if payment:
         post(account, grant, "debt_paid", payment, now, operation, at=at)
@@ -83,11 +103,14 @@ def give_back_held(
         amount_micro -= back
         line.returned += back
         grant = account.grants[line.grant]
+        before = grant.available
         post(account, grant, "released", back, now, operation, hold, at)
-        if grant.expires_at is not None and grant.expires_at <= instant:
-            post(account, grant, "expired", back, now, operation, hold, at)
-        else:
+        expired = grant.expires_at is not None and grant.expires_at <= instant
+        if not expired or grant.clawed_back:
+            # Of a lot that was clawed back while held, the debt is paid even by what would lapse: it was never spent.
             pay_debt(account, grant, now, operation, at)
+        if expired and grant.available > before:
+            post(account, grant, "expired", grant.available - before, now, operation, hold, at)
 
 
 def restore_consumed(
@@ -135,6 +158,7 @@ def successor(account: Account, grant: Grant, now: datetime, operation: str, exp
         operation=operation,
         purchase=grant.purchase,
         price=(grant.price_minor, grant.price_currency, grant.price_per),
+        origin=grant.origin or grant.id,
     )
 
 
@@ -149,6 +173,7 @@ def new_grant(
     expires_at: datetime | None = None,
     purchase: str | None = None,
     price: tuple[int | None, str | None, int | None] = (None, None, None),
+    origin: int | None = None,
 ) -> Grant:
     """Add an empty grant to an account, numbered after its last one; credits are posted to it next."""
     account.last_grant += 1
@@ -163,6 +188,7 @@ def new_grant(
         operation,
         purchase,
         *price,
+        origin=origin,
     )
     grant.is_new = True
     account.add_grant(grant)

@@ -90,4 +90,7 @@ def post(
     body = (seq, operation, kind, grant.id, amount_micro, account.available, at or now, refers_to, now)
     account.head = head = sha256(account.head + _encode((account.account, *body))).digest()
     account.entries.append(Entry(*body, head))
+    due = grant.expires_at
+    if enters == "available" and due is not None and (account.next_due_at is None or due < account.next_due_at):
+        account.next_due_at = due
     grant.is_dirty = account.is_dirty = True

@@ -7,7 +7,7 @@ copies would cost more than the rules. All credits move through :func:`models.ru
 from __future__ import annotations
 
 from bisect import insort
-from datetime import datetime
+from datetime import UTC, datetime
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -21,16 +21,19 @@ MAX_OPEN_HOLDS = 1000
 
 UNOPENED, OPEN, CLOSED = "unopened", "open", "closed"
 
-SortKey = tuple[int, int, float, float, int]
+MAX_TOTAL_MICRO = 9 * 10**18
+"""What one account may be credited with in all its life, in micro-credits: a Postgres bigint holds it."""
+
+SortKey = tuple[int, int, datetime, datetime, int]
 
 
 class Grant:
     """One lot of credits. Its buckets close: granted + received + restored = the sum of the others."""
 
     __slots__ = (
-        "available", "clawed_back", "consumed", "created_at", "effective_at", "expired", "expires_at", "features", "granted",
-        "held", "id", "in_transit", "is_dirty", "is_new", "key", "operation", "price_currency", "price_minor",
-        "price_per", "priority", "purchase", "received", "restored", "revoked", "sent", "source",
+        "available", "clawed_back", "consumed", "created_at", "effective_at", "expired", "expires_at", "features",
+        "forgiven", "granted", "held", "id", "in_transit", "is_dirty", "is_new", "key", "operation", "origin",
+        "price_currency", "price_minor", "price_per", "priority", "purchase", "received", "restored", "revoked", "sent", "source",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +61,8 @@ class Grant:
         revoked: int = 0,
         sent: int = 0,
         clawed_back: int = 0,
+        forgiven: int = 0,
+        origin: int | None = None,
     ) -> None:
         self.id = id
         self.source = source
@@ -82,6 +87,11 @@ class Grant:
         self.revoked = revoked
         self.sent = sent
         self.clawed_back = clawed_back
+        """What revocations took back of it, were it spent or not."""
+        self.forgiven = forgiven
+        """What revocations let go because it was spent or set aside: if it comes back, it is taken after all."""
+        self.origin = origin
+        """The grant that this one continues, because that had expired when its credits came back."""
         self.key = burn_key(self)
         self.is_new = False
         self.is_dirty = False
@@ -92,7 +102,7 @@ class Grant:
         return bool(self.available or self.held or self.in_transit)
 
 
-NEVER = float("inf")
+NEVER = datetime.max.replace(tzinfo=UTC)
 
 
 def burn_key(grant: Grant) -> SortKey:
@@ -104,8 +114,8 @@ def burn_key(grant: Grant) -> SortKey:
     return (
         grant.priority,
         1 if grant.features is None else 0,
-        NEVER if grant.expires_at is None else grant.expires_at.timestamp(),
-        grant.created_at.timestamp(),
+        NEVER if grant.expires_at is None else grant.expires_at,
+        grant.created_at,
         grant.id,
     )
 

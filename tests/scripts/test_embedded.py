@@ -17,6 +17,8 @@ from typing import Any
 import psycopg
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from scripts import embedded
 from scripts.embedded import (
@@ -158,7 +160,7 @@ def test_passwords_are_asked_for_and_kept_to_oneself(place: Path) -> None:
         with pytest.raises(psycopg.OperationalError, match="password"):
             psycopg.connect(f"postgresql://creditlane:wrong@{HOST}:{stack.postgres.port}/creditlane")
         with (
-            closing(redis.Redis(host=HOST, port=stack.redis.port)) as stranger,
+            closing(redis.Redis(host=HOST, port=stack.redis.port, retry=Retry(NoBackoff(), 0))) as stranger,
             pytest.raises(redis.AuthenticationError),
         ):
             stranger.ping()

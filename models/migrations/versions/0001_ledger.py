@@ -152,6 +152,8 @@ CREATE TABLE grants (
     price_currency TEXT,
     price_per_micro BIGINT,
     clawed_back_micro BIGINT DEFAULT '0' NOT NULL,
+    forgiven_micro BIGINT DEFAULT '0' NOT NULL,
+    origin INTEGER,
     is_open BOOLEAN NOT NULL,
     granted_micro BIGINT DEFAULT '0' NOT NULL,
     received_micro BIGINT DEFAULT '0' NOT NULL,
@@ -172,11 +174,12 @@ CREATE TABLE grants (
         CHECK (granted_micro >= 0 AND received_micro >= 0 AND restored_micro >= 0
             AND available_micro >= 0 AND held_micro >= 0 AND in_transit_micro >= 0
             AND consumed_micro >= 0 AND expired_micro >= 0 AND revoked_micro >= 0
-            AND sent_micro >= 0 AND clawed_back_micro >= 0),
+            AND sent_micro >= 0 AND clawed_back_micro >= 0 AND forgiven_micro >= 0),
     CONSTRAINT grants_open
         CHECK (is_open = (available_micro > 0 OR held_micro > 0 OR in_transit_micro > 0))
 ) WITH (fillfactor = 70);
 CREATE INDEX grants_open_by_account ON grants (account) WHERE is_open;
+CREATE INDEX grants_by_origin ON grants (account, origin) WHERE origin IS NOT NULL;
 CREATE INDEX grants_by_purchase ON grants (account, purchase) WHERE purchase IS NOT NULL;
 """
 
