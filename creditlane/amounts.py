@@ -38,9 +38,7 @@ def parse_amount(value: object) -> int:
         match = _DECIMAL.match(value)
         if match is None:
             shown = value if len(value) <= 40 else value[:37] + "..."
-            raise ValueError(
-                f"{shown!r} is not an amount: send credits as a decimal string with at most six decimals"
-            )
+            raise ValueError(f"{shown!r} is not an amount: send credits as a decimal string with at most six decimals")
         sign, whole, fraction = match.groups()
         micro = int(whole) * MICRO
         if fraction:
@@ -50,9 +48,7 @@ def parse_amount(value: object) -> int:
     elif type(value) is int:
         micro = value * MICRO
     else:
-        raise ValueError(
-            f"a {type(value).__name__} is not an amount: send credits as a decimal string or an integer"
-        )
+        raise ValueError(f"a {type(value).__name__} is not an amount: send credits as a decimal string or an integer")
     if not -MAX_MICRO <= micro <= MAX_MICRO:
         raise ValueError(f"an amount is at most {MAX_CREDITS:,} credits")
     return micro

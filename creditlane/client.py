@@ -38,7 +38,12 @@ from creditlane.contract import (
     check_id,
     decode_message,
 )
-from creditlane.errors import BrokerUnavailableError, NoAnswerError, QuarantinedError, RefusedError, UnsentError
+from creditlane.errors import (
+    BrokerUnavailableError,
+    NoAnswerError,
+    RefusedError,
+    UnsentError,
+)
 from creditlane.lanes import LANES, lane_of
 
 Amount = int | str | Decimal
@@ -305,7 +310,14 @@ class CreditClient(Operations):
         :raises RefusedError: when the hold or the capture is refused.
         """
         hold = self.hold(
-            account, id=id, feature=feature, quantity=quantity, amount=amount, ttl=ttl, member=member, wait=wait
+            account,
+            id=id,
+            feature=feature,
+            quantity=quantity,
+            amount=amount,
+            ttl=ttl,
+            member=member,
+            wait=wait,
         )
         assert hold is not None
         if not hold.applied:

@@ -246,17 +246,14 @@ class Settle(Message):
 class Batch(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """``credits.batch``: many operations of one lane in one message, each succeeding or failing by itself."""
 
-    operations: Annotated[
-        list[tuple[str, Name, msgspec.Raw]], msgspec.Meta(min_length=1, max_length=MAX_BATCH)
-    ]
+    operations: Annotated[list[tuple[str, Name, msgspec.Raw]], msgspec.Meta(min_length=1, max_length=MAX_BATCH)]
     v: Literal[1] = 1
 
 
 BATCH = "credits.batch"
 
 OPERATIONS: dict[str, type[Message]] = {
-    kind.operation: kind
-    for kind in (Open, Grant, Consume, Hold, Capture, Release, Refund, Adjust, Revoke, Settle)
+    kind.operation: kind for kind in (Open, Grant, Consume, Hold, Capture, Release, Refund, Adjust, Revoke, Settle)
 }
 """Every operation of the ledger by its task name."""
 

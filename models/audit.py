@@ -162,7 +162,10 @@ def _audit_account(
     _compare(report, account, "accounts", "totals", buckets, total)
     if debt != debt_sum:
         report.add(
-            account, "accounts", "debt", f"is {format_amount(debt)}, its entries say {format_amount(debt_sum)}"
+            account,
+            "accounts",
+            "debt",
+            f"is {format_amount(debt)}, its entries say {format_amount(debt_sum)}",
         )
     held = 0
     for hold, status, amount, captured, outstanding in holds:
@@ -174,7 +177,10 @@ def _audit_account(
             report.add(account, "receipts", f"hold {hold}", "does not add up to what was captured")
     if held != total["held"]:
         report.add(
-            account, "holds", "open holds", f"hold {format_amount(held)}, grants {format_amount(total['held'])}"
+            account,
+            "holds",
+            "open holds",
+            f"hold {format_amount(held)}, grants {format_amount(total['held'])}",
         )
 
 

@@ -102,7 +102,9 @@ class GrantRow(Buckets, Base):
     __table_args__ = (
         ForeignKeyConstraint(["account"], ["accounts.account"], name="grants_account"),
         CheckConstraint(CLOSING_IDENTITY, name="grants_close"),
-        CheckConstraint(f"{NOT_NEGATIVE} AND clawed_back_micro >= 0 AND forgiven_micro >= 0", name="grants_not_negative"),
+        CheckConstraint(
+            f"{NOT_NEGATIVE} AND clawed_back_micro >= 0 AND forgiven_micro >= 0", name="grants_not_negative"
+        ),
         CheckConstraint(
             "is_open = (available_micro > 0 OR held_micro > 0 OR in_transit_micro > 0)", name="grants_open"
         ),

@@ -75,8 +75,7 @@ def due(connection: Connection[Any]) -> Iterator[tuple[str, datetime]]:
     assert row is not None
     last: tuple[datetime, str] = (BEGINNING, "")
     while page := connection.execute(DUE, (row[0], *last)).fetchall():
-        for account, due_at in page:
-            yield account, due_at
+        yield from page
         last = (page[-1][1], page[-1][0])
 
 

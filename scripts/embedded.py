@@ -231,8 +231,7 @@ def _account_for(existing: Path) -> _Account:
         nobody = pwd.getpwnam("nobody")
     except KeyError:
         raise StackError(
-            "PostgreSQL refuses to run as root and this system has no user 'nobody'; "
-            "run this as an ordinary user."
+            "PostgreSQL refuses to run as root and this system has no user 'nobody'; run this as an ordinary user."
         ) from None
     return _Account(nobody.pw_uid, nobody.pw_gid)
 
@@ -323,9 +322,7 @@ def _works_in(pid: int, directory: Path) -> bool:
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
     except OSError:
-        shown = subprocess.run(
-            ["ps", "-o", "command=", "-p", str(pid)], capture_output=True, text=True, check=False
-        )
+        shown = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, text=True, check=False)
         command = shown.stdout
     return str(directory) in command
 
@@ -525,9 +522,7 @@ class _Server:
                 return
             if not self._any_port or port_is_free(self.port):
                 break  # it did not end because somebody else was faster at a port of our choice
-        raise StackError(
-            f"{self.service} did not start; the end of its log ({self.log}):\n{last_lines(self.log)}"
-        )
+        raise StackError(f"{self.service} did not start; the end of its log ({self.log}):\n{last_lines(self.log)}")
 
     def _await_ready(self, deadline: float) -> bool:
         """Wait until the child answers; False when it ended instead."""
@@ -600,9 +595,7 @@ class _Server:
 
     def _environment(self) -> dict[str, str]:
         # Nothing of ours: a server needs none of it, and variables such as PGDATA would mislead it.
-        return {
-            name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ
-        }
+        return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
 
     def _program(self) -> Path:
         raise NotImplementedError
@@ -667,9 +660,7 @@ class Postgres(_Server):
             found = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", (name,)).fetchone()
             if found is None:
                 connection.execute(
-                    sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
-                        sql.Identifier(name), sql.Identifier(template)
-                    )
+                    sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
                 )
         return self.url_of(name)
 
@@ -679,9 +670,7 @@ class Postgres(_Server):
         :raises psycopg.Error: when the server refuses.
         """
         with psycopg.connect(self.url_of("postgres"), autocommit=True, connect_timeout=10) as connection:
-            connection.execute(
-                sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
-            )
+            connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
     def start(self, ready_seconds: float = READY_SECONDS) -> Self:
         """Start the server, wait until it answers, and create the ledger's database if it is not there.

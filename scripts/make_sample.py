@@ -63,13 +63,9 @@ def make_rows(rows: int, accounts: int, seed: int) -> list[tuple[str, str, str, 
     for time in times:
         account = who.draw()
         favourite = favourites.setdefault(account, draw.choices(list(FEATURES), list(FEATURES.values()))[0])
-        feature = (
-            favourite if draw.random() < 0.5 else draw.choices(list(FEATURES), list(FEATURES.values()))[0]
-        )
+        feature = favourite if draw.random() < 0.5 else draw.choices(list(FEATURES), list(FEATURES.values()))[0]
         quantity = quantity_of(feature, draw)
-        result.append(
-            (time.isoformat(timespec="milliseconds"), account, feature, f"{quantity.normalize():f}")
-        )
+        result.append((time.isoformat(timespec="milliseconds"), account, feature, f"{quantity.normalize():f}"))
     return result
 
 

@@ -33,9 +33,7 @@ DRAWN_ACCOUNTS = 100
 EXPONENT = 1.1
 """How steep the draw of accounts is: the k-th account is drawn in proportion to 1 / k^1.1."""
 
-_NUMBER = re.compile(
-    r"[+-]?(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,2})?\Z", re.ASCII
-)
+_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,2})?\Z", re.ASCII)
 _EXACT = Context(prec=400, traps=[InvalidOperation, Inexact])
 _DELIMITERS = ",;\t|"
 
@@ -320,9 +318,7 @@ def _instant(text: str, column: str) -> datetime:
         # A time without a zone is taken for UTC: the file does not say where it was written.
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError):
-        raise ValueError(
-            f"{column}: {_printable(text[:40])} is not a time like 2026-03-01T12:00:00Z"
-        ) from None
+        raise ValueError(f"{column}: {_printable(text[:40])} is not a time like 2026-03-01T12:00:00Z") from None
 
 
 def _printable(text: str) -> str:

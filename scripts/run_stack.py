@@ -140,9 +140,7 @@ class Children:
             code = child.process.poll()
             if code is not None:
                 how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-                raise StackError(
-                    f"{child.name} {how}; the end of its log ({child.log}):\n{last_lines(child.log)}"
-                )
+                raise StackError(f"{child.name} {how}; the end of its log ({child.log}):\n{last_lines(child.log)}")
 
     @property
     def pids(self) -> dict[str, int]:
@@ -194,9 +192,7 @@ class Running:
         for server in (self.stack.postgres, self.stack.redis):
             if not server.running:
                 log = server.log
-                raise StackError(
-                    f"{server.service} has ended; the end of its log ({log}):\n{last_lines(log)}"
-                )
+                raise StackError(f"{server.service} has ended; the end of its log ({log}):\n{last_lines(log)}")
 
 
 def child_environment(stack: Stack, catalog: str, lanes: int) -> dict[str, str]:
@@ -390,9 +386,7 @@ def in_chunks(items: Sequence[tuple[str, str]]) -> Iterator[Sequence[tuple[str, 
         yield items[start : start + CHUNK]
 
 
-def publish(
-    client: CreditClient, plan: Plan, steps: Steps, check: Callable[[], None], *, single: bool
-) -> set[str]:
+def publish(client: CreditClient, plan: Plan, steps: Steps, check: Callable[[], None], *, single: bool) -> set[str]:
     """Send the plan's operations, each account's in order.
 
     :param single: one message for each, instead of many per message.
@@ -495,8 +489,7 @@ def await_empty_lanes(broker_url: str, lanes: int, check: Callable[[], None]) ->
             check()
             if time.monotonic() > deadline:
                 raise StackError(
-                    f"{left:,} messages stay in the lanes and nothing moves; "
-                    "see the logs in the data directory."
+                    f"{left:,} messages stay in the lanes and nothing moves; see the logs in the data directory."
                 )
             time.sleep(POLL_SECONDS)
 
@@ -750,9 +743,7 @@ def naming_what_ended(running: Running) -> Iterator[None]:
         raise StackError(f"The replay stopped ({type(error).__name__}: {error}).") from error
 
 
-def make_plan(
-    file: Path, shape: Shape, *, credits_micro: int, seed: int, exponent: float, limit: int | None
-) -> Plan:
+def make_plan(file: Path, shape: Shape, *, credits_micro: int, seed: int, exponent: float, limit: int | None) -> Plan:
     """Read the file.
 
     :param credits_micro: what each account is granted, in micro-credits.
@@ -782,6 +773,18 @@ def parse_credits(text: str) -> int:
     if micro < 0:
         raise ReplayError("--credits: an account cannot be granted less than nothing.")
     return micro
+
+
+def parse_lanes(text: str | None) -> int:
+    """Read ``CREDITLANE_LANES``.
+
+    :raises ReplayError: when it is no number from 1 to 4096.
+    """
+    if not text:
+        return LANES
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 4096:
+        raise ReplayError("CREDITLANE_LANES must be a number from 1 to 4096; unset it for the usual 64.")
+    return int(text)
 
 
 def parse_scale(text: str | None) -> Decimal | None:
@@ -829,27 +832,23 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    input: Annotated[
-        Path, typer.Option(help="The CSV file to replay; its first line names the columns.")
-    ] = SAMPLE,
+    input: Annotated[Path, typer.Option(help="The CSV file to replay; its first line names the columns.")] = SAMPLE,
     account_column: Annotated[
-        str | None, typer.Option(help="Which column names the account. [account]")
+        str | None, typer.Option(help="Which column names the account; account unless given.")
     ] = None,
     feature_column: Annotated[
-        str | None, typer.Option(help="Which column names the feature. [feature]")
+        str | None, typer.Option(help="Which column names the feature; feature unless given.")
     ] = None,
     quantity_column: Annotated[
-        list[str] | None, typer.Option(help="Which column is the quantity; several are summed. [quantity]")
+        list[str] | None, typer.Option(help="Which column is the quantity; several are summed; quantity unless given.")
     ] = None,
     time_column: Annotated[
-        str | None, typer.Option(help="Which column is the time of use, ISO 8601. [time]")
+        str | None, typer.Option(help="Which column is the time of use, in ISO 8601; time unless given.")
     ] = None,
     quantity_scale: Annotated[
         str | None, typer.Option(help="What the quantity is multiplied by, such as 0.001.")
     ] = None,
-    feature: Annotated[
-        str | None, typer.Option(help="The feature of every row, when no column names it.")
-    ] = None,
+    feature: Annotated[str | None, typer.Option(help="The feature of every row, when no column names it.")] = None,
     accounts: Annotated[
         int | None,
         typer.Option(min=1, max=10_000_000, help="How many accounts to draw from when no column names them."),
@@ -865,13 +864,9 @@ def main(
     once: Annotated[
         bool, typer.Option("--once", help="End after the replay; the exit code is 0 only if the audit holds.")
     ] = False,
-    single: Annotated[
-        bool, typer.Option("--single", help="One message per operation instead of many in one.")
-    ] = False,
+    single: Annotated[bool, typer.Option("--single", help="One message per operation instead of many in one.")] = False,
     workers: Annotated[int, typer.Option(min=1, max=64, help="How many lane workers.")] = 2,
-    data: Annotated[
-        Path, typer.Option(help="Where everything is kept; a second start finds it again.")
-    ] = DATA,
+    data: Annotated[Path, typer.Option(help="Where everything is kept; a second start finds it again.")] = DATA,
     postgres_port: Annotated[int, typer.Option(min=1, max=65535, help="PostgreSQL's port.")] = 55432,
     redis_port: Annotated[int, typer.Option(min=1, max=65535, help="Redis' port.")] = 56379,
     flower_port: Annotated[int, typer.Option(min=1, max=65535, help="Flower's port.")] = 5555,
@@ -901,10 +896,8 @@ def main(
             accounts=accounts,
         )
         some_feature = check_features(shape, catalog)
-        plan = make_plan(
-            input, shape, credits_micro=parse_credits(credits), seed=seed, exponent=exponent, limit=limit
-        )
-        lanes = int(os.environ.get("CREDITLANE_LANES", LANES))
+        plan = make_plan(input, shape, credits_micro=parse_credits(credits), seed=seed, exponent=exponent, limit=limit)
+        lanes = parse_lanes(os.environ.get("CREDITLANE_LANES"))
         with running_stack(
             data,
             signals,
@@ -927,9 +920,7 @@ def main(
                 code = 0 if holds else 1
             else:
                 account = next(iter(outcome.used_micro), "user_1")
-                show_addresses(
-                    running, running.stack.directory / "stack.json", flower_port, account, some_feature
-                )
+                show_addresses(running, running.stack.directory / "stack.json", flower_port, account, some_feature)
                 while True:
                     signals.woken.wait(60)
                     signals.woken.clear()
@@ -946,4 +937,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="scripts/run")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from creditlane.amounts import MAX_MICRO, format_amount
 from creditlane.codes import Code
 from creditlane.contract import Charge, Consume, Refund
@@ -42,9 +44,7 @@ def refund(account: Account, message: Refund, context: Context) -> Outcome:
     left = sum(line.taken - line.returned for line in charge.lines)
     amount = left if message.amount is None else int(message.amount)
     if amount > left or not left:
-        raise RefusedError(
-            Code.EXCEEDS_ORIGINAL, f"{format_amount(left)} credits of this charge are left to give back"
-        )
+        raise RefusedError(Code.EXCEEDS_ORIGINAL, f"{format_amount(left)} credits of this charge are left to give back")
     check_room(account, amount)
     uses = restore_consumed(
         account,
@@ -86,9 +86,9 @@ def feature_cost(feature: str, quantity_micro: int, context: Context) -> int:
     return cost
 
 
-def shortage(context: Context, required: int, missing: int) -> dict[str, object]:
+def shortage(context: Context, required: int, missing: int) -> dict[str, Any]:
     """The fields of a result that say what was wanting and what pack would cover it; amounts in credits."""
-    fields: dict[str, object] = {
+    fields: dict[str, Any] = {
         "required": format_amount(required),
         "available": format_amount(required - missing),
         "shortfall": format_amount(missing),

@@ -56,7 +56,13 @@ class Answer(NamedTuple):
 
 
 def apply(
-    account: Account, name: str, operation: str, message: Message, arguments: bytes, now: datetime, catalog: Catalog
+    account: Account,
+    name: str,
+    operation: str,
+    message: Message,
+    arguments: bytes,
+    now: datetime,
+    catalog: Catalog,
 ) -> Answer:
     """Apply one operation to an account, in memory (ledger rules: operations, idempotency).
 
@@ -72,6 +78,8 @@ def apply(
     if known is not None:
         return _repeat(account, name, operation, message, known)
     settled = account.seq
+    status: str = "applied"
+    code: str | None = None
     try:
         task = OPERATIONS[name]
         if account.status == UNOPENED and not task.opens:
@@ -82,11 +90,10 @@ def apply(
     except RefusedError as refusal:
         if account.seq != settled:
             raise AssertionError(f"{name} was refused after it wrote entries") from refusal
-        status, code = "rejected", str(refusal.code)
+        status, code = "rejected", refusal.code.value
         outcome = Outcome()
         fields: dict[str, Any] = {"code": code, "reason": refusal.reason, **refusal.details}
     else:
-        status, code = "applied", None
         fields = {"charged": format_amount(outcome.charged)}
         if outcome.uses:
             fields["grants"] = [
@@ -135,9 +142,7 @@ def _repeat(account: Account, name: str, operation: str, message: Message, known
     return Answer(answer(name, operation, "rejected", account.account, encode(fields)), None, conflict=True)
 
 
-def answer(
-    name: str, operation: str, status: str, account: str, stored: bytes, replayed: bool = False
-) -> bytes:
+def answer(name: str, operation: str, status: str, account: str, stored: bytes, replayed: bool = False) -> bytes:
     """Put the result together from the row's own columns and its stored part, without reading the latter."""
     head = encode({"operation": name, "id": operation, "status": status, "account": account})
     tail = b',"replayed":true}' if replayed else b"}"

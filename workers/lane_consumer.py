@@ -52,7 +52,7 @@ _body = msgspec.json.Decoder(tuple[list[Any], msgspec.Raw, msgspec.Raw])
 _json = msgspec.json.Encoder(enc_hook=repr)
 
 
-class LedgerTask(Task):  # type: ignore[misc] # Celery's class has no types
+class LedgerTask(Task):
     """A ledger operation as Celery knows it: a name and a strategy."""
 
     Strategy = "workers.lane_consumer:strategy"
@@ -74,7 +74,7 @@ def strategy(task: Task, app: Any, consumer: LaneConsumer, **_options: Any) -> A
     return handle
 
 
-class LaneConsumer(Consumer):  # type: ignore[misc] # Celery's class has no types
+class LaneConsumer(Consumer):
     """A consumer that quarantines what Celery would log and drop, in the message's turn."""
 
     lanes: LaneStep
@@ -82,7 +82,7 @@ class LaneConsumer(Consumer):  # type: ignore[misc] # Celery's class has no type
     def update_strategies(self) -> None:
         """Ledger operations only: whatever else arrives in a lane is no operation."""
         super().update_strategies()
-        self.strategies = {
+        self.strategies: dict[str, Any] = {
             name: handler for name, handler in self.strategies.items() if isinstance(self.app.tasks[name], LedgerTask)
         }
 
@@ -132,7 +132,7 @@ class Delivery:
         return [member for member in self.members if isinstance(member, Job)]
 
 
-class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc] # Celery's class has no types
+class LaneStep(bootsteps.StartStopStep):
     """Owns the buffer, the lanes and the flushing of one lane worker."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
@@ -453,7 +453,8 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc] # Celery's class 
             self.lose_database(error)
             return
         self.pause_seconds = min(
-            self.settings.max_retry_seconds, self.pause_seconds * 2 if self.pause_seconds else FIRST_RETRY_SECONDS
+            self.settings.max_retry_seconds,
+            self.pause_seconds * 2 if self.pause_seconds else FIRST_RETRY_SECONDS,
         )
         logger.error(
             "the database refused a batch (%s): %d messages wait, next attempt in %.1f s",

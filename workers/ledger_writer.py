@@ -86,9 +86,7 @@ NAMED_GRANTS = (
     f"SELECT {GRANT_COLUMNS} FROM {PAIRS} JOIN grants g ON g.account = k.account AND g.grant_id = k.key::int"
     f" UNION ALL SELECT {GRANT_COLUMNS} FROM {PAIRS} JOIN grants g ON g.account = k.account AND g.origin = k.key::int"
 )
-PURCHASED_GRANTS = (
-    f"SELECT {GRANT_COLUMNS} FROM {PAIRS} JOIN grants g ON g.account = k.account AND g.purchase = k.key"
-)
+PURCHASED_GRANTS = f"SELECT {GRANT_COLUMNS} FROM {PAIRS} JOIN grants g ON g.account = k.account AND g.purchase = k.key"
 
 COPY_ACCOUNTS = (
     "COPY accounts (account, kind, status, email, locale, timezone, opened_at, updated_at, next_due_at, operations,"
@@ -127,7 +125,8 @@ UPDATE_GRANTS = f"""
 UPDATE grants g SET is_open = u.is_open, clawed_back_micro = u.clawed_back_micro,
     forgiven_micro = u.forgiven_micro,
     {", ".join(f"{counter}_micro = u.{counter}_micro" for counter in COUNTERS)}
-FROM unnest(%s::text[], %s::int[], %s::bool[], %s::bigint[], %s::bigint[], {", ".join(["%s::bigint[]"] * len(COUNTERS))})
+FROM unnest(%s::text[], %s::int[], %s::bool[], %s::bigint[], %s::bigint[],
+            {", ".join(["%s::bigint[]"] * len(COUNTERS))})
     AS u(account, grant_id, is_open, clawed_back_micro, forgiven_micro, {BUCKETS})
 WHERE g.account = u.account AND g.grant_id = u.grant_id
 """
@@ -147,7 +146,17 @@ ON CONFLICT (account, operation, line) DO UPDATE SET returned_micro = excluded.r
 class Job:
     """One operation of a batch on its way through the writer."""
 
-    __slots__ = ("account", "arguments", "conflict", "message", "name", "operation", "quarantined", "result", "source")
+    __slots__ = (
+        "account",
+        "arguments",
+        "conflict",
+        "message",
+        "name",
+        "operation",
+        "quarantined",
+        "result",
+        "source",
+    )
 
     def __init__(self, name: str, operation: str, message: Message, arguments: bytes, source: Any = None) -> None:
         self.name = name
@@ -227,11 +236,7 @@ class LedgerWriter:
         copy(
             cursor,
             COPY_ENTRIES,
-            (
-                (account.account, *entry[:-1], Hash(entry.hash))
-                for account in accounts
-                for entry in account.entries
-            ),
+            ((account.account, *entry[:-1], Hash(entry.hash)) for account in accounts for entry in account.entries),
         )
         copy(
             cursor,
@@ -450,15 +455,15 @@ def _field(value: Any) -> str:
     if kind is int:
         return str(value)
     if kind is str:
-        return _escape(value) if "\\" in value else value
+        text: str = value
+        return _escape(text) if "\\" in text else text
     if value is None:
         return "\\N"
     if kind is datetime:
         return _iso(value)
     if kind is bytes:
         # JSON as it came off the wire: white space between its tokens may be any.
-        text: str = value.decode()
-        return _escape(text)
+        return _escape(str(value, "utf-8"))
     if kind is bool:
         return "t" if value else "f"
     if kind is Hash:
@@ -490,7 +495,7 @@ def _instant(instant: datetime | None) -> str:
 
 def _array(values: Iterable[Any]) -> str:
     """An array literal of numbers, or of values that are quoted already."""
-    return "{%s}" % ",".join(map(str, values))
+    return "{" + ",".join(map(str, values)) + "}"
 
 
 def _account_row(account: Account) -> tuple[Any, ...]:
@@ -505,7 +510,7 @@ def _grant_row(account: str, grant: Grant) -> tuple[Any, ...]:
     features = None
     if grant.features is not None:
         quoted = (name.replace("\\", "\\\\").replace('"', '\\"') for name in sorted(grant.features))
-        features = "{%s}" % ",".join(f'"{name}"' for name in quoted)
+        features = "{" + ",".join(f'"{name}"' for name in quoted) + "}"
     return (
         account, grant.id, grant.source, grant.priority, features, grant.effective_at, grant.expires_at,
         grant.created_at, grant.operation, grant.purchase, grant.price_minor, grant.price_currency, grant.price_per,

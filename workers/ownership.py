@@ -73,7 +73,8 @@ class Ownership:
 
     def _take(self, lanes: list[int]) -> list[int]:
         rows = self.connection.execute(
-            "SELECT lane FROM unnest(%s::int[]) AS lane WHERE pg_try_advisory_lock(%s, lane)", (lanes, LANE_CLASS)
+            "SELECT lane FROM unnest(%s::int[]) AS lane WHERE pg_try_advisory_lock(%s, lane)",
+            (lanes, LANE_CLASS),
         ).fetchall()
         got = sorted(lane for (lane,) in rows)
         self.mine.update(got)

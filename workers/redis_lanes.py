@@ -100,7 +100,7 @@ class Channel(kombu_redis.Channel):
         super().__init__(*args, **kwargs)
         self.epochs: dict[str, str] = {}
         """The lanes taken over, in the order in which they are looked at, with their epochs."""
-        self._waiting: dict[str, redis.Connection] = {}
+        self._waiting: dict[str, Any] = {}
         self._scripts: tuple[Any, Any, Any] | None = None
         self._pool_of_waits: redis.ConnectionPool | None = None
         self._tag = 0
@@ -190,14 +190,14 @@ class Channel(kombu_redis.Channel):
         """
         for lane in self.epochs:
             if lane not in self._waiting:
-                connection = self._waits().get_connection()
+                connection: Any = self._waits().get_connection()
                 connection.send_command("BLMOVE", lane, lane, "RIGHT", "RIGHT", 0)
                 self._waiting[lane] = connection
-                loop.add_reader(connection._sock.fileno(), self._woken, loop, lane, wake)
+                loop.add_reader(_descriptor(connection), self._woken, loop, lane, wake)
 
     def _woken(self, loop: Any, lane: str, wake: Callable[[str], None]) -> None:
         connection = self._waiting.pop(lane)
-        loop.remove(connection._sock.fileno())
+        loop.remove(_descriptor(connection))
         try:
             connection.read_response()
         except redis.RedisError:
@@ -214,7 +214,7 @@ class Channel(kombu_redis.Channel):
         if connection._sock is not None:
             loop = getattr(self.connection, "loop", None)
             if loop is not None:
-                loop.remove(connection._sock.fileno())
+                loop.remove(_descriptor(connection))
         connection.disconnect()
         self._waits().release(connection)
 
@@ -248,6 +248,10 @@ class Channel(kombu_redis.Channel):
     def _lane_parameters(self) -> dict[str, Any]:
         """Connections that never repeat a command by themselves: a repeated fetch would lose its first answer."""
         return {**self._connparams(), "max_connections": None, "retry": Retry(NoBackoff(), 0)}
+
+
+def _descriptor(connection: Any) -> int:
+    return int(connection._sock.fileno())
 
 
 UNREADABLE = "application/x-unreadable"

@@ -41,9 +41,7 @@ class Results:
         Every result is in ``operations`` as well: when the backend is away, a sender that got no answer sends
         the same id again. So a fault here is logged and stops nothing.
         """
-        waited = [
-            delivery for delivery in batch if delivery.request is not None and not delivery.request.ignore_result
-        ]
+        waited = [delivery for delivery in batch if delivery.request is not None and not delivery.request.ignore_result]
         if not waited:
             return
         now = datetime.now(UTC).isoformat().encode()
@@ -130,9 +128,11 @@ def result_meta(delivery: Delivery, now: bytes) -> bytes:
     else:
         assert delivery.result is not None
         status, result = b"SUCCESS", delivery.result
-    return (
-        b'{"status":"%s","result":%s,"traceback":null,"children":[],"date_done":"%s","task_id":%s}'
-        % (status, result, now, _encode(delivery.id))
+    return b'{"status":"%s","result":%s,"traceback":null,"children":[],"date_done":"%s","task_id":%s}' % (
+        status,
+        result,
+        now,
+        _encode(delivery.id),
     )
 
 

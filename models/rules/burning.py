@@ -28,7 +28,7 @@ def plan_burn(account: Account, amount_micro: int, feature: str | None, now: dat
             break
         if not is_spendable(grant, feature, now):
             continue
-        taken = grant.available if grant.available < missing else missing
+        taken = min(missing, grant.available)
         plan.append((grant, taken))
         missing -= taken
     return plan, missing
@@ -44,7 +44,9 @@ def is_spendable(grant: Grant, feature: str | None, now: datetime) -> bool:
     )
 
 
-def burn(account: Account, plan: Plan, kind: str, now: datetime, operation: str, refers_to: str | None = None) -> list[Line]:
+def burn(
+    account: Account, plan: Plan, kind: str, now: datetime, operation: str, refers_to: str | None = None
+) -> list[Line]:
     """Write a plan's entries; ``kind`` is ``consumed``, ``held`` or ``revoked``.
 
     :returns: the receipt, in the order of taking.

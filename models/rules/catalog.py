@@ -57,7 +57,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A table of the catalog file; an unknown key in it is an error."""
 
 
-class About(Section):
+class About(Section, frozen=True):
     """``[catalog]``: its name, its version (recorded on every operation), currency and time zone."""
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9_-]+\Z")]
@@ -66,7 +66,7 @@ class About(Section):
     zone: str = "UTC"
 
 
-class Welcome(Section):
+class Welcome(Section, frozen=True):
     """``[signup]`` and ``[lead]``: what a new user or a new lead is given, and for how long."""
 
     credits: Micro = Micro(0)
@@ -78,7 +78,7 @@ class Welcome(Section):
             raise ValueError("credits must not be negative")
 
 
-class Feature(Section):
+class Feature(Section, frozen=True):
     """``[features.NAME]``: ``price`` credits for every ``per`` units.
 
     ``rounding = "exact"`` charges the proportional part (to the next micro-credit up), ``"up"`` whole
@@ -98,7 +98,7 @@ class Feature(Section):
             raise ValueError("per must be more than 0")
 
 
-class Pack(Section):
+class Pack(Section, frozen=True):
     """``[packs.NAME]``: so many credits for so much money; ``credits`` of 0 and no price is by quote."""
 
     credits: Micro = Micro(0)
@@ -115,19 +115,19 @@ class Pack(Section):
             raise ValueError("a pack needs credits and a price, or quote_above where it is sold by quote")
 
 
-class Clawback(Section):
+class Clawback(Section, frozen=True):
     """``[clawback]``: what becomes of revoked credits that were spent already."""
 
     on_spent: Literal["debt", "forgive"] = "debt"
 
 
-class Refunds(Section):
+class Refunds(Section, frozen=True):
     """``[refunds]``: how many days credits live that are given back to a grant that has expired."""
 
     refund_days: Annotated[int, msgspec.Meta(ge=1, le=3660)] = 30
 
 
-class Catalog(Section):
+class Catalog(Section, frozen=True):
     """A whole catalog."""
 
     catalog: About

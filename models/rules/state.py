@@ -33,7 +33,8 @@ class Grant:
     __slots__ = (
         "available", "clawed_back", "consumed", "created_at", "effective_at", "expired", "expires_at", "features",
         "forgiven", "granted", "held", "id", "in_transit", "is_dirty", "is_new", "key", "operation", "origin",
-        "price_currency", "price_minor", "price_per", "priority", "purchase", "received", "restored", "revoked", "sent", "source",
+        "price_currency", "price_minor", "price_per", "priority", "purchase", "received", "restored", "revoked", "sent",
+        "source",
     )  # fmt: skip
 
     def __init__(
@@ -219,10 +220,38 @@ class Account:
     """An account as one batch sees it: totals, open grants in burn-down order, holds, and new rows."""
 
     __slots__ = (
-        "account", "available", "consumed", "debt", "email", "entries", "expired", "granted", "grants", "head",
-        "held", "holds", "in_transit", "is_dirty", "is_new", "kind", "known", "last_grant", "locale", "next_due_at",
-        "operations", "opened_at", "order", "received", "restored", "revoked", "sent", "seq", "status", "timezone",
-        "updated_at", "was_opened",
+        "account",
+        "available",
+        "consumed",
+        "debt",
+        "email",
+        "entries",
+        "expired",
+        "granted",
+        "grants",
+        "head",
+        "held",
+        "holds",
+        "in_transit",
+        "is_dirty",
+        "is_new",
+        "kind",
+        "known",
+        "last_grant",
+        "locale",
+        "next_due_at",
+        "opened_at",
+        "operations",
+        "order",
+        "received",
+        "restored",
+        "revoked",
+        "sent",
+        "seq",
+        "status",
+        "timezone",
+        "updated_at",
+        "was_opened",
     )  # fmt: skip
 
     def __init__(self, account: str, **fields: Any) -> None:

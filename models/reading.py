@@ -1,0 +1,626 @@
+"""The read side: accounts, histories, quarantine and lane owners, as plain functions on a connection.
+
+Amounts leave as decimal strings of credits, instants in UTC. Nothing here writes. Every page has a limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Literal
+
+import msgspec
+from psycopg import Connection
+
+from creditlane.amounts import format_amount
+from models.rules.posting import FLOWS
+from models.rules.settling import settle
+from models.rules.state import COUNTERS, UNOPENED, Account, Grant, Hold, Line
+
+MAX_PAGE = 1000
+"""Rows of one page: operations of a history, messages of the quarantine."""
+
+MAX_PAGE_ENTRIES = 10_000
+"""Entries of one page of a history; a page that would have more ends earlier."""
+
+DEFAULT_PAGE = 50
+"""Rows of a page unless its caller says otherwise."""
+
+Status = Literal["applied", "rejected"]
+
+BUCKETS = ", ".join(f"{counter}_micro" for counter in COUNTERS)
+
+ACCOUNT_FIELDS = (
+    "kind", "status", "email", "locale", "timezone", "opened_at", "updated_at", "next_due_at", "operations", "seq",
+    "last_grant", *COUNTERS, "debt",
+)  # fmt: skip
+ACCOUNT = f"""
+SELECT kind, status, email, locale, timezone, opened_at, updated_at, next_due_at, operations, seq, last_grant,
+       {BUCKETS}, debt_micro
+FROM accounts WHERE account = %s
+"""
+OPEN_GRANTS = f"""
+SELECT grant_id, source, priority, features, effective_at, expires_at, created_at, operation, purchase, price_minor,
+       price_currency, price_per_micro, {BUCKETS}, clawed_back_micro, forgiven_micro, origin
+FROM grants WHERE account = %s AND is_open
+"""
+OPEN_HOLDS = """
+SELECT hold, amount_micro, expires_at, created_at, feature, member
+FROM holds WHERE account = %s AND status = 'open'
+"""
+OPEN_HOLD_LINES = """
+SELECT r.operation, r.grant_id, r.taken_micro, r.returned_micro
+FROM holds h JOIN receipts r ON r.account = h.account AND r.operation = h.hold
+WHERE h.account = %s AND h.status = 'open' ORDER BY r.operation, r.line
+"""
+
+
+# --- Accounts ----------------------------------------------------------------------------------------
+
+
+class AccountBalance(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """The balance as a result tells it: what is nothing is left out of its JSON."""
+
+    available: str
+    """Spendable now."""
+    held: str = "0"
+    debt: str = "0"
+    upcoming: str = "0"
+    """Credits of grants that take effect later."""
+    by_source: dict[str, str] = {}
+    """The spendable ones, in burn-down order of their grants."""
+
+
+class GrantLine(msgspec.Struct, kw_only=True, frozen=True):
+    """One lot with credits left."""
+
+    grant: int
+    source: str
+    available: str
+    held: str
+    granted: str
+    """What it was worth at first: granted and received."""
+    priority: int
+    features: list[str] | None
+    """What it may be spent on; None for everything."""
+    effective_at: datetime
+    expires_at: datetime | None
+    created_at: datetime
+    operation: str
+    purchase: str | None
+
+
+class HoldLine(msgspec.Struct, kw_only=True, frozen=True):
+    """Credits set aside."""
+
+    hold: str
+    amount: str
+    feature: str | None
+    member: str | None
+    created_at: datetime
+    expires_at: datetime
+
+
+class AccountSummary(msgspec.Struct, kw_only=True, frozen=True):
+    """An account as an operation would find it at :attr:`as_of`: what is due by then counts as done."""
+
+    account: str
+    kind: str
+    status: str
+    """``unopened`` (only mentioned so far), ``open`` or ``closed``."""
+    email: str | None
+    locale: str | None
+    timezone: str | None
+    opened_at: datetime | None
+    updated_at: datetime
+    """The time of its last operation."""
+    next_due_at: datetime | None
+    """When time changes it next: a hold's time-out or a grant's expiry."""
+    as_of: datetime
+    operations: int
+    entries: int
+    balance: AccountBalance
+    grants: list[GrantLine]
+    """Those with credits left, in burn-down order."""
+    holds: list[HoldLine]
+    """Those that are open, the oldest first."""
+
+
+def account_summary(connection: Connection[Any], account: str) -> AccountSummary | None:
+    """An account with its balance, its open grants in burn-down order and its open holds.
+
+    Credits that have expired and holds that have timed out are settled first, in memory, by the rules
+    themselves; so the answer is what an operation would find now.
+
+    :param connection: not within a transaction.
+    :returns: None for an account that no operation ever named.
+    """
+    loaded = _load(connection, account)
+    if loaded is None:
+        return None
+    state, entries, now = loaded
+    return AccountSummary(
+        account=account,
+        kind=state.kind,
+        status=state.status,
+        email=state.email,
+        locale=state.locale,
+        timezone=state.timezone,
+        opened_at=state.opened_at,
+        updated_at=state.updated_at or now,
+        next_due_at=state.due_at(),
+        as_of=now,
+        operations=state.operations,
+        entries=entries,
+        balance=_balance(state, now),
+        grants=[_grant_line(grant) for grant in state.order if grant.is_open],
+        holds=[
+            HoldLine(
+                hold=hold.id,
+                amount=format_amount(hold.amount),
+                feature=hold.feature,
+                member=hold.member,
+                created_at=hold.created_at,
+                expires_at=hold.expires_at,
+            )
+            for hold in sorted(state.holds.values(), key=lambda hold: (hold.created_at, hold.id))
+            if hold.status == "open"
+        ],
+    )
+
+
+def account_balance(connection: Connection[Any], account: str) -> AccountBalance | None:
+    """An account's balance at the database's time, as :func:`account_summary` has it.
+
+    :param connection: not within a transaction.
+    :returns: None for an account that was never opened.
+    """
+    loaded = _load(connection, account)
+    if loaded is None or loaded[0].status == UNOPENED:
+        return None
+    state, _, now = loaded
+    return _balance(state, now)
+
+
+def account_exists(connection: Connection[Any], account: str) -> bool:
+    """Whether any operation ever named this account."""
+    return connection.execute("SELECT FROM accounts WHERE account = %s", (account,)).fetchone() is not None
+
+
+def _load(connection: Connection[Any], account: str) -> tuple[Account, int, datetime] | None:
+    """The account settled in memory, how many entries it has in the database, and its time."""
+    with connection.transaction(), connection.pipeline():
+        # One snapshot: an operation that commits meanwhile is seen whole or not at all.
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        row = connection.execute(ACCOUNT, (account,))
+        grants = connection.execute(OPEN_GRANTS, (account,))
+        holds = connection.execute(OPEN_HOLDS, (account,))
+        lines = connection.execute(OPEN_HOLD_LINES, (account,))
+        clock = connection.execute("SELECT ledger_now()")
+        found = row.fetchone()
+        instant = clock.fetchone()
+        if found is None or instant is None:
+            return None
+        state = Account(account, **dict(zip(ACCOUNT_FIELDS, found, strict=True)))
+        for grant_id, source, priority, features, *rest in grants:
+            scope = None if features is None else frozenset(features)
+            state.add_grant(Grant(grant_id, source, priority, scope, *rest))
+        for hold in holds:
+            state.holds[hold[0]] = Hold(*hold)
+        for operation, grant_id, taken, returned in lines:
+            state.holds[operation].lines.append(Line(grant_id, taken, returned))
+    now: datetime = instant[0]
+    if state.updated_at is not None:
+        now = max(now, state.updated_at)
+    entries = state.seq
+    settle(state, now)
+    return state, entries, now
+
+
+def _balance(state: Account, now: datetime) -> AccountBalance:
+    by_source: dict[str, int] = {}
+    upcoming = 0
+    for grant in state.order:
+        if grant.available and grant.effective_at <= now:
+            by_source[grant.source] = by_source.get(grant.source, 0) + grant.available
+        else:
+            upcoming += grant.available
+    return AccountBalance(
+        available=format_amount(state.available - upcoming),
+        held=format_amount(state.held),
+        debt=format_amount(state.debt),
+        upcoming=format_amount(upcoming),
+        by_source={source: format_amount(amount) for source, amount in by_source.items()},
+    )
+
+
+def _grant_line(grant: Grant) -> GrantLine:
+    return GrantLine(
+        grant=grant.id,
+        source=grant.source,
+        available=format_amount(grant.available),
+        held=format_amount(grant.held),
+        granted=format_amount(grant.granted + grant.received),
+        priority=grant.priority,
+        features=None if grant.features is None else sorted(grant.features),
+        effective_at=grant.effective_at,
+        expires_at=grant.expires_at,
+        created_at=grant.created_at,
+        operation=grant.operation,
+        purchase=grant.purchase,
+    )
+
+
+# --- History -----------------------------------------------------------------------------------------
+
+
+class EntryLine(msgspec.Struct, kw_only=True, frozen=True):
+    """One entry: so many credits in or out of one grant; ``kind`` says which way."""
+
+    seq: int
+    kind: str
+    amount: str
+    change: str
+    """What it did to the available credits: the amount with its sign, or 0."""
+    balance: str
+    """The available credits after it, upcoming ones included."""
+    grant: int
+    source: str | None
+    """The grant's source."""
+    at: datetime
+    refers_to: str | None
+
+
+class HistoryLine(msgspec.Struct, kw_only=True, frozen=True):
+    """One operation, applied or refused."""
+
+    number: int
+    """Its place among the account's operations, from 1."""
+    operation: str
+    """Its id."""
+    name: str
+    status: str
+    code: str | None
+    feature: str | None
+    quantity: str | None
+    member: str | None
+    charged: str
+    change: str
+    """What it did to the available credits, with its sign; what time did meanwhile is not part of it."""
+    balance: str | None
+    """The spendable credits after it, as its answer told."""
+    applied_at: datetime
+    occurred_at: datetime | None
+    reason: str | None
+    """Why its sender sent it."""
+    actor: str | None
+    refusal: str | None
+    """Why the ledger refused it, where it says more than the code."""
+    subject: str | None
+    """The hold, charge, grant or purchase that it is about, or the source of what it granted."""
+    entries: int
+    """How many entries it wrote."""
+    lines: list[EntryLine] | None = None
+    """Its entries, where they were asked for."""
+    lapsed: list[EntryLine] = []
+    """What time did just before it: expiries, time-outs of holds."""
+
+
+class HistoryPage(msgspec.Struct, kw_only=True, frozen=True):
+    """A page of a history, the newest operation first."""
+
+    lines: list[HistoryLine]
+    next_before: int | None
+    """What to ask for next with ``before``; None at the beginning of the history."""
+
+
+_ENTER = [kind for kind, flow in FLOWS.items() if flow.enters == "available"]
+_LEAVE = [kind for kind, flow in FLOWS.items() if flow.leaves == "available"]
+_CHANGE = """
+CASE WHEN e.kind = ANY(%(enter)s) THEN e.amount_micro WHEN e.kind = ANY(%(leave)s) THEN -e.amount_micro ELSE 0 END
+"""
+HISTORY = f"""
+SELECT o.number, o.operation, o.name, o.status, o.code, o.feature, o.quantity_micro, o.member, o.charged_micro,
+       o.applied_at, o.occurred_at, o.first_seq, o.entries, o.arguments, o.result,
+       coalesce((SELECT sum({_CHANGE}) FROM entries e
+                 WHERE e.account = o.account AND e.seq >= o.first_seq AND e.seq < o.first_seq + o.entries), 0)::bigint
+FROM operations o
+WHERE o.account = %(account)s
+  AND (%(before)s::bigint IS NULL OR o.number < %(before)s)
+  AND (%(feature)s::text IS NULL OR o.feature = %(feature)s)
+  AND (%(name)s::text IS NULL OR o.name = %(name)s)
+  AND (%(status)s::text IS NULL OR o.status = %(status)s)
+  AND (%(since)s::timestamptz IS NULL OR o.applied_at >= %(since)s)
+  AND (%(until)s::timestamptz IS NULL OR o.applied_at < %(until)s)
+ORDER BY o.number DESC LIMIT %(limit)s
+"""
+_ENTRY = f"""
+SELECT e.operation, e.recorded_at, e.seq, e.kind, e.amount_micro, {_CHANGE}, e.balance_after_micro, e.grant_id,
+       g.source, e.at, e.refers_to
+FROM entries e LEFT JOIN grants g ON g.account = e.account AND g.grant_id = e.grant_id
+WHERE e.account = %(account)s
+"""
+ENTRIES = f"""
+{_ENTRY} AND e.seq = ANY(%(seqs)s) ORDER BY e.seq
+"""
+LAPSED = f"""
+{_ENTRY} AND e.operation IS NULL
+  AND e.seq >= coalesce((SELECT first_seq + entries FROM operations WHERE account = %(account)s AND number < %(first)s
+                         AND first_seq IS NOT NULL ORDER BY number DESC LIMIT 1), 1)
+  AND e.seq < coalesce((SELECT first_seq FROM operations WHERE account = %(account)s AND number > %(last)s
+                        AND first_seq IS NOT NULL ORDER BY number LIMIT 1), 9223372036854775807)
+ORDER BY e.seq LIMIT {MAX_PAGE_ENTRIES}
+"""
+
+
+def history(
+    connection: Connection[Any],
+    account: str,
+    *,
+    limit: int = DEFAULT_PAGE,
+    before: int | None = None,
+    feature: str | None = None,
+    name: str | None = None,
+    status: Status | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    with_entries: bool = False,
+) -> HistoryPage:
+    """A page of an account's operations, the newest first.
+
+    :param connection: not within a transaction.
+    :param limit: operations of the page, at most :data:`MAX_PAGE`; with entries a page may end earlier.
+    :param before: only operations with a smaller number: ``next_before`` of the page before.
+    :param name: the task name, such as ``credits.consume``.
+    :param since: applied at this instant or later; ``until``: applied before.
+    :param with_entries: whether each line has its entries.
+    :raises ValueError: for a limit that is none.
+    """
+    _check_limit(limit)
+    filters = {"feature": feature, "name": name, "status": status, "since": since, "until": until}
+    signs = {"enter": _ENTER, "leave": _LEAVE}
+    with connection.transaction(), connection.cursor() as cursor:
+        cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        found = cursor.execute(
+            HISTORY, {"account": account, "before": before, "limit": limit + 1, **filters, **signs}
+        ).fetchall()
+        rows = found[: _page_length(found, limit) if with_entries else limit]
+        beyond = found[len(rows)] if len(found) > len(rows) else None
+        lines = [_history_line(row) for row in rows]
+        if with_entries:
+            seqs = [seq for row in rows for seq in range(row[11] or 0, (row[11] or 0) + row[12])]
+            written = cursor.execute(ENTRIES, {"account": account, "seqs": seqs, **signs}).fetchall()
+            lines = _with_entries(lines, written)
+        # Between filtered lines other operations are missing, so what time did would hang in the air.
+        if lines and not any(value is not None for value in filters.values()):
+            span = {"account": account, "first": lines[-1].number, "last": lines[0].number}
+            lapsed = cursor.execute(LAPSED, {**span, **signs}).fetchall()
+            lines = _with_lapsed(lines, lapsed, None if beyond is None else beyond[9])
+    return HistoryPage(lines=lines, next_before=lines[-1].number if beyond is not None else None)
+
+
+def _page_length(rows: Sequence[tuple[Any, ...]], limit: int) -> int:
+    """How many operations fit a page with their entries; at least one."""
+    entries = 0
+    for position, row in enumerate(rows[:limit]):
+        entries += row[12]
+        if position and entries > MAX_PAGE_ENTRIES:
+            return position
+    return min(limit, len(rows))
+
+
+def _history_line(row: tuple[Any, ...]) -> HistoryLine:
+    number, operation, name, status, code, feature, quantity, member, charged, applied_at, occurred_at = row[:11]
+    _first_seq, entries, arguments, result, change = row[11:]
+    subject: object = None
+    for field in ("hold", "operation", "purchase", "grant", "source"):
+        if arguments.get(field) is not None:
+            subject = arguments[field]
+            break
+    return HistoryLine(
+        number=number,
+        operation=operation,
+        name=name,
+        status=status,
+        code=code,
+        feature=feature,
+        quantity=None if quantity is None else format_amount(quantity),
+        member=member,
+        charged=format_amount(charged),
+        change=format_amount(change),
+        balance=result.get("balance", {}).get("available"),
+        applied_at=applied_at,
+        occurred_at=occurred_at,
+        reason=arguments.get("reason"),
+        actor=arguments.get("actor"),
+        refusal=result.get("reason"),
+        subject=None if subject is None else str(subject),
+        entries=entries,
+    )
+
+
+def _entry_line(row: Sequence[Any]) -> EntryLine:
+    seq, kind, amount, change, balance, grant, source, at, refers_to = row
+    return EntryLine(
+        seq=seq,
+        kind=kind,
+        amount=format_amount(amount),
+        change=format_amount(change),
+        balance=format_amount(balance),
+        grant=grant,
+        source=source,
+        at=at,
+        refers_to=refers_to,
+    )
+
+
+def _with_entries(lines: list[HistoryLine], rows: Sequence[tuple[Any, ...]]) -> list[HistoryLine]:
+    written: dict[str, list[EntryLine]] = {}
+    for operation, _recorded_at, *entry in rows:
+        written.setdefault(operation, []).append(_entry_line(entry))
+    return [msgspec.structs.replace(line, lines=written.get(line.operation, [])) for line in lines]
+
+
+def _with_lapsed(
+    lines: list[HistoryLine], rows: Sequence[tuple[Any, ...]], beyond: datetime | None
+) -> list[HistoryLine]:
+    """Put what time did before the operation that settled it.
+
+    That is the first one of the same instant: an account is settled at the instant its operation is applied.
+
+    :param beyond: when the operation before the page was applied; of the same instant, it was that one.
+    """
+    lapsed: dict[datetime, list[EntryLine]] = {}
+    for _operation, recorded_at, *entry in rows:
+        if recorded_at != beyond:
+            lapsed.setdefault(recorded_at, []).append(_entry_line(entry))
+    told: list[HistoryLine] = []
+    for line in reversed(lines):
+        entries = lapsed.pop(line.applied_at, None)
+        told.append(line if entries is None else msgspec.structs.replace(line, lapsed=entries))
+    return told[::-1]
+
+
+# --- Quarantine --------------------------------------------------------------------------------------
+
+
+class QuarantineLine(msgspec.Struct, kw_only=True, frozen=True):
+    """A quarantined message without its content."""
+
+    id: int
+    status: str
+    """``open``, ``replayed`` or ``dropped``."""
+    code: str
+    reason: str
+    queue: str
+    task: str | None
+    operation: str | None
+    account: str | None
+    content_type: str | None
+    body_bytes: int
+    times_seen: int
+    received_at: datetime
+    resolved_at: datetime | None
+    resolved_by: str | None
+
+
+class QuarantinedMessage(msgspec.Struct, kw_only=True, frozen=True):
+    """A quarantined message whole."""
+
+    line: QuarantineLine
+    traceback: str | None
+    headers: bytes
+    """Headers and properties, as JSON."""
+    body: bytes
+
+
+class QuarantinePage(msgspec.Struct, kw_only=True, frozen=True):
+    """A page of the quarantine, the newest message first."""
+
+    lines: list[QuarantineLine]
+    next_before: int | None
+
+
+_QUARANTINE_COLUMNS = """
+id, status, code, reason, queue, task, operation, account, content_type, octet_length(body), times_seen, received_at,
+resolved_at, resolved_by
+"""
+QUARANTINE = f"""
+SELECT {_QUARANTINE_COLUMNS} FROM quarantine
+WHERE (%(status)s::text IS NULL OR status = %(status)s) AND (%(before)s::bigint IS NULL OR id < %(before)s)
+ORDER BY id DESC LIMIT %(limit)s
+"""
+OPEN_QUARANTINE = f"""
+SELECT {_QUARANTINE_COLUMNS} FROM quarantine
+WHERE status = 'open' AND (%(before)s::bigint IS NULL OR id < %(before)s) ORDER BY id DESC LIMIT %(limit)s
+"""
+QUARANTINED = f"SELECT {_QUARANTINE_COLUMNS}, traceback, headers, body FROM quarantine WHERE id = %s"
+
+
+def quarantine(
+    connection: Connection[Any],
+    *,
+    limit: int = DEFAULT_PAGE,
+    before: int | None = None,
+    status: str | None = "open",
+) -> QuarantinePage:
+    """A page of the quarantine, the newest message first.
+
+    :param limit: messages of the page, at most :data:`MAX_PAGE`.
+    :param before: only messages with a smaller id: ``next_before`` of the page before.
+    :param status: ``open``, ``replayed``, ``dropped``, or None for all.
+    :raises ValueError: for a limit that is none.
+    """
+    _check_limit(limit)
+    statement = OPEN_QUARANTINE if status == "open" else QUARANTINE  # the former has an index
+    rows = connection.execute(
+        statement, {"status": status, "before": before, "limit": limit + 1}
+    ).fetchall()
+    lines = [_quarantine_line(row) for row in rows[:limit]]
+    return QuarantinePage(lines=lines, next_before=lines[-1].id if len(rows) > limit else None)
+
+
+def quarantined_message(connection: Connection[Any], id: int) -> QuarantinedMessage | None:
+    """One quarantined message whole; None when there is none of this id."""
+    row = connection.execute(QUARANTINED, (id,)).fetchone()
+    if row is None:
+        return None
+    *columns, traceback, headers, body = row
+    return QuarantinedMessage(
+        line=_quarantine_line(columns), traceback=traceback, headers=bytes(headers), body=bytes(body)
+    )
+
+
+def _quarantine_line(row: Sequence[Any]) -> QuarantineLine:
+    return QuarantineLine(**dict(zip(QuarantineLine.__struct_fields__, row, strict=True)))
+
+
+# --- Lanes -------------------------------------------------------------------------------------------
+
+
+class Owner(msgspec.Struct, kw_only=True, frozen=True):
+    """The database session that owns a lane."""
+
+    pid: int
+    """The backend's process id, on the database's machine."""
+    application: str | None
+    client: str | None
+    """Where it connects from, as ``address:port``; None for a local socket, or where we may not see it."""
+
+
+class LaneOwners(msgspec.Struct, kw_only=True, frozen=True):
+    """Who owns which lane, and how many workers there are."""
+
+    workers: int
+    owners: dict[int, Owner]
+    """By the lane's number; lanes that nobody owns are not in it."""
+
+
+LANE_LOCKS = """
+SELECT l.classid::bigint, l.objid::bigint, l.pid, a.application_name,
+       host(a.client_addr) || coalesce(':' || nullif(a.client_port, -1), '')
+FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2 AND l.classid IN (%s, %s)
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+
+
+def lane_owners(connection: Connection[Any], lane_class: int, presence_class: int) -> LaneOwners:
+    """Who owns the lanes at this moment, by the advisory locks.
+
+    :param lane_class: the class of the lanes' locks; ``presence_class``: that of the lock every worker shares.
+    """
+    rows = connection.execute(LANE_LOCKS, (lane_class, presence_class)).fetchall()
+    return LaneOwners(
+        workers=len({pid for kind, _, pid, _, _ in rows if kind == presence_class}),
+        owners={
+            lane: Owner(pid=pid, application=application or None, client=client)
+            for kind, lane, pid, application, client in rows
+            if kind == lane_class
+        },
+    )
+
+
+def _check_limit(limit: int) -> None:
+    if not 1 <= limit <= MAX_PAGE:
+        raise ValueError(f"a page has 1 to {MAX_PAGE} rows, not {limit}")

@@ -1,0 +1,138 @@
+"""Fixtures: a real Postgres and a real Redis for each test process, a database and a broker for each test.
+
+Whatever a test has written, the closing identity and the whole audit hold at its end.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+import redis
+
+from creditlane.client import CreditClient
+from creditlane.codes import Code
+from models.audit import audit
+from models.catalog import load_catalog
+from models.migrate import upgrade
+from scripts.embedded import Stack, temporary_stack
+from tests.support import Ledger, Worker, eventually, owned_lanes
+from workers.ledger_writer import Job, LedgerWriter, connect
+from workers.quarantine import Quarantined
+
+LANES = 8
+"""Few lanes, so that two workers have some each and every lane some accounts."""
+
+TEMPLATE = "migrated"
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[Stack]:
+    """Postgres and Redis of this test process."""
+    with temporary_stack(appendfsync="always") as running:
+        upgrade(running.create_database(TEMPLATE))
+        yield running
+
+
+@pytest.fixture
+def database(stack: Stack) -> Iterator[str]:
+    """The URL of a fresh, migrated database, audited when the test is done."""
+    name = f"ledger_{next(_numbers)}"
+    url = stack.create_database(name, template=TEMPLATE)
+    yield url
+    with psycopg.connect(url, autocommit=True) as connection:
+        report = audit(connection)
+    stack.postgres.drop_database(name)
+    assert report.holds, report.faults
+
+
+@pytest.fixture
+def tampered_database(stack: Stack) -> Iterator[str]:
+    """A fresh, migrated database whose audit may fail in the end."""
+    name = f"ledger_{next(_numbers)}"
+    yield stack.create_database(name, template=TEMPLATE)
+    stack.postgres.drop_database(name)
+
+
+@pytest.fixture
+def broker_url(stack: Stack) -> Iterator[str]:
+    """The URL of an empty Redis database."""
+    url = stack.redis.url_of(next(_numbers) % 15 + 1)
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+    yield url
+
+
+@pytest.fixture
+def client(broker_url: str) -> Iterator[CreditClient]:
+    """A producer's client on the test's broker."""
+    with CreditClient(broker_url, lanes=LANES) as credits:
+        yield credits
+
+
+Spawn = Callable[..., Worker]
+
+
+@pytest.fixture
+def spawn(database: str, broker_url: str, tmp_path: Path) -> Iterator[Spawn]:
+    """Start lane workers; ``crash_at`` is a crash point. All are killed when the test is done."""
+    started: list[Worker] = []
+
+    def start(name: str, kind: str = "lanes", **environment: str) -> Worker:
+        command = {
+            "lanes": "-A workers.lane_app worker --pool solo --without-gossip --without-mingle",
+            "general": "-A workers.app worker --pool threads --concurrency 2 -Q queries,maintenance --without-mingle",
+        }[kind].split()
+        settings = {
+            "CREDITLANE_BROKER_URL": broker_url,
+            "CREDITLANE_DATABASE_URL": database,
+            "CREDITLANE_CATALOG": "packs",
+            "CREDITLANE_LANES": str(LANES),
+            "CREDITLANE_BALANCE_SECONDS": "0.5",
+            **environment,
+        }
+        worker = Worker(name, [*command, "-n", f"{name}@%h"], settings, tmp_path / f"{name}.log")
+        started.append(worker)
+        return worker
+
+    yield start
+    for worker in started:
+        if worker.running:
+            worker.kill()
+
+
+@pytest.fixture
+def lane_worker(spawn: Spawn, database: str) -> Worker:
+    """One lane worker that owns every lane."""
+    worker = spawn("worker")
+    eventually(lambda: owned_lanes(database) == LANES, what="the worker takes all lanes")
+    return worker
+
+
+@pytest.fixture
+def ledger(database: str) -> Iterator[Ledger]:
+    """The ledger writer in this process."""
+    yield from _ledger(database)
+
+
+@pytest.fixture
+def tampered_ledger(tampered_database: str) -> Iterator[Ledger]:
+    """The ledger writer on the database that may be tampered with."""
+    yield from _ledger(tampered_database)
+
+
+def _ledger(database: str) -> Iterator[Ledger]:
+    catalog = load_catalog("packs")
+
+    def poison(job: Job, code: Code, reason: str, trace: str | None) -> Quarantined:
+        return Quarantined(
+            code, reason, "test", job.arguments, task=job.name, operation=job.operation, account=job.account,
+            traceback=trace,
+        )  # fmt: skip
+
+    with connect(database) as connection:
+        yield Ledger(LedgerWriter(connection, lambda: catalog, poison), catalog)
