@@ -24,6 +24,7 @@ COPY models ./models
 COPY tasks ./tasks
 COPY workers ./workers
 COPY schedules ./schedules
+COPY scripts ./scripts
 # By number, so that a host can tell that it is not root: the user creditlane.
 USER 10001:10001
 # Celery shuts down warmly on it: what is in hand is finished, what is not goes back to the broker.

@@ -51,9 +51,7 @@ def connect(database_url: str, application: str, *, read_only: bool = True) -> C
 
     :raises psycopg.OperationalError: when the database is away.
     """
-    connection: Connection[Any] = psycopg.connect(
-        database_url, **parameters(application, read_only=read_only)
-    )
+    connection: Connection[Any] = psycopg.connect(database_url, **parameters(application, read_only=read_only))
     return connection
 
 

@@ -13,6 +13,7 @@ import msgspec
 from psycopg import Connection
 
 from creditlane.amounts import format_amount
+from creditlane.codes import SENTENCES
 from models.rules.posting import FLOWS
 from models.rules.settling import settle
 from models.rules.state import COUNTERS, UNOPENED, Account, Grant, Hold, Line
@@ -413,7 +414,7 @@ def _history_line(row: tuple[Any, ...]) -> HistoryLine:
     number, operation, name, status, code, feature, quantity, member, charged, applied_at, occurred_at = row[:11]
     _first_seq, entries, arguments, result, change = row[11:]
     subject: object = None
-    for field in ("hold", "operation", "purchase", "grant", "source"):
+    for field in ("hold", "operation", "source", "purchase", "grant"):
         if arguments.get(field) is not None:
             subject = arguments[field]
             break
@@ -424,7 +425,7 @@ def _history_line(row: tuple[Any, ...]) -> HistoryLine:
         status=status,
         code=code,
         feature=feature,
-        quantity=None if quantity is None else format_amount(quantity),
+        quantity=_text(arguments.get("quantity")) if quantity is None else format_amount(quantity),
         member=member,
         charged=format_amount(charged),
         change=format_amount(change),
@@ -433,10 +434,23 @@ def _history_line(row: tuple[Any, ...]) -> HistoryLine:
         occurred_at=occurred_at,
         reason=arguments.get("reason"),
         actor=arguments.get("actor"),
-        refusal=result.get("reason"),
-        subject=None if subject is None else str(subject),
+        refusal=_refusal(code, result),
+        subject=_text(subject),
         entries=entries,
     )
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _refusal(code: str | None, result: dict[str, Any]) -> str | None:
+    if code is None:
+        return None
+    if "required" in result:
+        return f"{result['required']} needed, {result['available']} available"
+    reason: str | None = result.get("reason")
+    return None if reason in SENTENCES.values() else reason
 
 
 def _entry_line(row: Sequence[Any]) -> EntryLine:
@@ -553,9 +567,7 @@ def quarantine(
     """
     _check_limit(limit)
     statement = OPEN_QUARANTINE if status == "open" else QUARANTINE  # the former has an index
-    rows = connection.execute(
-        statement, {"status": status, "before": before, "limit": limit + 1}
-    ).fetchall()
+    rows = connection.execute(statement, {"status": status, "before": before, "limit": limit + 1}).fetchall()
     lines = [_quarantine_line(row) for row in rows[:limit]]
     return QuarantinePage(lines=lines, next_before=lines[-1].id if len(rows) > limit else None)
 

@@ -10,9 +10,9 @@ from kombu.exceptions import KombuError
 from psycopg import Connection
 
 from creditlane.client import RETRIES
-from creditlane.contract import BATCH, MAX_MESSAGE_BYTES, Message, check_id, decode_batch, decode_message
+from creditlane.contract import BATCH, MAX_MESSAGE_BYTES, check_id, decode_batch, decode_message
 from creditlane.errors import BrokerUnavailableError
-from creditlane.lanes import PREFIX, lane_of
+from creditlane.lanes import lane_of
 from models.reading import QuarantinedMessage, quarantined_message
 from workers.redis_lanes import UNREADABLE
 
@@ -33,6 +33,7 @@ class Ready(msgspec.Struct, kw_only=True, frozen=True):
     """A message that is ready to be published."""
 
     queue: str
+    operation: str | None
     body: bytes
     headers: dict[str, Any]
     properties: dict[str, Any]
@@ -75,6 +76,7 @@ def as_it_was(message: QuarantinedMessage) -> Ready:
     headers.pop("compression", None)
     return Ready(
         queue=line.queue,
+        operation=line.operation,
         body=message.body,
         headers=headers,
         properties={name: properties[name] for name in KEPT_PROPERTIES if properties.get(name) is not None},
@@ -83,47 +85,52 @@ def as_it_was(message: QuarantinedMessage) -> Ready:
 
 
 def mended(
-    message: QuarantinedMessage, arguments: bytes | None, operation: str | None, lanes: int
-) -> tuple[Ready, str]:
-    """Make a good message out of a quarantined one: its task, with other arguments or another id.
+    message: QuarantinedMessage,
+    lanes: int,
+    arguments: bytes | None = None,
+    operation: str | None = None,
+    task: str | None = None,
+) -> Ready:
+    """Make a good message out of a quarantined one, with other arguments, another id or another task.
 
+    :param lanes: how many lanes there are: with another account it goes to another lane.
     :param arguments: the keyword arguments as a JSON object; None for those that it has.
     :param operation: the operation id; None for the one that it has.
-    :param lanes: how many lanes there are: with another account it goes to another lane.
-    :returns: the message, and its operation id.
-    :raises RequeueError: when it has no task name or no arguments.
-    :raises ContractError: when what is given does not fit the contract.
+    :param task: the task name; None for the one that it has.
+    :raises RequeueError: when it has none of its own of what is not given.
+    :raises ContractError: when the message would not fit the contract.
     """
     line = message.line
-    if line.task is None:
-        raise RequeueError(
-            f"message {line.id} names no task, so it cannot be mended; send the operation anew, then drop it"
-        )
+    task = task or line.task
+    if task is None:
+        raise RequeueError(f"message {line.id} names no task; give it one with --task, or drop it")
+    if operation is None and line.operation is None:
+        raise RequeueError(f"message {line.id} has no operation id; give it one with --id, or drop it")
     identity = check_id(operation or line.operation)
     if arguments is None:
         arguments = _arguments_of(message)
-    if line.task == BATCH:
-        batch = decode_batch(arguments)
-        name, _, first = batch.operations[0]
-        checked: Message = decode_message(name, first)
+    if task == BATCH:
+        members = [decode_message(name, raw) for name, _, raw in decode_batch(arguments).operations]
     else:
-        checked = decode_message(line.task, arguments)
+        members = [decode_message(task, arguments)]
+    queues = {lane_of(member.account, lanes) for member in members}
+    if len(queues) != 1:
+        raise RequeueError("the operations of a batch belong to one lane; send them one by one, then drop it")
     body = b"[[]," + arguments + BODY_END
     if len(body) > MAX_MESSAGE_BYTES:
         raise RequeueError(f"the message has more than {MAX_MESSAGE_BYTES} bytes; split it")
     headers = {
-        "lang": "py", "task": line.task, "id": identity, "root_id": identity, "parent_id": None, "group": None,
+        "lang": "py", "task": task, "id": identity, "root_id": identity, "parent_id": None, "group": None,
         "argsrepr": "()", "kwargsrepr": arguments[:400].decode("utf-8", "replace"), "ignore_result": True,
     }  # fmt: skip
-    queue = lane_of(checked.account, lanes) if line.queue.startswith(PREFIX) else line.queue
-    ready = Ready(
-        queue=queue,
+    return Ready(
+        queue=queues.pop(),
+        operation=identity,
         body=body,
         headers=headers,
         properties={"correlation_id": identity},
         content_type="application/json",
     )
-    return ready, identity
 
 
 def _arguments_of(message: QuarantinedMessage) -> bytes:

@@ -832,7 +832,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    input: Annotated[Path, typer.Option(help="The CSV file to replay; its first line names the columns.")] = SAMPLE,
+    input: Annotated[
+        Path,
+        typer.Option(
+            help="The CSV file to replay; its first line names the columns.", show_default="scripts/sample_usage.csv"
+        ),
+    ] = SAMPLE,
     account_column: Annotated[
         str | None, typer.Option(help="Which column names the account; account unless given.")
     ] = None,
@@ -866,7 +871,12 @@ def main(
     ] = False,
     single: Annotated[bool, typer.Option("--single", help="One message per operation instead of many in one.")] = False,
     workers: Annotated[int, typer.Option(min=1, max=64, help="How many lane workers.")] = 2,
-    data: Annotated[Path, typer.Option(help="Where everything is kept; a second start finds it again.")] = DATA,
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Where everything is kept; a second start finds it again.", show_default=".creditlane in the checkout"
+        ),
+    ] = DATA,
     postgres_port: Annotated[int, typer.Option(min=1, max=65535, help="PostgreSQL's port.")] = 55432,
     redis_port: Annotated[int, typer.Option(min=1, max=65535, help="Redis' port.")] = 56379,
     flower_port: Annotated[int, typer.Option(min=1, max=65535, help="Flower's port.")] = 5555,

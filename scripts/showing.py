@@ -237,6 +237,8 @@ def _grants_table(summary: AccountSummary) -> Table:
         title_justify="left",
         title_style="dim",
     )
+    for column in table.columns:
+        column.no_wrap = column.header not in ("source", "scope", "purchase")
     for grant in summary.grants:
         upcoming = grant.effective_at > summary.as_of
         cells = [str(grant.grant), said(grant.source), grant.available]
@@ -245,7 +247,7 @@ def _grants_table(summary: AccountSummary) -> Table:
             grant.granted,
             str(grant.priority),
             "all" if grant.features is None else said(", ".join(grant.features)),
-            instant(grant.effective_at)[: 16 if upcoming else 10],
+            instant(grant.effective_at)[:16],
             "never" if grant.expires_at is None else instant(grant.expires_at)[:16],
         ]
         cells += [said(grant.purchase or "")] if some_priced else []
@@ -268,31 +270,24 @@ def _holds_table(summary: AccountSummary) -> Table:
 
 def history_table(lines: Iterable[HistoryLine]) -> Table:
     """A history, the newest operation first; what time did stands where it happened."""
-    shown = list(lines)
-    why = any(line.reason or line.actor or line.refusal for line in shown)
-    columns = ["when (UTC)", "operation", "what", "change", "balance", "status", *(["why"] if why else [])]
-    table = _table(*columns, right=("change", "balance"))
-    table.columns[0].no_wrap = True
-    for number in (3, 4):
+    table = _table("when (UTC)", "operation", "change", "balance", "status", right=("change", "balance"))
+    for number in (0, 2, 3):
         table.columns[number].no_wrap = True
-    table.columns[1].min_width = 20
-    for line in shown:
-        refused = line.status != "applied"
-        cells = [
+    table.columns[1].min_width = 36  # a uuid on one line, to be copied
+    for line in lines:
+        status = "[green]applied[/]" if line.status == "applied" else f"[red]{said(line.code)}[/]"
+        why = " · ".join(part for part in (line.refusal, line.reason, line.actor) if part)
+        table.add_row(
             instant(line.applied_at),
-            f"{said(short(line.name))} [dim]{said(line.operation)}[/]",
-            said(_what(line)),
+            f"{said(f'{short(line.name)} {_what(line)}'.rstrip())}\n[dim]{said(line.operation)}[/]",
             signed(line.change),
             line.balance or "",
-            f"[red]{said(line.code)}[/]" if refused else "[green]applied[/]",
-        ]
-        if why:
-            cells.append(said(" · ".join(part for part in (line.refusal, line.reason, line.actor) if part)))
-        table.add_row(*cells)
+            f"{status}\n{said(why)}" if why else status,
+        )
         for entry in line.lines or ():
-            _entry_row(table, entry, "", "  ")
+            table.add_row("", f"  [dim]{_entry_words(entry)}[/]", f"[dim]{signed(entry.change)}[/]", "", "")
         for entry in reversed(line.lapsed):
-            _entry_row(table, entry, "[italic]time[/]", "")
+            table.add_row(instant(entry.at), f"time: {_entry_words(entry)}", signed(entry.change), "", "")
     return table
 
 
@@ -307,27 +302,18 @@ def _what(line: HistoryLine) -> str:
         what = f"of hold {line.subject}"
         if name == "capture" and line.status == "applied":
             what = f"took {line.charged} {what}"
-    elif name == "refund":
+    elif name in ("refund", "revoke"):
         what = f"of {line.subject}"
-    elif name == "revoke":
-        what = f"grant or purchase {line.subject}"
     else:
         what = measured
     return f"{what} by {line.member}" if line.member else what
 
 
-def _entry_row(table: Table, entry: EntryLine, operation: str, indent: str) -> None:
-    source = f" {entry.source}" if entry.source else ""
-    of = f" of {entry.refers_to}" if entry.refers_to else ""
+def _entry_words(entry: EntryLine) -> str:
     amount = "" if entry.change != "0" else f" {entry.amount}"
-    table.add_row(
-        f"[dim]{instant(entry.at)}[/]" if not indent else "",
-        operation,
-        f"{indent}[dim]{said(entry.kind)}{amount}{said(of)}: grant {entry.grant}{said(source)}[/]",
-        f"[dim]{signed(entry.change)}[/]",
-        "",
-        "",
-    )
+    source = f" ({entry.source})" if entry.source else ""
+    of = f", {entry.refers_to}" if entry.refers_to else ""
+    return said(f"{entry.kind.replace('_', ' ')}{amount} grant {entry.grant}{source}{of}")
 
 
 # --- Quarantine --------------------------------------------------------------------------------------
@@ -335,25 +321,19 @@ def _entry_row(table: Table, entry: EntryLine, operation: str, indent: str) -> N
 
 def quarantine_table(lines: Iterable[QuarantineLine]) -> Table:
     """Quarantined messages, the newest first."""
-    shown = list(lines)
-    resolved = any(line.status != "open" for line in shown)
-    columns = ["id", "received (UTC)", "queue", "code", "message", "reason", *(["resolved"] if resolved else [])]
-    table = _table(*columns, right=("id",))
+    table = _table("number", "received (UTC)", "message", "why", right=("number",))
     table.columns[1].no_wrap = True
-    for line in shown:
-        message = " ".join(said(part) for part in (line.task, line.operation) if part) or f"{line.body_bytes:,} bytes"
-        times = f" [dim](seen {line.times_seen} times)[/]" if line.times_seen > 1 else ""
-        cells = [
-            str(line.id),
-            instant(line.received_at),
-            said(line.queue),
-            f"[red]{said(line.code)}[/]",
-            message,
-            said(line.reason) + times,
-        ]
-        if resolved:
-            cells.append(said(f"{line.status} by {line.resolved_by}") if line.status != "open" else "")
-        table.add_row(*cells)
+    for line in lines:
+        message = said(line.task or f"{line.body_bytes:,} bytes")
+        for detail in (line.operation, line.queue):
+            if detail:
+                message += f"\n[dim]{said(detail)}[/]"
+        why = f"[red]{said(line.code)}[/]\n{said(line.reason)}"
+        if line.times_seen > 1:
+            why += f"\n[dim]seen {line.times_seen} times[/]"
+        if line.status != "open":
+            why += f"\n[green]{said(f'{line.status} by {line.resolved_by}')}[/]"
+        table.add_row(str(line.id), instant(line.received_at), message, why)
     return table
 
 
@@ -361,7 +341,7 @@ def quarantined_lines(message: QuarantinedMessage) -> RenderableType:
     """One quarantined message, whole as far as a terminal can show it."""
     line = message.line
     facts = [
-        ("id", str(line.id)),
+        ("number", str(line.id)),
         ("status", said(line.status if line.resolved_by is None else f"{line.status} by {line.resolved_by}")),
         ("code", f"[red]{said(line.code)}[/]"),
         ("reason", said(line.reason)),

@@ -7,6 +7,7 @@ dropping it, and a boot step owns buffer, lanes and flushing (lanes: the batch).
 
 from __future__ import annotations
 
+import gc
 import time
 import traceback
 from collections import deque
@@ -47,6 +48,10 @@ FIRST_RETRY_SECONDS = 0.1
 
 REPR_CHARACTERS = 400
 """How much of an operation's arguments Flower shows."""
+
+GC_ALLOCATIONS = 200_000
+"""Live objects that a batch may add before the garbage collector looks for cycles: more than one batch makes, so
+that it does not search the middle of each."""
 
 _body = msgspec.json.Decoder(tuple[list[Any], msgspec.Raw, msgspec.Raw])
 _json = msgspec.json.Encoder(enc_hook=repr)
@@ -158,6 +163,8 @@ class LaneStep(bootsteps.StartStopStep):
     def register_with_event_loop(self, consumer: LaneConsumer, hub: Any) -> None:
         """Begin: the event loop is about to run."""
         self.hub = hub
+        gc.freeze()
+        gc.set_threshold(GC_ALLOCATIONS, 20, 50)
         self.buffer.clear()
         self.flush_armed = False
         self.broker = RedisLanes(consumer.task_consumer.channel, hub, self.room)

@@ -74,8 +74,7 @@ REQUIRED = [
     (name, field)
     for name, content in MINIMAL.items()
     for field in content
-    if (name, field)
-    not in {("credits.consume", "feature"), ("credits.hold", "amount"), ("credits.revoke", "grant")}
+    if (name, field) not in {("credits.consume", "feature"), ("credits.hold", "amount"), ("credits.revoke", "grant")}
 ]
 
 
@@ -214,9 +213,7 @@ def test_a_text_is_not_empty_and_not_a_number(name: str, field: str) -> None:
         assert f"$.{field}" in invalid(name, **{field: wrong})
 
 
-@pytest.mark.parametrize(
-    "escape", [b"\\ud800", b"\\udfff", b"\\udc00\\ud800", b"\xed\xa0\x80", b"\xff", b"\xc0\x80"]
-)
+@pytest.mark.parametrize("escape", [b"\\ud800", b"\\udfff", b"\\udc00\\ud800", b"\xed\xa0\x80", b"\xff", b"\xc0\x80"])
 @pytest.mark.parametrize("place", [b'{"account":"a%s"}', b'{"a%s":1,"account":"a"}'])
 def test_lone_surrogates_and_broken_utf_8_are_refused(escape: bytes, place: bytes) -> None:
     assert refused("credits.settle", place % escape).code is Code.INVALID_MESSAGE
@@ -505,9 +502,7 @@ def batch_refused(arguments: bytes) -> ContractError:
 
 
 def test_a_batch_keeps_its_members_in_order_and_undecoded() -> None:
-    decoded = decode_batch(
-        batch(["credits.settle", "id-1", {"account": "a"}], ["no.such", "id-2", [1, {"b": None}]])
-    )
+    decoded = decode_batch(batch(["credits.settle", "id-1", {"account": "a"}], ["no.such", "id-2", [1, {"b": None}]]))
     assert [(name, operation, json.loads(bytes(raw))) for name, operation, raw in decoded.operations] == [
         ("credits.settle", "id-1", {"account": "a"}),
         ("no.such", "id-2", [1, {"b": None}]),
@@ -612,9 +607,7 @@ def test_random_bytes_raise_nothing_but_the_contracts_error(name: str, arguments
     whole=st.booleans(),
 )
 @settings(deadline=None, max_examples=400)
-def test_random_json_raises_nothing_but_the_contracts_error(
-    name: str, changes: dict[str, Any], whole: bool
-) -> None:
+def test_random_json_raises_nothing_but_the_contracts_error(name: str, changes: dict[str, Any], whole: bool) -> None:
     content = changes if whole else {**MINIMAL[name], **changes}
     for ascii_only in (True, False):
         arguments = json.dumps(content, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")

@@ -177,9 +177,7 @@ def test_money_is_an_integer_of_the_currencys_minor_units(text: str, money: Mone
     assert str(money) == written
 
 
-@pytest.mark.parametrize(
-    "text", ["", "4.99", "EUR", "4.99EUR", "4.99 eur", "1e3 EUR", "4.99 EUR ", "４ EUR", "1. EUR"]
-)
+@pytest.mark.parametrize("text", ["", "4.99", "EUR", "4.99EUR", "4.99 eur", "1e3 EUR", "4.99 EUR ", "４ EUR", "1. EUR"])
 def test_money_is_written_in_one_way(text: str) -> None:
     with pytest.raises(ValueError, match="money is written as"):
         Money.parse(text)
@@ -206,9 +204,7 @@ quote_above = 500
 )
 
 
-@pytest.mark.parametrize(
-    ("shortfall", "pack"), [(1, "b"), (10, "b"), (20, "b"), (21, "d"), (100, "d"), (101, None)]
-)
+@pytest.mark.parametrize(("shortfall", "pack"), [(1, "b"), (10, "b"), (20, "b"), (21, "d"), (100, "d"), (101, None)])
 def test_the_offer_is_the_pack_of_least_price_that_covers_and_of_equals_the_fuller(
     shortfall: int, pack: str | None
 ) -> None:

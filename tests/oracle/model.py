@@ -21,6 +21,9 @@ INSTANTS = ("effective_at", "expires_at", "occurred_at")
 AMOUNTS = ("amount", "quantity")
 DEFAULTS = {"v": 1, "kind": "user", "ttl": 900, "partial": False}
 
+MOST = 9 * 10**18
+"""Micro-credits that may come into one account in all its life."""
+
 BUCKETS = (
     "granted",
     "received",
@@ -51,8 +54,8 @@ def micro(credits: str | int) -> int:
     return int(exact)
 
 
-def meaning(content: Row) -> Row:
-    """What a message says, however it is spelt: amounts and instants read, the usual left out."""
+def meaning(name: str, content: Row) -> Row:
+    """What a message says, however it is spelt: amounts and instants read, the usual left out or filled in."""
     said: Row = {}
     for field, value in content.items():
         if value is None or DEFAULTS.get(field) == value:
@@ -63,6 +66,8 @@ def meaning(content: Row) -> Row:
             said[field] = datetime.fromisoformat(value)
         else:
             said[field] = value
+    if name in ("credits.consume", "credits.hold") and "feature" in said and "quantity" not in said:
+        said["quantity"] = micro(1)
     return said
 
 
@@ -89,13 +94,13 @@ class Ledger:
 
     def do(self, name: str, operation: str, content: Row, now: datetime) -> Row:
         """Apply one operation and answer it; amounts of the answer are in micro-credits."""
-        said = meaning(content)
+        said = meaning(name, content)
+        self.settle(now)
         if operation in self.answers:
             first_name, first_said, first_answer = self.answers[operation]
             if (first_name, first_said) == (name, said):
                 return {**first_answer, "replayed": True}
             return {"status": "rejected", "code": "id_conflict", "replayed": False}
-        self.settle(now)
         try:
             if not self.opened and name != "credits.open":
                 raise Refusal("unknown_account")
@@ -135,18 +140,22 @@ class Ledger:
             end = start + timedelta(seconds=said["expires_in"])
         if end is not None and (end <= start or end <= now):
             raise Refusal("invalid")
+        self.make_room(said["amount"])
         scope = set(said["features"]) if "features" in said else None
         lot = self.add_lot(
             operation, now, said["source"], said.get("priority"), scope, start, end, said.get("purchase")
         )
+        lot["price"] = said.get("unit_price")
         return self.come_in(lot, said["amount"], operation, now)
 
     def adjust_(self, said: Row, operation: str, now: datetime) -> Row:
         if said["amount"] > 0:
+            self.make_room(said["amount"])
             return self.come_in(self.add_lot(operation, now, "adjustment"), said["amount"], operation, now)
         takings = self.find(-said["amount"], None, now)
         for lot, taken in takings:
             self.move("revoked", lot, taken, now, operation)
+            lot["clawed_back"] += taken
         return {"charged": -said["amount"], "uses": [(lot["number"], taken) for lot, taken in takings]}
 
     def consume_(self, said: Row, operation: str, now: datetime) -> Row:
@@ -223,6 +232,7 @@ class Ledger:
         amount = said.get("amount", left)
         if left == 0 or amount > left:
             raise Refusal("exceeds_original")
+        self.make_room(amount)
         uses = []
         missing = amount
         for line in reversed(receipt):
@@ -233,59 +243,44 @@ class Ledger:
             line["back"] += back
             lot = line["lot"]
             if lot["end"] is not None and lot["end"] <= now:
-                lot = self.add_lot(
-                    operation,
-                    now,
-                    lot["source"],
-                    lot["priority"],
-                    lot["scope"],
-                    now,
-                    now + timedelta(days=self.policy["refund_days"]),
-                    lot["purchase"],
-                )
+                lot = self.add_successor(lot, operation, now)
             self.move("restored", lot, back, now, operation, said["operation"])
             uses.append((lot["number"], back))
-            self.pay_debt(lot, now, now, operation)
+            self.take_what_is_owed(lot, now, now, operation)
         assert missing == 0
         return {"charged": -amount, "uses": uses}
 
     def revoke_(self, said: Row, operation: str, now: datetime) -> Row:
         if "grant" in said:
-            lots = [lot for lot in self.lots if lot["number"] == said["grant"]]
+            lots = [lot for lot in self.lots if said["grant"] in (lot["number"], lot["origin"])]
         else:
             lots = [lot for lot in self.lots if lot["purchase"] == said["purchase"]]
         if not lots:
             raise Refusal("unknown_grant")
-        lots = list(reversed(in_burn_down_order(lots)))
-
-        def takeable(lot: Row) -> int:
-            worth: int = lot["granted"] + lot["received"] - lot["expired"] - lot["clawed_back"]
-            return max(0, worth)
-
-        most = sum(takeable(lot) for lot in lots)
-        amount = said.get("amount", most)
-        if most == 0 or amount > most:
+        came = sum(lot["granted"] + lot["received"] for lot in lots)
+        gone = sum(lot["expired"] + lot["clawed_back"] for lot in lots)
+        wanted = said.get("amount", came - gone)
+        if wanted <= 0 or wanted > came - gone:
             raise Refusal("exceeds_original")
         uses = []
-        missing = amount
-        for lot in lots:
-            taken = min(missing, lot["available"], takeable(lot))
+        spent = wanted
+        for lot in reversed(in_burn_down_order(lots)):
+            taken = min(spent, lot["available"])
             if taken:
                 self.move("revoked", lot, taken, now, operation)
                 lot["clawed_back"] += taken
                 uses.append((lot["number"], taken))
-                missing -= taken
-        details: Row = {"charged": amount - missing, "uses": uses}
-        if missing:
-            details["forgiven" if self.policy["on_spent"] == "forgive" else "owed"] = missing
-        for lot in lots:
-            spent = min(missing, takeable(lot))
-            if spent:
-                if self.policy["on_spent"] == "debt":
-                    self.move("debt_incurred", lot, spent, now, operation)
-                lot["clawed_back"] += spent
-                missing -= spent
-        assert missing == 0
+                spent -= taken
+        details: Row = {"charged": wanted - spent, "uses": uses}
+        if spent:
+            first = min(lots, key=lambda lot: int(lot["number"]))
+            first["clawed_back"] += spent
+            if self.policy["on_spent"] == "forgive":
+                first["forgiven"] += spent
+                details["forgiven"] = spent
+            else:
+                self.move("debt_incurred", first, spent, now, operation)
+                details["owed"] = spent
         return details
 
     def settle_(self, said: Row, operation: str, now: datetime) -> Row:
@@ -387,21 +382,50 @@ class Ledger:
             line["back"] = back
             lot = line["lot"]
             self.move("released", lot, back, now, operation, hold["id"], at)
-            if lot["end"] is not None and lot["end"] <= at:
+            over = lot["end"] is not None and lot["end"] <= at
+            if not over or lot["clawed_back"] > 0:
+                back -= self.take_what_is_owed(lot, at, now, operation)
+            if over and back > 0:
                 self.move("expired", lot, back, now, operation, hold["id"], at)
-            else:
-                self.pay_debt(lot, at, now, operation)
         assert amount == 0
 
-    def pay_debt(self, lot: Row, at: datetime, now: datetime, operation: str | None) -> None:
+    def take_what_is_owed(self, lot: Row, at: datetime, now: datetime, operation: str | None) -> int:
+        """Of credits that came into a lot: first what was forgiven of it, then the debt."""
+        forgiving = lot if lot["origin"] is None else self.lots[lot["origin"] - 1]
+        taken = min(forgiving["forgiven"], lot["available"])
+        if taken:
+            self.move("revoked", lot, taken, now, operation, None, at)
+            forgiving["forgiven"] -= taken
         paid = min(self.debt, lot["available"])
         if paid:
             self.move("debt_paid", lot, paid, now, operation, None, at)
+        return int(taken + paid)
 
     def come_in(self, lot: Row, amount: int, operation: str, now: datetime) -> Row:
         self.move("granted", lot, amount, now, operation)
-        self.pay_debt(lot, now, now, operation)
+        self.take_what_is_owed(lot, now, now, operation)
         return {"uses": [(lot["number"], amount)], "grant": lot["number"]}
+
+    def make_room(self, amount: int) -> None:
+        """Refuse what would take all that ever came in over the most."""
+        if sum(lot["granted"] + lot["received"] + lot["restored"] for lot in self.lots) + amount > MOST:
+            raise Refusal("limit_reached")
+
+    def add_successor(self, lot: Row, operation: str, now: datetime) -> Row:
+        """A lot that goes on where one that has ended left off."""
+        after = self.add_lot(
+            operation,
+            now,
+            lot["source"],
+            lot["priority"],
+            lot["scope"],
+            now,
+            now + timedelta(days=self.policy["refund_days"]),
+            lot["purchase"],
+        )
+        after["price"] = lot["price"]
+        after["origin"] = lot["number"] if lot["origin"] is None else lot["origin"]
+        return after
 
     def add_lot(
         self,
@@ -426,7 +450,10 @@ class Ledger:
             "born": now,
             "operation": operation,
             "purchase": purchase,
+            "price": None,
+            "origin": None,
             "clawed_back": 0,
+            "forgiven": 0,
             **dict.fromkeys(BUCKETS, 0),
         }
         self.lots.append(lot)
@@ -490,6 +517,12 @@ class Ledger:
                 "recorded_at": now,
             }
         )
+
+    def due(self) -> datetime | None:
+        """The next instant at which time alone changes anything."""
+        ends = [hold["end"] for hold in self.holds.values() if hold["open"]]
+        ends += [lot["end"] for lot in self.lots if lot["available"] and lot["end"] is not None]
+        return min(ends, default=None)
 
     def balance(self, now: datetime) -> Row:
         """Spendable, by source, set aside, owed, and what takes effect later; in micro-credits."""

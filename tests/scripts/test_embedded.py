@@ -174,11 +174,7 @@ def test_root_gives_its_privileges_up(place: Path) -> None:
     try:
         for server in (stack.postgres, stack.redis):
             status = Path(f"/proc/{server.pid}/status").read_text()
-            ids = {
-                line.split()[0]: line.split()[1:]
-                for line in status.splitlines()
-                if line[:4] in ("Uid:", "Gid:")
-            }
+            ids = {line.split()[0]: line.split()[1:] for line in status.splitlines() if line[:4] in ("Uid:", "Gid:")}
             assert "0" not in ids["Uid:"]
             assert "0" not in ids["Gid:"]
             groups = next(line for line in status.splitlines() if line.startswith("Groups:"))

@@ -97,9 +97,7 @@ def test_the_trace_is_recognised(tmp_path: Path) -> None:
 
 def test_options_go_before_what_is_recognised(tmp_path: Path) -> None:
     path = written(tmp_path, TRACE)
-    rows = good(
-        read(path, feature="embedding", quantity=["GeneratedTokens"], scale=Decimal("0.1"), accounts=1)
-    )
+    rows = good(read(path, feature="embedding", quantity=["GeneratedTokens"], scale=Decimal("0.1"), accounts=1))
     assert [(row.account, row.feature, row.quantity) for row in rows] == [
         ("user_1", "embedding", Decimal("1.0")),
         ("user_1", "embedding", Decimal("0.8")),
@@ -110,9 +108,7 @@ def test_options_go_before_what_is_recognised(tmp_path: Path) -> None:
 def test_columns_can_be_named(tmp_path: Path) -> None:
     path = written(tmp_path, "when;who;what;in;out\n2026-03-01;alice;image;1;2\n")
     (row,) = good(
-        read(
-            path, account="who", feature_column="what", quantity=["in", "out"], time="when", scale=Decimal(2)
-        )
+        read(path, account="who", feature_column="what", quantity=["in", "out"], time="when", scale=Decimal(2))
     )
     assert (row.account, row.feature, row.quantity) == ("alice", "image", Decimal(6))
     assert row.occurred_at == datetime(2026, 3, 1, tzinfo=UTC)

@@ -63,9 +63,7 @@ def figure(output: str, label: str) -> int:
 @pytest.fixture
 def started(place: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A stack that stays up, and its data directory."""
-    process = subprocess.Popen(
-        command(place), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = subprocess.Popen(command(place), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     try:
         for line in process.stdout:
@@ -163,9 +161,7 @@ def test_a_child_that_dies_is_named(started: tuple[subprocess.Popen[str], Path])
         (["--quantity-scale", "much"], "--quantity-scale: send a decimal factor such as 0.001"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_starts(
-    place: Path, arguments: list[str], sentence: str
-) -> None:
+def test_what_cannot_be_done_is_said_before_anything_starts(place: Path, arguments: list[str], sentence: str) -> None:
     done = run(place, *arguments)
     assert done.returncode == 2
     assert sentence in done.stderr

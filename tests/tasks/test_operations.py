@@ -303,9 +303,7 @@ def test_the_same_id_with_other_content_is_a_conflict_and_nothing_is_applied(
 def test_content_is_the_same_however_it_is_spelt() -> None:
     own = lane("5")
     own("consume", "x", amount="1", occurred_at="2026-01-31T12:00:00Z")
-    again = own(
-        "consume", "x", amount=1, occurred_at="2026-01-31T13:00:00+01:00", partial=False, v=1, member=None
-    )
+    again = own("consume", "x", amount=1, occurred_at="2026-01-31T13:00:00+01:00", partial=False, v=1, member=None)
     assert again["replayed"] is True
 
 
@@ -749,9 +747,7 @@ def test_only_a_consume_or_a_capture_that_was_applied_is_a_charge() -> None:
         assert refused(own("refund", operation=operation), Code.UNKNOWN_CHARGE)
 
 
-@pytest.mark.parametrize(
-    "free", [("consume", {"feature": "export"}), ("capture", {"hold": "h", "amount": "0"})]
-)
+@pytest.mark.parametrize("free", [("consume", {"feature": "export"}), ("capture", {"hold": "h", "amount": "0"})])
 def test_a_charge_of_nothing_has_nothing_to_give_back(free: tuple[str, dict[str, Any]]) -> None:
     own = lane("5")
     own("hold", "h", amount="1")

@@ -188,9 +188,7 @@ def test_expiries_a_microsecond_apart_are_told_apart() -> None:
         (1, 2, False),
     ],
 )
-def test_a_grant_is_active_at_its_start_and_gone_at_its_end(
-    start: float, end: float | None, spendable: bool
-) -> None:
+def test_a_grant_is_active_at_its_start_and_gone_at_its_end(start: float, end: float | None, spendable: bool) -> None:
     grant = lot(Account("a"), 1, start=start, end=end)
     assert is_spendable(grant, None, NOW) is spendable
 

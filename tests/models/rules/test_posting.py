@@ -41,9 +41,7 @@ def counts(of: Account | Grant) -> dict[str, int]:
         (["debt_incurred", "debt_paid"], {"granted": 10, "available": 5, "revoked": 5}),
     ],
 )
-def test_each_kind_moves_credits_between_the_buckets_that_it_names(
-    kinds: list[str], left: dict[str, int]
-) -> None:
+def test_each_kind_moves_credits_between_the_buckets_that_it_names(kinds: list[str], left: dict[str, int]) -> None:
     account, grant = account_with(10)
     for kind in kinds:
         post(account, grant, kind, 5, NOW, "x")
@@ -62,9 +60,7 @@ def test_every_kind_keeps_what_came_in_equal_to_where_it_is() -> None:
         assert flow.leaves in (None, *COUNTERS[3:])
 
 
-@pytest.mark.parametrize(
-    "kind", ["consumed", "held", "expired", "revoked", "captured", "released", "debt_paid"]
-)
+@pytest.mark.parametrize("kind", ["consumed", "held", "expired", "revoked", "captured", "released", "debt_paid"])
 def test_no_bucket_of_a_grant_falls_below_zero(kind: str) -> None:
     account, grant = account_with(10)
     account.debt = 100

@@ -1,0 +1,1078 @@
+"""The command line of whoever operates the ledger: ``creditlane``.
+
+Writing goes through the lanes like everybody's: a command sends an operation and waits for its answer.
+Reading goes to the database, in sessions that cannot write.
+"""
+
+from __future__ import annotations
+
+import base64
+import getpass
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+from urllib.parse import unquote, urlsplit
+from uuid import uuid4
+
+import msgspec
+import psycopg
+import redis
+import typer
+from kombu.exceptions import KombuError
+from psycopg import Connection
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typer.core import TyperGroup
+
+from creditlane.client import CreditClient
+from creditlane.codes import Code
+from creditlane.contract import ContractError, Result
+from creditlane.errors import BrokerUnavailableError, CreditlaneError, NoAnswerError, QuarantinedError
+from creditlane.lanes import LANES
+from models.audit import audit as audit_ledger
+from models.database import connect
+from models.reading import (
+    DEFAULT_PAGE,
+    MAX_PAGE,
+    QuarantinedMessage,
+    account_exists,
+    account_summary,
+    quarantine,
+    quarantined_message,
+)
+from models.reading import history as read_history
+from scripts.embedded import process_exists
+from scripts.lane_state import MAX_LANES, lane_states
+from scripts.requeue import RequeueError, as_it_was, drop, mended, open_message, replay
+from scripts.showing import (
+    console,
+    history_table,
+    lanes_view,
+    plain,
+    quarantine_table,
+    quarantined_lines,
+    refusal,
+    result_lines,
+    said,
+    summary_lines,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+STATE = ROOT / ".creditlane" / "stack.json"
+"""Where a running embedded stack says how to reach it."""
+
+WAIT_SECONDS = 10.0
+"""How long a command waits for the ledger's answer unless told otherwise."""
+
+OK, FAULTS, USAGE, REFUSED, AWAY, NO_ANSWER, BROKEN, INTERRUPTED = 0, 1, 2, 3, 4, 5, 70, 130
+"""The exit codes."""
+
+EXIT_CODES = """[bold]Exit codes[/]
+0  applied, or done
+1  the audit found faults, or the message was quarantined
+2  the command makes no sense as it was given, or nothing tells where the ledger is
+3  refused by the ledger; the code is printed
+4  the broker or the database is away
+5  no answer in time; send it again with its id"""
+
+WHERE = (
+    "[bold]Where the ledger is[/]\n"
+    "CREDITLANE_BROKER_URL, CREDITLANE_DATABASE_URL and CREDITLANE_LANES tell. When neither URL is set, it is the "
+    "embedded stack of this checkout, if it runs (scripts/run)."
+)
+
+
+# --- Where the ledger is -----------------------------------------------------------------------------
+
+
+class ConfigurationError(Exception):
+    """Nothing tells where the ledger is, or what tells it makes no sense."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Where the ledger is; the addresses hold passwords."""
+
+    lanes: int
+    _broker_url: str | None = field(repr=False)
+    _database_url: str | None = field(repr=False)
+    result_url: str | None = field(repr=False, default=None)
+
+    @property
+    def broker_url(self) -> str:
+        """Where messages go."""
+        return self._given(self._broker_url, "CREDITLANE_BROKER_URL", "redis://:password@host:6379/0")
+
+    @property
+    def database_url(self) -> str:
+        """The ledger's database."""
+        return self._given(
+            self._database_url, "CREDITLANE_DATABASE_URL", "postgresql://user:password@host:5432/creditlane"
+        )
+
+    @staticmethod
+    def _given(value: str | None, variable: str, example: str) -> str:
+        if value is None:
+            raise ConfigurationError(
+                f"nothing tells where the ledger is: set {variable} (such as {example}), "
+                "or start the embedded stack with scripts/run"
+            )
+        return value
+
+
+def deployment() -> Deployment:
+    """Find the ledger: the environment first, else the embedded stack of this checkout if it runs.
+
+    :raises ConfigurationError: for an address or a number that makes no sense.
+    """
+    broker = os.environ.get("CREDITLANE_BROKER_URL") or None
+    database = os.environ.get("CREDITLANE_DATABASE_URL") or None
+    results = os.environ.get("CREDITLANE_RESULT_URL") or None
+    lanes: object = os.environ.get("CREDITLANE_LANES") or None
+    # Never one of each: a message of one ledger is not to be looked for in another.
+    if broker is None and database is None:
+        state = _embedded_stack()
+        broker, database = state.get("broker_url"), state.get("database_url")
+        lanes = lanes or state.get("lanes")
+        results = None
+    _check_url("CREDITLANE_BROKER_URL", broker, ("redis", "rediss", "amqp", "amqps", "pyamqp", "memory"))
+    _check_url("CREDITLANE_DATABASE_URL", database, ("postgresql", "postgres"))
+    _check_url("CREDITLANE_RESULT_URL", results, ("redis", "rediss"))
+    try:
+        count = LANES if lanes is None else int(str(lanes))
+    except ValueError:
+        count = 0
+    if not 1 <= count <= MAX_LANES:
+        raise ConfigurationError(f"CREDITLANE_LANES is a number from 1 to {MAX_LANES}, not {plain(str(lanes))!r}")
+    return Deployment(count, broker, database, results)
+
+
+def _embedded_stack() -> dict[str, Any]:
+    try:
+        state = json.loads(STATE.read_text(encoding="utf-8"))
+        alive = isinstance(state, dict) and process_exists(int(state.get("pids", {}).get("postgres", os.getpid())))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+    return state if alive else {}  # after a crash the file is left over
+
+
+def _check_url(variable: str, url: str | None, schemes: tuple[str, ...]) -> None:
+    if url is None:
+        return
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+        good = parts.scheme in schemes
+    except ValueError:
+        good = False
+    if not good:
+        raise ConfigurationError(f"{variable} is no URL that begins with {schemes[0]}://; it is not shown here")
+
+
+def masked(text: str) -> str:
+    """A text without the passwords of the addresses that this process knows."""
+    try:
+        known = deployment()
+    except ConfigurationError:
+        return text
+    for url in (known._broker_url, known._database_url, known.result_url):
+        password = urlsplit(url).password if url else None
+        if password:
+            for secret in {password, unquote(password)}:
+                text = text.replace(secret, "***")
+    return text
+
+
+@contextmanager
+def ledger(application: str = "creditlane command line", *, read_only: bool = True) -> Iterator[Connection[Any]]:
+    """A connection to the ledger's database; one that cannot write unless it has to."""
+    with connect(deployment().database_url, application, read_only=read_only) as connection:
+        yield connection
+
+
+# --- How it ends -------------------------------------------------------------------------------------
+
+
+def fail(sentence: str, code: int) -> NoReturn:
+    """Say one sentence on stderr and end."""
+    console(stderr=True).print(f"[red]error:[/] {said(masked(sentence))}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+class Commands(TyperGroup):
+    """A group whose commands end in a sentence and a meaningful exit code, never in a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except (ContractError, RequeueError, ConfigurationError) as error:
+            fail(str(error), USAGE)
+        except QuarantinedError as error:
+            fail(f"the message was quarantined: {error}", FAULTS)
+        except NoAnswerError as error:
+            fail(str(error), NO_ANSWER)
+        except BrokerUnavailableError as error:
+            fail(str(error), AWAY)
+        except psycopg.errors.UndefinedTable:
+            fail("the database has no ledger in it; make one with: python -m models.migrate", AWAY)
+        except psycopg.Error as error:
+            fail(_database_sentence(error), AWAY)
+        except BrokenPipeError:
+            raise
+        except (CreditlaneError, redis.RedisError, KombuError, OSError) as error:
+            fail(f"the broker is away ({type(error).__name__}: {_first_line(error)})", AWAY)
+        except Exception as error:
+            # Typer's own endings look like exceptions as well.
+            if type(error).__module__.startswith("typer") or os.environ.get("CREDITLANE_TRACEBACK"):
+                raise
+            fail(
+                f"something went wrong inside ({type(error).__name__}: {_first_line(error)}); "
+                "CREDITLANE_TRACEBACK=1 shows where",
+                BROKEN,
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0].rstrip(".")
+
+
+def _database_sentence(error: psycopg.Error) -> str:
+    if isinstance(error, psycopg.OperationalError):
+        return f"the database is away ({_first_line(error)})"
+    return f"the database refused ({type(error).__name__} {error.sqlstate}: {_first_line(error)})"
+
+
+def show_json(value: Any) -> None:
+    """Write one JSON document on stdout, on a line of its own."""
+    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+
+
+def examples(*lines: str, codes: bool = False) -> str:
+    """The end of a command's help: examples, one a line."""
+    shown = "\n".join(f"  {line}" for line in lines)
+    text = f"[bold]Examples[/]\n{shown}"
+    return f"{text}\n\n{EXIT_CODES}\n\n{WHERE}" if codes else text
+
+
+# --- What the options have in common -----------------------------------------------------------------
+
+
+AccountArgument = Annotated[str, typer.Argument(metavar="ACCOUNT", help="Whose credits.", show_default=False)]
+IdOption = Annotated[
+    str | None,
+    typer.Option(
+        "--id",
+        help="The operation id: sent again with the same id, an operation is applied once. One is made, and "
+        "printed, if it is not given.",
+        show_default=False,
+    ),
+]
+WaitOption = Annotated[
+    float,
+    typer.Option("--wait", min=0, metavar="SECONDS", help="How long to wait for the answer; 0 only sends."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+AmountOption = Annotated[
+    str | None, typer.Option("--amount", metavar="CREDITS", help="Credits, such as 1.5.", show_default=False)
+]
+ReasonOption = Annotated[str | None, typer.Option("--reason", help="Why; kept with the operation.", show_default=False)]
+QuantityOption = Annotated[
+    str | None, typer.Option("--quantity", help="Units of the hold's feature.", show_default=False)
+]
+MemberOption = Annotated[
+    str | None, typer.Option("--member", help="The member of a pool who uses it.", show_default=False)
+]
+LimitOption = Annotated[int, typer.Option("--limit", min=1, max=MAX_PAGE, help="How many at most.")]
+
+_SPAN = re.compile(r"(?:([0-9]{1,9})([wdhms]))", re.ASCII)
+_SPANS = re.compile(r"(?:[0-9]{1,9}[wdhms])+\Z", re.ASCII)
+_SECONDS = {"w": 7 * 86400, "d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def parse_span(text: str) -> int:
+    """Read a duration such as ``30d``, ``12h`` or ``1h30m``.
+
+    :returns: seconds.
+    :raises typer.BadParameter: with what to write instead.
+    """
+    if not _SPANS.match(text):
+        raise typer.BadParameter(f"{text!r} is no duration; write 30d, 12h, 45m, 90s, 2w or 1h30m")
+    return sum(int(count) * _SECONDS[unit] for count, unit in _SPAN.findall(text))
+
+
+def parse_instant(text: str) -> datetime:
+    """Read an instant such as ``2027-01-31`` or ``2027-01-31T12:00:00+01:00``; UTC unless it says otherwise.
+
+    :raises typer.BadParameter: with what to write instead.
+    """
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no instant; write 2027-01-31 or 2027-01-31T12:00:00Z") from None
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+
+
+def operator() -> str:
+    """Who runs this: the user of the operating system."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return f"uid {os.getuid()}"
+
+
+def operate(
+    id: str | None,
+    wait: float,
+    as_json: bool,
+    account: str,
+    name: str,
+    send: Callable[[CreditClient, str, float | None], Result | None],
+) -> None:
+    """Send one operation, wait for its answer if asked to, and show it.
+
+    :param name: the operation's, such as ``consume``.
+    :param send: sends it; given the client, the operation id and how long to wait.
+    """
+    where = deployment()
+    identity = id or str(uuid4())
+    try:
+        client = CreditClient(where.broker_url, lanes=where.lanes, result_url=where.result_url)
+        with client:
+            result = send(client, identity, wait or None)
+    except NoAnswerError:
+        fail(
+            f"no answer to {name} within {wait:g} s; the message waits in its lane and will be applied in its turn. "
+            f"To see the answer, give the same command again with --id {identity}",
+            NO_ANSWER,
+        )
+    except (BrokerUnavailableError, redis.RedisError, KombuError, OSError) as error:
+        fail(
+            f"the broker is away ({_cause(error)}), so nobody knows whether it has the message. "
+            f"Give the same command again with --id {identity}: it is applied once",
+            AWAY,
+        )
+    except QuarantinedError as error:
+        fail(f"the message was quarantined: {error}. Find it with: creditlane quarantine list", FAULTS)
+    except ContractError as error:
+        fail(str(error), USAGE)
+    except ValueError as error:  # an amount that is none
+        fail(str(error), USAGE)
+    except KeyboardInterrupt:
+        fail(f"stopped waiting; give the same command again with --id {identity} to see the answer", INTERRUPTED)
+    if result is None:
+        if as_json:
+            show_json({"operation": f"credits.{name}", "id": identity, "status": "sent", "account": account})
+        else:
+            console().print(f"[green]sent[/] {name} for [bold]{said(account)}[/]\nid  {said(identity)}")
+        return
+    if as_json:
+        show_json(result)
+    elif result.applied:
+        console().print(result_lines(result))
+    if not result.applied:
+        if not as_json:
+            console(stderr=True).print(f"[red]refused:[/] {said(refusal(result))}", soft_wrap=True)
+        raise typer.Exit(REFUSED)
+
+
+def _cause(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {_first_line(cause)}"
+
+
+def unknown_account(account: str) -> NoReturn:
+    """End because no operation ever named this account."""
+    fail(f"{Code.UNKNOWN_ACCOUNT}: no operation ever named the account {account!r}.", REFUSED)
+
+
+# --- The commands ------------------------------------------------------------------------------------
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="creditlane",
+    help="Operate a creditlane ledger: accounts, credits, lanes, quarantine, audit.",
+    epilog=examples(
+        "creditlane account open alice",
+        "creditlane grant alice 100 --source pack --reason 'invoice 4711'",
+        "creditlane consume alice image 12",
+        "creditlane account history alice",
+        "creditlane lanes --watch",
+        codes=True,
+    ),
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+account_app = typer.Typer(
+    help="Open an account, look at it, and read its history.",
+    no_args_is_help=True,
+    epilog=examples("creditlane account open alice", "creditlane account show alice"),
+)
+quarantine_app = typer.Typer(
+    help="Messages that could not be understood or applied: look, mend, replay, drop.",
+    no_args_is_help=True,
+    epilog=examples("creditlane quarantine list", "creditlane quarantine replay 7"),
+)
+app.add_typer(account_app, name="account")
+app.add_typer(quarantine_app, name="quarantine")
+
+MONEY, STATE_PANEL = "Credits", "State"
+
+
+class Kind(StrEnum):
+    """What an account is."""
+
+    USER = "user"
+    LEAD = "lead"
+    POOL = "pool"
+
+
+@account_app.command(
+    "open",
+    epilog=examples(
+        "creditlane account open alice",
+        "creditlane account open studio --kind pool",
+        "creditlane account open bob --email bob@example.org --locale fr --timezone Europe/Paris",
+    ),
+)
+def account_open(
+    account: Annotated[
+        str, typer.Argument(metavar="ACCOUNT", help="The account's id, of your own choosing.", show_default=False)
+    ],
+    kind: Annotated[Kind, typer.Option(help="What it is.")] = Kind.USER,
+    email: Annotated[str | None, typer.Option(help="Where notices go.", show_default=False)] = None,
+    locale: Annotated[str | None, typer.Option(help="Their language, such as fr.", show_default=False)] = None,
+    timezone: Annotated[
+        str | None, typer.Option(help="Their IANA time zone, such as Europe/Paris.", show_default=False)
+    ] = None,
+    id: IdOption = None,
+    wait: WaitOption = WAIT_SECONDS,
+    as_json: JsonOption = False,
+) -> None:
+    """Create an account, with the catalog's sign-up credits."""
+    chosen: Literal["user", "lead", "pool"] = kind.value
+    operate(
+        id, wait, as_json, account, "open",
+        lambda client, identity, seconds: client.open(
+            account, id=identity, kind=chosen, email=email, locale=locale, timezone=timezone, wait=seconds
+        ),
+    )  # fmt: skip
+
+
+@account_app.command(
+    "show", epilog=examples("creditlane account show alice", "creditlane account show alice --json | jq .balance")
+)
+def account_show(account: AccountArgument, as_json: JsonOption = False) -> None:
+    """Show an account: balance, grants in the order in which they are spent, open holds.
+
+    The balance is what an operation would find now: credits that have expired do not count.
+    """
+    with ledger() as connection:
+        summary = account_summary(connection, account)
+    if summary is None:
+        unknown_account(account)
+    if as_json:
+        show_json(summary)
+    else:
+        console().print(summary_lines(summary))
+
+
+class StatusName(StrEnum):
+    """What became of an operation."""
+
+    APPLIED = "applied"
+    REJECTED = "rejected"
+
+
+@account_app.command(
+    "history",
+    epilog=examples(
+        "creditlane account history alice",
+        "creditlane account history alice --entries --limit 5",
+        "creditlane account history alice --status rejected --since 2027-01-01",
+        "creditlane account history alice --before 951",
+        "creditlane account history alice --json | jq -r .operation",
+    ),
+)
+def account_history(
+    account: AccountArgument,
+    limit: LimitOption = DEFAULT_PAGE,
+    before: Annotated[
+        int | None, typer.Option(min=1, help="Only operations with a smaller number.", show_default=False)
+    ] = None,
+    feature: Annotated[str | None, typer.Option(help="Only of this feature.", show_default=False)] = None,
+    operation: Annotated[
+        str | None, typer.Option(help="Only these operations, such as consume.", show_default=False)
+    ] = None,
+    status: Annotated[StatusName | None, typer.Option(help="Only these.", show_default=False)] = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="INSTANT", help="Applied then or later; UTC.", show_default=False)
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="INSTANT", help="Applied before; UTC.", show_default=False)
+    ] = None,
+    entries: Annotated[bool, typer.Option("--entries", help="With each operation's entries.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what happened to an account and why, the newest operation first.
+
+    Where no filter leaves lines out, what time did (credits that expired, holds that timed out) stands
+    between the operations.
+    """
+    name = operation
+    if name is not None and "." not in name:
+        name = f"credits.{name}"
+    with ledger() as connection:
+        page = read_history(
+            connection,
+            account,
+            limit=limit,
+            before=before,
+            feature=feature,
+            name=name,
+            status=None if status is None else status.value,
+            since=None if since is None else parse_instant(since),
+            until=None if until is None else parse_instant(until),
+            with_entries=entries,
+        )
+        if not page.lines and not account_exists(connection, account):
+            unknown_account(account)
+    if as_json:
+        for line in page.lines:
+            show_json(line)
+        return
+    out = console()
+    if not page.lines:
+        out.print("no operations")
+        return
+    out.print(history_table(page.lines))
+    if page.next_before is not None:
+        out.print(f"[dim]older ones: --before {page.next_before}[/]")
+
+
+@app.command(
+    rich_help_panel=MONEY,
+    epilog=examples(
+        "creditlane grant alice 100 --source pack --purchase order-17",
+        "creditlane grant alice 20 --source promotion --expires-in 30d --feature image",
+        "creditlane grant alice 5 --source goodwill --reason 'slow on Monday' --id ticket-991",
+    ),
+)
+def grant(
+    account: AccountArgument,
+    amount: Annotated[str, typer.Argument(metavar="CREDITS", help="Credits, such as 100 or 0.5.", show_default=False)],
+    source: Annotated[str, typer.Option(help="Where they come from, such as pack.", show_default=False)],
+    expires_in: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="How long they live, such as 30d.", show_default=False)
+    ] = None,
+    expires_at: Annotated[
+        str | None, typer.Option(metavar="INSTANT", help="When they end, such as 2027-01-31; UTC.", show_default=False)
+    ] = None,
+    effective_at: Annotated[
+        str | None, typer.Option(metavar="INSTANT", help="When they begin; at once unless given.", show_default=False)
+    ] = None,
+    priority: Annotated[
+        int | None, typer.Option(help="Lowest is spent first; the catalog's unless given.", show_default=False)
+    ] = None,
+    feature: Annotated[
+        list[str] | None, typer.Option(help="What they may be spent on; may be repeated.", show_default=False)
+    ] = None,
+    purchase: Annotated[str | None, typer.Option(help="The purchase that paid for them.", show_default=False)] = None,
+    reason: ReasonOption = None,
+    id: IdOption = None,
+    wait: WaitOption = WAIT_SECONDS,
+    as_json: JsonOption = False,
+) -> None:
+    """Add a lot of credits to an account."""
+    seconds_to_live = None if expires_in is None else parse_span(expires_in)
+    end = None if expires_at is None else parse_instant(expires_at)
+    start = None if effective_at is None else parse_instant(effective_at)
+    operate(
+        id, wait, as_json, account, "grant",
+        lambda client, identity, seconds: client.grant(
+            account, amount, source=source, id=identity, priority=priority, features=feature or None,
+            effective_at=start, expires_at=end, expires_in=seconds_to_live, purchase=purchase, reason=reason,
+            wait=seconds,
+        ),
+    )  # fmt: skip
+
+
+FeatureArgument = Annotated[
+    str | None, typer.Argument(metavar="FEATURE", help="A feature of the catalog.", show_default=False)
+]
+QuantityArgument = Annotated[
+    str | None, typer.Argument(metavar="QUANTITY", help="How much of it; 1 unless given.", show_default=False)
+]
+
+
+@app.command(
+    rich_help_panel=MONEY,
+    epilog=examples(
+        "creditlane consume alice image 12",
+        "creditlane consume alice --amount 2.5 --id order-991",
+        "creditlane consume studio image --member alice",
+    ),
+)
+def consume(
+    account: AccountArgument,
+    feature: FeatureArgument = None,
+    quantity: QuantityArgument = None,
+    amount: AmountOption = None,
+    member: MemberOption = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Take what there is, if it is not enough.")] = False,
+    id: IdOption = None,
+    wait: WaitOption = WAIT_SECONDS,
+    as_json: JsonOption = False,
+) -> None:
+    """Charge a quantity of a feature, or an amount of credits."""
+    operate(
+        id, wait, as_json, account, "consume",
+        lambda client, identity, seconds: client.consume(
+            account, id=identity, feature=feature, quantity=quantity, amount=amount, member=member,
+            partial=partial or None, wait=seconds,
+        ),
+    )  # fmt: skip
+
+
+@app.command(
+    rich_help_panel=MONEY,
+    epilog=examples("creditlane hold alice image 80 --id job-7", "creditlane hold alice --amount 10 --ttl 2h"),
+)
+def hold(
+    account: AccountArgument,
+    feature: FeatureArgument = None,
+    quantity: QuantityArgument = None,
+    amount: AmountOption = None,
+    ttl: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="How long it lives; 15m unless given.", show_default=False)
+    ] = None,
+    member: MemberOption = None,
+    id: IdOption = None,
+    wait: WaitOption = WAIT_SECONDS,
+    as_json: JsonOption = False,
+) -> None:
+    """Set credits aside for work in progress; the operation id names the hold from then on."""
+    lives = None if ttl is None else parse_span(ttl)
+    operate(
+        id, wait, as_json, account, "hold",
+        lambda client, identity, seconds: client.hold(
+            account, id=identity, feature=feature, quantity=quantity, amount=amount, ttl=lives, member=member,
+            wait=seconds,
+        ),
+    )  # fmt: skip
+
+
+HoldArgument = Annotated[
+    str, typer.Argument(metavar="HOLD", help="The hold: the id of the operation that made it.", show_default=False)
+]
+
+
+@app.command(
+    rich_help_panel=MONEY,
+    epilog=examples("creditlane capture alice job-7", "creditlane capture alice job-7 --quantity 64"),
+)
+def capture(
+    account: AccountArgument,
+    hold: HoldArgument,
+    amount: AmountOption = None,
+    quantity: QuantityOption = None,
+    id: IdOption = None,
+    wait: WaitOption = WAIT_SECONDS,
+    as_json: JsonOption = False,
+) -> None:
+    """Take what the work cost out of a hold: all of it unless an amount or a quantity is given."""
+    operate(
+        id, wait, as_json, account, "capture",
+        lambda client, identity, seconds: client.capture(
+            account, hold, id=identity, amount=amount, quantity=quantity, wait=seconds
+        ),
+    )  # fmt: skip
+
+
+@app.command(rich_help_panel=MONEY, epilog=examples("creditlane release alice job-7"))
+def release(
+    account: AccountArgument,
+    hold: HoldArgument,
+    id: IdOption = None,
+    wait: WaitOption = WAIT_SECONDS,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a hold back whole."""
+    operate(
+        id, wait, as_json, account, "release",
+        lambda client, identity, seconds: client.release(account, hold, id=identity, wait=seconds),
+    )  # fmt: skip
+
+
+@app.command(
+    rich_help_panel=MONEY,
+    epilog=examples(
+        "creditlane refund alice order-991 --reason 'the picture was empty'",
+        "creditlane refund alice order-991 --amount 0.5",
+    ),
+)
+def refund(
+    account: AccountArgument,
+    operation: Annotated[
+        str, typer.Argument(metavar="OPERATION", help="The id of the consume or capture.", show_default=False)
+    ],
+    amount: AmountOption = None,
+    reason: ReasonOption = None,
+    id: IdOption = None,
+    wait: WaitOption = WAIT_SECONDS,
+    as_json: JsonOption = False,
+) -> None:
+    """Give back what a consume or capture took: all that is left of it unless an amount is given."""
+    operate(
+        id, wait, as_json, account, "refund",
+        lambda client, identity, seconds: client.refund(
+            account, operation, id=identity, amount=amount, reason=reason, wait=seconds
+        ),
+    )  # fmt: skip
+
+
+@app.command(
+    rich_help_panel=MONEY,
+    # Without this a negative amount would be taken for an option.
+    context_settings={"ignore_unknown_options": True},
+    epilog=examples(
+        "creditlane adjust alice 5 --reason goodwill",
+        "creditlane adjust alice -5 --reason 'granted twice' --actor anna",
+    ),
+)
+def adjust(
+    account: AccountArgument,
+    amount: Annotated[
+        str, typer.Argument(metavar="CREDITS", help="Credits to add, or to take when negative.", show_default=False)
+    ],
+    reason: Annotated[str, typer.Option(help="Why; kept with the operation.", show_default=False)],
+    actor: Annotated[
+        str | None, typer.Option(help="Who decided it; the user of this system unless given.", show_default=False)
+    ] = None,
+    id: IdOption = None,
+    wait: WaitOption = WAIT_SECONDS,
+    as_json: JsonOption = False,
+) -> None:
+    """Add credits by hand, or take some away."""
+    operate(
+        id, wait, as_json, account, "adjust",
+        lambda client, identity, seconds: client.adjust(
+            account, amount, actor=actor or operator(), reason=reason, id=identity, wait=seconds
+        ),
+    )  # fmt: skip
+
+
+@app.command(
+    rich_help_panel=MONEY,
+    epilog=examples(
+        "creditlane revoke alice --purchase order-17 --reason 'disputed'",
+        "creditlane revoke alice --grant 3 --amount 10",
+    ),
+)
+def revoke(
+    account: AccountArgument,
+    grant: Annotated[int | None, typer.Option(min=1, help="The grant's number.", show_default=False)] = None,
+    purchase: Annotated[str | None, typer.Option(help="The purchase.", show_default=False)] = None,
+    amount: AmountOption = None,
+    reason: ReasonOption = None,
+    id: IdOption = None,
+    wait: WaitOption = WAIT_SECONDS,
+    as_json: JsonOption = False,
+) -> None:
+    """Take a grant's or a purchase's credits back, spent or not: all of them unless an amount is given."""
+    operate(
+        id, wait, as_json, account, "revoke",
+        lambda client, identity, seconds: client.revoke(
+            account, id=identity, grant=grant, purchase=purchase, amount=amount, reason=reason, wait=seconds
+        ),
+    )  # fmt: skip
+
+
+@app.command(rich_help_panel=MONEY, epilog=examples("creditlane settle alice"))
+def settle(
+    account: AccountArgument, id: IdOption = None, wait: WaitOption = WAIT_SECONDS, as_json: JsonOption = False
+) -> None:
+    """Apply what time has made due on an account, nothing else."""
+    operate(
+        id, wait, as_json, account, "settle",
+        lambda client, identity, seconds: client.settle(account, id=identity, wait=seconds),
+    )  # fmt: skip
+
+
+@app.command(
+    rich_help_panel=STATE_PANEL,
+    epilog=examples(
+        "creditlane lanes", "creditlane lanes --watch", "creditlane lanes --json | jq -s 'map(.ready) | add'"
+    ),
+)
+def lanes(
+    all: Annotated[bool, typer.Option("--all", help="Idle lanes as well.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, max=3600, metavar="SECONDS", help="How often --watch looks.")] = 1.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the lanes: what waits in each, what is being applied, and which worker owns it.
+
+    How long the oldest message waits is told where its sender put the time on it.
+    """
+    where = deployment()
+    if watch and as_json:
+        fail("--watch is for people and --json for programs: give one of the two", USAGE)
+    try:
+        with ledger() as connection:
+            if watch:
+                _watch(connection, where, every=every, all=all)
+                return
+            states = lane_states(connection, where.broker_url, where.lanes)
+    except ValueError as error:
+        fail(str(error), USAGE)
+    if as_json:
+        for lane in states.lanes:
+            show_json(lane)
+    else:
+        console().print(lanes_view(states, every=all))
+
+
+def _watch(connection: Connection[Any], where: Deployment, *, every: float, all: bool) -> None:
+    out = console()
+    pause = threading.Event()
+    try:
+        with Live(console=out, auto_refresh=False, screen=out.is_terminal) as live:
+            while True:
+                states = lane_states(connection, where.broker_url, where.lanes)
+                rows = max(1, out.height - states.workers - 7)
+                live.update(lanes_view(states, every=all, rows=rows), refresh=True)
+                pause.wait(every)
+    except KeyboardInterrupt:
+        return
+
+
+class QuarantineStatus(StrEnum):
+    """What became of a quarantined message."""
+
+    OPEN = "open"
+    REPLAYED = "replayed"
+    DROPPED = "dropped"
+    ALL = "all"
+
+
+NumberArgument = Annotated[
+    int, typer.Argument(metavar="NUMBER", min=1, help="The message's number in the quarantine.", show_default=False)
+]
+ActorOption = Annotated[
+    str | None, typer.Option("--actor", help="Who does it; the user of this system unless given.", show_default=False)
+]
+
+
+@quarantine_app.command(
+    "list", epilog=examples("creditlane quarantine list", "creditlane quarantine list --status all --json")
+)
+def quarantine_list(
+    status: Annotated[QuarantineStatus, typer.Option(help="Which ones.")] = QuarantineStatus.OPEN,
+    limit: LimitOption = DEFAULT_PAGE,
+    before: Annotated[
+        int | None, typer.Option(min=1, help="Only messages with a smaller number.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List quarantined messages, the newest first."""
+    wanted = None if status is QuarantineStatus.ALL else status.value
+    with ledger() as connection:
+        page = quarantine(connection, limit=limit, before=before, status=wanted)
+    if as_json:
+        for line in page.lines:
+            show_json(line)
+        return
+    out = console()
+    if not page.lines:
+        out.print("the quarantine is empty" if wanted is None else f"no message is {wanted}")
+        return
+    out.print(quarantine_table(page.lines))
+    if page.next_before is not None:
+        out.print(f"[dim]older ones: --before {page.next_before}[/]")
+
+
+@quarantine_app.command("show", epilog=examples("creditlane quarantine show 7", "creditlane quarantine show 7 --json"))
+def quarantine_show(number: NumberArgument, as_json: JsonOption = False) -> None:
+    """Show one quarantined message whole, with the reason."""
+    with ledger() as connection:
+        message = quarantined_message(connection, number)
+    if message is None:
+        fail(f"there is no quarantined message {number}", USAGE)
+    if as_json:
+        show_json(_whole(message))
+    else:
+        console().print(quarantined_lines(message))
+
+
+def _whole(message: QuarantinedMessage) -> dict[str, Any]:
+    told: dict[str, Any] = msgspec.to_builtins(message.line)
+    told["traceback"] = message.traceback
+    for name, content in (("headers", message.headers), ("body", message.body)):
+        try:
+            told[name] = content.decode()
+        except UnicodeDecodeError:
+            told[f"{name}_base64"] = base64.b64encode(content).decode()
+    return told
+
+
+@quarantine_app.command(
+    "replay",
+    epilog=examples(
+        "creditlane quarantine replay 7",
+        """creditlane quarantine replay 7 --arguments '{"account": "alice", "amount": "1.5"}'""",
+        "creditlane quarantine replay 8 --task credits.consume",
+    ),
+)
+def quarantine_replay(
+    number: NumberArgument,
+    arguments: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="Send it with these arguments instead of its own.", show_default=False),
+    ] = None,
+    id: Annotated[
+        str | None, typer.Option("--id", help="Send it with this operation id instead of its own.", show_default=False)
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Send it to this task instead, such as credits.consume.", show_default=False),
+    ] = None,
+    actor: ActorOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Send a quarantined message to its queue again, as it was or mended.
+
+    A mended message is checked first, as a worker will.
+    """
+    where = deployment()
+    who = actor or operator()
+    encoded = None
+    if arguments is not None:
+        try:
+            value = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            fail(f"--arguments is no JSON: {error}", USAGE)
+        if not isinstance(value, dict):
+            fail("--arguments is a JSON object: the operation's arguments by name", USAGE)
+        encoded = arguments.encode("utf-8", "surrogatepass")
+    with ledger(read_only=False) as connection:
+        message = open_message(connection, number)
+        if encoded is None and id is None and task is None:
+            ready = as_it_was(message)
+        else:
+            ready = mended(message, where.lanes, encoded, id, task)
+        replay(connection, where.broker_url, number, ready, who)
+    if as_json:
+        show_json({"id": number, "status": "replayed", "queue": ready.queue, "operation": ready.operation, "by": who})
+    else:
+        named = f", operation {said(ready.operation)}" if ready.operation else ""
+        console().print(f"[green]replayed[/] message {number} to {said(ready.queue)}{named}")
+
+
+@quarantine_app.command(
+    "drop",
+    epilog=examples("creditlane quarantine drop 7 --reason 'a test of ours'", "creditlane quarantine drop 7 --yes"),
+)
+def quarantine_drop(
+    number: NumberArgument,
+    reason: ReasonOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Without a reason.")] = False,
+    actor: ActorOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a quarantined message go; it stays in the database, marked as dropped."""
+    if reason is None and not yes:
+        fail("give a --reason, or --yes to drop it without one", USAGE)
+    who = actor or operator()
+    with ledger(read_only=False) as connection:
+        open_message(connection, number)
+        drop(connection, number, who, reason)
+    if as_json:
+        show_json({"id": number, "status": "dropped", "by": who, "reason": reason})
+    else:
+        console().print(f"[green]dropped[/] message {number}")
+
+
+@app.command(
+    rich_help_panel=STATE_PANEL,
+    epilog=examples("creditlane audit", "creditlane audit alice bob", "creditlane audit --json | jq .faults"),
+)
+def audit(
+    accounts: Annotated[
+        list[str] | None, typer.Argument(metavar="[ACCOUNT]...", help="Only these accounts.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove the ledger: chains, sequences, balances and the closing identity of every account.
+
+    Each row that is not as it should be is named; then the exit code is 1.
+    """
+    wanted = sorted(set(accounts)) if accounts else None
+    errors = console(stderr=True)
+    progress = Progress(
+        TextColumn("auditing"), BarColumn(), MofNCompleteColumn(), TextColumn("accounts"), TimeElapsedColumn(),
+        console=errors, transient=True, disable=as_json or not errors.is_terminal,
+    )  # fmt: skip
+    with ledger() as connection:
+        if wanted is not None:
+            for account in wanted:
+                if not account_exists(connection, account):
+                    unknown_account(account)
+        with progress:
+            bar = progress.add_task("audit", total=None)
+            report = audit_ledger(
+                connection, wanted, lambda done, total: progress.update(bar, completed=done, total=total)
+            )
+    count = max(len(report.faults), getattr(report, "fault_count", 0))
+    checked = f"{report.accounts:,} accounts, {report.operations:,} operations, {report.entries:,} entries"
+    if as_json:
+        show_json(
+            {
+                "holds": not count,
+                "accounts": report.accounts,
+                "operations": report.operations,
+                "entries": report.entries,
+                "fault_count": count,
+                "faults": report.faults,
+            }
+        )
+    else:
+        out = console()
+        for fault in report.faults:
+            out.print(
+                f"[red]fault[/] [bold]{said(fault.account)}[/] {said(fault.table)} {said(fault.key)}:"
+                f" {said(fault.what)}",
+                soft_wrap=True,
+            )
+        if count > len(report.faults):
+            out.print(f"… and {count - len(report.faults):,} more")
+        if count:
+            out.print(f"[red]{count:,} faults[/] in {checked}")
+        else:
+            out.print(f"[green]the audit holds[/]: {checked}")
+    if count:
+        raise typer.Exit(FAULTS)
+
+
+def main() -> None:
+    """Run the command line."""
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]  # a PGHOST or PGSSLMODE of another server would lead our connections astray
+    app(prog_name="creditlane")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,805 @@
+"""The ledger writer on a real Postgres: what is written is what the rules say, however the batches are cut."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+import msgspec
+import psycopg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from psycopg.rows import dict_row
+
+from creditlane.codes import Code
+from creditlane.contract import MAX_NAME, decode_message
+from models.audit import audit
+from models.catalog import load_catalog, parse_catalog
+from models.rules.catalog import Catalog
+from models.rules.state import MAX_TOTAL_MICRO, Account, Entry, Hold
+from models.rules.state import Grant as Lot
+from scripts.embedded import Stack
+from tasks.ledger import apply
+from tasks.operation import Context, Outcome
+from tasks.registry import OPERATIONS
+from tests.conftest import TEMPLATE
+from tests.support import Ledger, rows, value
+from workers.lane_consumer import write_around
+from workers.ledger_writer import Job, LedgerWriter, connect
+from workers.quarantine import Quarantined
+
+START = datetime(2026, 1, 31, 12, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+
+TABLES = {
+    "accounts": "account",
+    "grants": "account, grant_id",
+    "holds": "account, hold",
+    "receipts": "account, operation, line",
+    "entries": "account, seq",
+    "operations": "account, number",
+}
+
+FORGIVING = """
+[catalog]
+name = "forgiving"
+[signup]
+credits = "6"
+expires_days = 2
+[priorities]
+signup = 10
+pack = 50
+[features.image]
+price = "1"
+per = "8"
+[features.export]
+price = "0"
+[packs.small]
+credits = "5"
+price = "4.99 EUR"
+[clawback]
+on_spent = "forgive"
+[refunds]
+refund_days = 2
+"""
+
+CATALOGS = {
+    "debt": parse_catalog(FORGIVING.replace('"forgive"', '"debt"'), "debt.toml"),
+    "forgive": parse_catalog(FORGIVING, "forgive.toml"),
+}
+
+
+def poison(job: Job, code: Code, reason: str, trace: str | None) -> Quarantined:
+    """A quarantine row of a job that came from no queue."""
+    return Quarantined(
+        code, reason, "test", job.arguments, task=job.name, operation=job.operation, account=job.account,
+        traceback=trace,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def other_ledger(stack: Stack, database: str) -> Iterator[Ledger]:
+    """A second ledger in a database of its own, audited like the first."""
+    name = f"{database.rsplit('/', 1)[1].partition('?')[0]}_other"
+    url = stack.create_database(name, template=TEMPLATE)
+    catalog = load_catalog("packs")
+    with connect(url) as connection:
+        yield Ledger(LedgerWriter(connection, lambda: catalog, poison), catalog)
+    with psycopg.connect(url, autocommit=True) as connection:
+        report = audit(connection)
+    stack.postgres.drop_database(name)
+    assert report.holds, report.faults
+
+
+def freeze(ledger: Ledger, instant: datetime) -> None:
+    """Let the ledger's clock stand still."""
+    ledger.writer.connection.execute(
+        "CREATE OR REPLACE FUNCTION ledger_now() RETURNS timestamptz LANGUAGE sql VOLATILE"
+        f" AS 'SELECT timestamptz ''{instant.isoformat()}'''"
+    )
+
+
+@contextmanager
+def priced_by(ledger: Ledger, catalog: Catalog) -> Iterator[None]:
+    """Apply another catalog for a while."""
+    before, ledger.writer.catalog = ledger.writer.catalog, lambda: catalog
+    yield
+    ledger.writer.catalog = before
+
+
+def written(ledger: Ledger, accounts: Sequence[str]) -> dict[str, list[str]]:
+    """Every row of some accounts, as Postgres writes whole rows: byte for byte."""
+    connection = ledger.writer.connection
+    return {
+        table: [
+            row
+            for (row,) in connection.execute(
+                f"SELECT t::text FROM {table} t WHERE account = ANY(%s) ORDER BY {order}", (list(accounts),)
+            )
+        ]
+        for table, order in TABLES.items()
+    }
+
+
+def one(ledger: Ledger, query: str, *parameters: Any) -> Any:
+    """The one value of a query, on the ledger's own connection."""
+    row = ledger.writer.connection.execute(query, parameters).fetchone()
+    assert row is not None
+    return row[0]
+
+
+def all_of(ledger: Ledger, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    """The rows of a query, on the ledger's own connection."""
+    return ledger.writer.connection.execute(query, parameters).fetchall()
+
+
+# A random life of a few accounts
+
+
+class Step(NamedTuple):
+    """One operation of a random life, and how much later than the one before it comes."""
+
+    pause: timedelta
+    name: str
+    operation: str
+    arguments: dict[str, Any]
+
+
+PAUSES = [timedelta(0)] * 6 + [timedelta(seconds=90), timedelta(hours=3), timedelta(days=1), timedelta(days=3)]
+AMOUNTS = st.sampled_from(["0.000001", "0.3", "1", "2.5", "4", "7"])
+SCOPES = st.sampled_from([None, None, ["image"], ["image", "other"]])
+LIVES = st.sampled_from([None, 60, 3600, 7200, 86400, 3 * 86400])
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> list[Step]:
+    """A life: mostly sensible operations on two accounts, with repeats, references to what never was and waits."""
+    life: list[Step] = []
+    ids: dict[str, list[str]] = {"hold": ["never"], "charge": ["never"]}
+    for number in range(draw(st.integers(8, 30))):
+        account = draw(st.sampled_from(["first", "first", "first", "second"]))
+        kind = draw(
+            st.sampled_from(
+                ["open", "grant", "grant", "consume", "consume", "hold", "hold", "capture", "release", "refund",
+                 "refund", "adjust", "revoke", "revoke", "settle", "again"]
+            )
+        )  # fmt: skip
+        pause = draw(st.sampled_from(PAUSES))
+        if number < 2:
+            account, kind = ("first", "second")[number], "open"
+        identity = f"{kind}-{number}"
+        arguments: dict[str, Any] = {"account": account}
+        if kind == "again" and life:
+            before = draw(st.sampled_from(life))
+            life.append(before._replace(pause=pause))
+            continue
+        if kind == "grant":
+            arguments |= {
+                "amount": draw(AMOUNTS), "source": draw(st.sampled_from(["pack", "promo"])), "features": draw(SCOPES),
+                "expires_in": draw(LIVES), "purchase": draw(st.sampled_from([None, "p-1", "p-2"])),
+            }  # fmt: skip
+        elif kind in ("consume", "hold"):
+            what = draw(
+                st.sampled_from(
+                    [{"feature": "image", "quantity": 7}, {"feature": "image", "quantity": 40}, {"amount": "1.5"},
+                     {"amount": "0.7"}, {"amount": "5"}, {"feature": "export"}]
+                )
+            )  # fmt: skip
+            arguments |= what
+            if kind == "consume":
+                arguments["partial"] = draw(st.booleans())
+                ids["charge"].append(identity)
+            else:
+                arguments["ttl"] = draw(st.sampled_from([60, 7200, 86400]))
+                ids["hold"].append(identity)
+        elif kind in ("capture", "release"):
+            arguments["hold"] = draw(st.sampled_from(ids["hold"][-4:]))
+            if kind == "capture":
+                arguments["amount"] = draw(st.sampled_from([None, "0", "0.4", "1.9"]))
+                ids["charge"].append(identity)
+        elif kind == "refund":
+            arguments |= {
+                "operation": draw(st.sampled_from(ids["charge"][-5:])),
+                "amount": draw(st.sampled_from([None, None, "0.2", "1"])),
+            }
+        elif kind == "adjust":
+            arguments |= {
+                "amount": draw(st.sampled_from(["-1", "-0.5", "2"])), "actor": "admin", "reason": "because",
+            }  # fmt: skip
+        elif kind == "revoke":
+            arguments |= draw(
+                st.sampled_from([{"purchase": "p-1"}, {"purchase": "p-2"}, {"grant": 2}, {"grant": 3, "amount": "1"}])
+            )
+        elif kind not in ("open", "settle"):
+            identity, kind = f"settle-{number}", "settle"
+        arguments = {key: value for key, value in arguments.items() if value is not None}
+        life.append(Step(pause, f"credits.{kind}", identity, arguments))
+    return life
+
+
+_lives = itertools.count(1)
+
+
+class Lived:
+    """A life with account names of its own, and the instant of each operation."""
+
+    def __init__(self, life: Sequence[Step]) -> None:
+        self.prefix = f"life-{next(_lives)}-"
+        self.accounts = [f"{self.prefix}first", f"{self.prefix}second"]
+        self.moments: list[tuple[datetime, Step]] = []
+        now = START
+        for step in life:
+            now += step.pause
+            arguments = {**step.arguments, "account": self.prefix + step.arguments["account"]}
+            self.moments.append((now, step._replace(arguments=arguments)))
+
+    def one_by_one(self, ledger: Ledger) -> list[bytes | None]:
+        """Write each operation in a batch of its own; returns the results."""
+        results: list[bytes | None] = []
+        for now, step in self.moments:
+            freeze(ledger, now)
+            job = ledger.job(step.name, step.operation, **step.arguments)
+            ledger.writer.write([job])
+            results.append(job.result)
+        return results
+
+    def together(self, ledger: Ledger) -> list[bytes | None]:
+        """Write all operations of one instant in one batch; returns the results."""
+        results: list[bytes | None] = []
+        for now, moments in itertools.groupby(self.moments, key=lambda moment: moment[0]):
+            freeze(ledger, now)
+            jobs = [ledger.job(step.name, step.operation, **step.arguments) for _, step in moments]
+            ledger.writer.write(jobs)
+            results += [job.result for job in jobs]
+        return results
+
+    def in_memory(self, catalog: Catalog) -> tuple[dict[str, Account], list[bytes | None]]:
+        """Apply everything to accounts that are never written nor read."""
+        accounts = {name: Account(name) for name in self.accounts}
+        results: list[bytes | None] = []
+        for now, step in self.moments:
+            account = accounts[step.arguments["account"]]
+            before = account.updated_at
+            account.is_dirty = False
+            raw = msgspec.json.encode(step.arguments)
+            message = decode_message(step.name, raw)
+            results.append(apply(account, step.name, step.operation, message, raw, now, catalog).result)
+            if not account.is_dirty:
+                account.updated_at = before  # a repeated message writes nothing
+        return accounts, results
+
+
+def attribute(item: Any, column: str) -> Any:
+    """What a column says of an object of the rules."""
+    name = {"grant_id": "id" if isinstance(item, Lot) else "grant", "hold": "id"}.get(column, column)
+    found = getattr(item, name) if hasattr(item, name) else getattr(item, name.removesuffix("_micro"))
+    return sorted(found) if isinstance(found, frozenset) else found
+
+
+def compare_with_memory(ledger: Ledger, account: Account) -> None:
+    """The rows of an account say exactly what the account in memory does."""
+    account.next_due_at = account.due_at()
+    expected: dict[str, Sequence[Account | Lot | Hold | Entry]] = {
+        "accounts": [account],
+        "grants": [account.grants[grant] for grant in sorted(account.grants)],
+        "holds": [account.holds[hold] for hold in sorted(account.holds)],
+        "entries": account.entries,
+    }
+    for table, items in expected.items():
+        with ledger.writer.connection.cursor(row_factory=dict_row) as cursor:
+            cursor.execute(f"SELECT * FROM {table} WHERE account = %s", (account.account,))
+            found = sorted(cursor, key=lambda row: (row.get("seq"), row.get("grant_id"), row.get("hold")))
+        assert len(found) == len(items), table
+        for row, item in zip(found, items, strict=True):
+            if table != "accounts":
+                del row["account"]
+            assert row == {column: attribute(item, column) for column in row}, table
+
+
+@pytest.mark.parametrize("on_spent", CATALOGS)
+def test_however_a_life_is_cut_into_batches_the_rows_and_answers_are_the_same(
+    on_spent: str, ledger: Ledger, other_ledger: Ledger
+) -> None:
+    catalog = CATALOGS[on_spent]
+
+    @settings(
+        max_examples=30, deadline=None, database=None, derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )  # fmt: skip
+    @given(steps())
+    def same(life: list[Step]) -> None:
+        lived = Lived(life)
+        answers = lived.one_by_one(ledger)
+        assert None not in answers
+        assert lived.together(other_ledger) == answers
+        assert written(other_ledger, lived.accounts) == written(ledger, lived.accounts)
+        accounts, in_memory = lived.in_memory(catalog)
+        assert in_memory == answers
+        for account in accounts.values():
+            if account.operations:
+                compare_with_memory(ledger, account)
+
+    with priced_by(ledger, catalog), priced_by(other_ledger, catalog):
+        same()
+
+
+def test_what_was_forgiven_of_a_closed_lot_is_taken_when_what_continues_it_comes_back(ledger: Ledger) -> None:
+    with priced_by(ledger, CATALOGS["forgive"]):
+        freeze(ledger, START)
+        ledger.apply("credits.open", "open", account="a", kind="pool")
+        ledger.apply("credits.grant", "g", account="a", amount=10, source="pack", purchase="p", expires_in=3600)
+        ledger.apply("credits.consume", "c", account="a", amount=10)
+        freeze(ledger, START + 2 * HOUR)
+        ledger.apply("credits.refund", "r", account="a", operation="c", amount=6)
+        ledger.apply("credits.consume", "c-2", account="a", amount=2)
+        ledger.apply("credits.hold", "h", account="a", amount=4)
+        revoked = ledger.apply("credits.revoke", "v", account="a", purchase="p")
+        assert (revoked["status"], revoked["forgiven"]) == ("applied", "10")
+        released = ledger.apply("credits.release", "l", account="a", hold="h")
+        assert released["balance"] == {"available": "0"}
+        refunded = ledger.apply("credits.refund", "r-2", account="a", operation="c-2")
+        assert refunded["balance"] == {"available": "0"}
+        assert all_of(ledger, "SELECT kind, amount_micro FROM entries WHERE kind = 'revoked' ORDER BY seq") == [
+            ("revoked", 4_000_000), ("revoked", 2_000_000),
+        ]  # fmt: skip
+
+
+# Within a batch, and on what earlier batches left
+
+
+def test_duplicates_within_one_batch_apply_once_and_answer_alike(ledger: Ledger) -> None:
+    answers = ledger.write(
+        ledger.job("credits.open", "open", account="a"),
+        ledger.job("credits.consume", "c", account="a", amount=3),
+        ledger.job("credits.consume", "c", account="a", amount=3),
+        ledger.job("credits.consume", "c", account="a", amount=4),
+        ledger.job("credits.consume", "c", account="a", amount=3),
+        ledger.job("credits.consume", "c", account="b", amount=3),
+    )
+    first, again, conflict, last, elsewhere = answers[1:]
+    assert (first["status"], first.get("replayed")) == ("applied", None)
+    assert again == last == {**first, "replayed": True}
+    assert (conflict["status"], conflict["code"]) == ("rejected", "id_conflict")
+    assert elsewhere["code"] == "unknown_account"
+    assert all_of(ledger, "SELECT account, operation, number FROM operations ORDER BY 1, 3") == [
+        ("a", "open", 1), ("a", "c", 2), ("b", "c", 1),
+    ]  # fmt: skip
+    assert one(ledger, "SELECT consumed_micro FROM accounts WHERE account = 'a'") == 3_000_000
+
+
+def test_a_duplicate_of_an_earlier_batch_is_answered_as_the_first_time(ledger: Ledger) -> None:
+    ledger.apply("credits.open", "open", account="a")
+    first = ledger.apply("credits.consume", "c", account="a", amount=60)
+    assert first["code"] == "insufficient_credits"
+    ledger.apply("credits.grant", "g", account="a", amount=100, source="pack")
+    before = written(ledger, ["a"])
+    again, conflict = ledger.write(
+        ledger.job("credits.consume", "c", account="a", amount=60),
+        ledger.job("credits.consume", "c", account="a", amount=61),
+    )
+    assert again == {**first, "replayed": True}
+    assert conflict["code"] == "id_conflict"
+    assert written(ledger, ["a"]) == before
+
+
+def test_a_charge_of_an_earlier_batch_is_refunded_twice_in_one_batch_and_never_over_what_was_taken(
+    ledger: Ledger,
+) -> None:
+    ledger.write(
+        ledger.job("credits.open", "open", account="a"),
+        ledger.job("credits.grant", "g", account="a", amount=5, source="early", priority=1),
+        ledger.job("credits.consume", "c", account="a", amount=8),
+    )
+    answers = ledger.write(
+        ledger.job("credits.refund", "r-1", account="a", operation="c", amount=4),
+        ledger.job("credits.refund", "r-2", account="a", operation="c", amount=3),
+        ledger.job("credits.refund", "r-3", account="a", operation="c", amount=2),
+        ledger.job("credits.refund", "r-4", account="a", operation="c"),
+    )
+    assert [answer.get("code") for answer in answers] == [None, None, "exceeds_original", None]
+    assert [answer.get("charged") for answer in answers] == ["-4", "-3", None, "-1"]
+    assert all_of(ledger, "SELECT line, grant_id, taken_micro, returned_micro FROM receipts ORDER BY line") == [
+        (1, 2, 5_000_000, 5_000_000), (2, 1, 3_000_000, 3_000_000),
+    ]  # fmt: skip
+    assert ledger.apply("credits.refund", "r-5", account="a", operation="c")["code"] == "exceeds_original"
+
+
+def test_a_refund_to_a_used_up_grant_opens_it_again_and_one_to_an_expired_grant_continues_it(ledger: Ledger) -> None:
+    freeze(ledger, START)
+    ledger.apply("credits.open", "open", account="a", kind="pool")
+    ledger.apply("credits.grant", "g-1", account="a", amount=2, source="pack", features=["image"], purchase="p")
+    ledger.apply("credits.grant", "g-2", account="a", amount=3, source="promo", expires_in=60)
+    ledger.apply("credits.consume", "c-1", account="a", feature="image", quantity=16)
+    ledger.apply("credits.consume", "c-2", account="a", amount=3)
+    assert all_of(ledger, "SELECT grant_id FROM grants WHERE is_open") == []
+    freeze(ledger, START + HOUR)
+    ledger.apply("credits.refund", "r-1", account="a", operation="c-1")
+    ledger.apply("credits.refund", "r-2", account="a", operation="c-2")
+    assert all_of(
+        ledger,
+        "SELECT grant_id, source, features, purchase, available_micro, origin, expires_at FROM grants WHERE is_open"
+        " ORDER BY 1",
+    ) == [
+        (1, "pack", ["image"], "p", 2_000_000, None, None),
+        (3, "promo", None, None, 3_000_000, 2, START + HOUR + timedelta(days=30)),
+    ]
+
+
+def test_holds_of_earlier_batches_are_captured_and_released_with_their_receipts(ledger: Ledger) -> None:
+    ledger.write(
+        ledger.job("credits.open", "open", account="a"),
+        ledger.job("credits.grant", "g", account="a", amount=5, source="early", priority=1),
+        ledger.job("credits.hold", "h-1", account="a", amount=8),
+        ledger.job("credits.hold", "h-2", account="a", feature="image", quantity=80),
+        ledger.job("credits.hold", "h-3", account="a", amount=1),
+    )
+    captured = ledger.apply("credits.capture", "k-1", account="a", hold="h-1", amount=6)
+    more = ledger.apply("credits.capture", "k-2", account="a", hold="h-2", quantity=88)
+    released = ledger.apply("credits.release", "l", account="a", hold="h-3")
+    assert [answer["charged"] for answer in (captured, more, released)] == ["6", "11", "-1"]
+    assert all_of(ledger, "SELECT hold, status, amount_micro, captured_micro FROM holds ORDER BY hold") == [
+        ("h-1", "captured", 8_000_000, 6_000_000),
+        ("h-2", "captured", 10_000_000, 10_000_000),
+        ("h-3", "released", 1_000_000, 0),
+    ]
+    assert all_of(
+        ledger, "SELECT operation, grant_id, taken_micro, returned_micro FROM receipts ORDER BY operation, line"
+    ) == [
+        ("h-1", 2, 5_000_000, 0), ("h-1", 1, 3_000_000, 2_000_000),
+        ("h-2", 1, 10_000_000, 0),
+        ("h-3", 1, 1_000_000, 1_000_000),
+    ]  # fmt: skip
+    assert ledger.apply("credits.capture", "k-3", account="a", hold="h-1")["code"] == "hold_closed"
+    assert ledger.apply("credits.release", "l-2", account="a", hold="h-3")["code"] == "hold_closed"
+    assert ledger.apply("credits.capture", "k-4", account="a", hold="h-9")["code"] == "unknown_hold"
+    refunded = ledger.apply("credits.refund", "r", account="a", operation="k-2")
+    assert (refunded["charged"], refunded["balance"]["available"]) == ("-11", "49")
+
+
+def test_a_purchase_is_revoked_from_its_closed_grants_and_from_what_continues_them(ledger: Ledger) -> None:
+    freeze(ledger, START)
+    ledger.apply("credits.open", "open", account="a", kind="pool")
+    ledger.apply("credits.grant", "g-1", account="a", amount=4, source="pack", purchase="p", expires_in=60)
+    ledger.apply("credits.grant", "g-2", account="a", amount=3, source="pack", purchase="p")
+    ledger.apply("credits.grant", "other", account="a", amount=9, source="pack", purchase="q")
+    ledger.apply("credits.consume", "c-1", account="a", amount=4)
+    ledger.apply("credits.consume", "c-2", account="a", amount=3)
+    freeze(ledger, START + HOUR)
+    ledger.apply("credits.refund", "r", account="a", operation="c-1", amount=1)
+    assert all_of(ledger, "SELECT grant_id, origin FROM grants WHERE is_open ORDER BY 1") == [(3, None), (4, 1)]
+    revoked = ledger.apply("credits.revoke", "v", account="a", purchase="p")
+    # One credit of seven came back and is taken from what continues the first lot; six were spent.
+    assert (revoked["charged"], revoked["owed"]) == ("1", "6")
+    assert all_of(ledger, "SELECT grant_id, available_micro, clawed_back_micro FROM grants ORDER BY 1") == [
+        (1, 0, 6_000_000), (2, 0, 0), (3, 9_000_000, 0), (4, 0, 1_000_000),
+    ]  # fmt: skip
+    assert one(ledger, "SELECT debt_micro FROM accounts") == 6_000_000
+    assert ledger.apply("credits.revoke", "v-2", account="a", purchase="p")["code"] == "exceeds_original"
+    assert ledger.apply("credits.revoke", "v-3", account="a", grant=1)["code"] == "exceeds_original"
+    assert ledger.apply("credits.revoke", "v-4", account="a", grant=7)["code"] == "unknown_grant"
+
+
+# Faults
+
+
+def test_an_operation_whose_code_raises_is_quarantined_and_its_mates_stand_as_if_it_had_not_been_there(
+    ledger: Ledger, other_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consume = OPERATIONS["credits.consume"]
+
+    def run(account: Account, message: Any, context: Context) -> Outcome:
+        outcome = consume.run(account, message, context)
+        if context.operation == "cursed":
+            account.email = "half done"
+            raise LookupError("no such thing")
+        return outcome
+
+    monkeypatch.setitem(OPERATIONS, "credits.consume", consume._replace(run=run))
+
+    def batch(of: Ledger, cursed: bool) -> list[Job]:
+        jobs = [
+            of.job("credits.consume", "before", account="a", amount=1),
+            of.job("credits.consume", "b-1", account="b", amount=2),
+            of.job("credits.hold", "h", account="a", amount=3),
+            of.job("credits.consume", "before", account="a", amount=1),
+            of.job("credits.consume", "cursed", account="a", amount=4),
+            of.job("credits.consume", "old", account="a", amount=1),
+            of.job("credits.refund", "r", account="a", operation="before"),
+            of.job("credits.capture", "k", account="a", hold="h"),
+            of.job("credits.open", "open", account="new"),
+        ]
+        return jobs if cursed else [job for job in jobs if job.operation != "cursed"]
+
+    for each, cursed in ((ledger, True), (other_ledger, False)):
+        freeze(each, START)
+        each.write(*(each.job("credits.open", "open", account=name) for name in "ab"))
+        each.apply("credits.consume", "old", account="a", amount=1)
+        freeze(each, START + HOUR)
+        each.writer.write(jobs := batch(each, cursed))
+        results = [job.result for job in jobs if job.operation != "cursed"]
+        if cursed:
+            (bad,) = (job for job in jobs if job.operation == "cursed")
+            expected = results
+    assert results == expected
+    assert written(ledger, ["a", "b", "new"]) == written(other_ledger, ["a", "b", "new"])
+    assert bad.result is None
+    assert bad.quarantined is not None
+    ((code, task, operation, account, reason, trace, body),) = all_of(
+        ledger, "SELECT code, task, operation, account, reason, traceback, body FROM quarantine"
+    )
+    assert (code, task, operation, account) == ("internal_error", "credits.consume", "cursed", "a")
+    assert reason == "LookupError: no such thing"
+    assert trace.startswith("Traceback")
+    assert 'raise LookupError("no such thing")' in trace
+    assert msgspec.json.decode(body) == {"account": "a", "amount": 4}
+    # Mended, the same message is applied.
+    monkeypatch.undo()
+    assert ledger.apply("credits.consume", "cursed", account="a", amount=4)["status"] == "applied"
+
+
+def test_an_account_whose_only_operation_raises_is_not_made(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(account: Account, message: Any, context: Context) -> Outcome:
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(OPERATIONS, "credits.open", OPERATIONS["credits.open"]._replace(run=run))
+    ledger.apply("credits.open", "open", account="a")
+    assert all_of(ledger, "SELECT account FROM accounts") == []
+    assert all_of(ledger, "SELECT code, account FROM quarantine") == [("internal_error", "a")]
+
+
+def test_a_batch_that_the_database_refuses_leaves_nothing(ledger: Ledger) -> None:
+    ledger.apply("credits.open", "open", account="a")
+    before = written(ledger, ["a", "b"])
+    ledger.writer.connection.execute("ALTER TABLE entries ADD CONSTRAINT cursed CHECK (operation <> 'cursed')")
+    quarantined = Quarantined(Code.MALFORMED, "none", "lane.000", b"x")
+    with pytest.raises(psycopg.errors.CheckViolation):
+        ledger.writer.write(
+            [ledger.job("credits.open", "open", account="b"), ledger.job("credits.consume", "cursed", account="a",
+                                                                        amount=1)],
+            [quarantined],
+        )  # fmt: skip
+    assert written(ledger, ["a", "b"]) == before
+    assert all_of(ledger, "SELECT id FROM quarantine") == []
+    assert ledger.apply("credits.consume", "c", account="a", amount=1)["status"] == "applied"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE accounts SET available_micro = available_micro + 1",
+        "UPDATE accounts SET consumed_micro = consumed_micro - 1",
+        "UPDATE accounts SET granted_micro = granted_micro + 1",
+        "UPDATE accounts SET available_micro = -1, consumed_micro = consumed_micro + available_micro + 1",
+        "UPDATE accounts SET debt_micro = -1",
+        "UPDATE grants SET available_micro = available_micro - 1",
+        "UPDATE grants SET available_micro = -1, consumed_micro = consumed_micro + available_micro + 1",
+        "UPDATE grants SET clawed_back_micro = -1",
+        "UPDATE grants SET is_open = NOT is_open",
+        "UPDATE receipts SET returned_micro = taken_micro + 1",
+        "UPDATE receipts SET returned_micro = -1",
+    ],
+)
+def test_a_row_that_does_not_close_cannot_be_written_even_by_the_owner(ledger: Ledger, change: str) -> None:
+    ledger.write(
+        ledger.job("credits.open", "open", account="a"),
+        ledger.job("credits.consume", "c", account="a", amount=1),
+        ledger.job("credits.refund", "r", account="a", operation="c", amount="0.5"),
+    )
+    with pytest.raises(psycopg.errors.CheckViolation):
+        ledger.writer.connection.execute(change)
+
+
+# What text and JSON may hold
+
+
+ODD = [
+    "back\\slash \\N \\. \\t \\\\",
+    "\\.",
+    "\\N",
+    "NULL",
+    "{},\"'`$1 %s %(a)s {0} --;/*",
+    '"',
+    "emoji 👩‍👩‍👧‍👦 🇫🇷",
+    "עברית العربية \u202e\u2066mixed\u2069",
+    "𝕒" * MAX_NAME,
+    " spaces \u00a0 \u3000 ",
+    "e\u0301 é \ufeff \ufffd \U0010fffe",
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_odd_text_survives_in_every_field_byte_for_byte(ledger: Ledger, odd: str) -> None:
+    account = ledger.job("credits.open", odd, account=odd, email=odd).message.account
+    assert account == odd
+    answers = ledger.write(
+        ledger.job("credits.open", "open", account=odd, email=odd),
+        ledger.job("credits.grant", odd, account=odd, amount=9, source=odd, features=[odd, "image", "\\"],
+                   purchase=odd, reason=odd),
+        ledger.job("credits.adjust", f"a{odd}"[:MAX_NAME], account=odd, amount=1, actor=odd, reason=odd),
+    )  # fmt: skip
+    answers += [
+        ledger.apply("credits.hold", f"h{odd}"[:MAX_NAME], account=odd, feature="image", quantity=8, member=odd,
+                     metadata={odd: [odd, {odd: None}]}),
+        ledger.apply("credits.capture", f"k{odd}"[:MAX_NAME], account=odd, hold=f"h{odd}"[:MAX_NAME]),
+        ledger.apply("credits.refund", f"r{odd}"[:MAX_NAME], account=odd, operation=f"k{odd}"[:MAX_NAME],
+                     reason=odd),
+        ledger.apply("credits.revoke", f"v{odd}"[:MAX_NAME], account=odd, purchase=odd, reason=odd),
+    ]  # fmt: skip
+    assert [answer["status"] for answer in answers] == ["applied"] * 7
+    unknown = ledger.apply("credits.consume", f"u{odd}"[:MAX_NAME], account=odd, feature=odd, member=odd)
+    assert unknown["code"] == "unknown_feature"
+    again = ledger.apply("credits.grant", odd, account=odd, amount=9, source=odd, features=[odd, "image", "\\"],
+                         purchase=odd, reason=odd)  # fmt: skip
+    assert again == {**answers[1], "replayed": True}
+    assert all_of(ledger, "SELECT account, email FROM accounts") == [(odd, odd)]
+    assert all_of(ledger, "SELECT source, features, purchase, operation FROM grants WHERE operation = %s", odd) == [
+        (odd, sorted([odd, "image", "\\"]), odd, odd)
+    ]
+    assert all_of(ledger, "SELECT feature, member FROM operations WHERE name = 'credits.consume'") == [(odd, odd)]
+    assert all_of(ledger, "SELECT hold, member FROM holds") == [(f"h{odd}"[:MAX_NAME], odd)]
+    assert one(ledger, "SELECT arguments FROM operations WHERE name = 'credits.hold'")["metadata"] == {
+        odd: [odd, {odd: None}]
+    }
+    assert one(ledger, "SELECT arguments FROM operations WHERE name = 'credits.adjust'")["actor"] == odd
+    assert one(ledger, "SELECT refers_to FROM entries WHERE kind = 'captured'") == f"h{odd}"[:MAX_NAME]
+
+
+@settings(max_examples=40, deadline=None, database=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+@given(
+    names=st.lists(
+        st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=MAX_NAME),
+        min_size=2,
+        max_size=6,
+        unique=True,
+    )
+)
+def test_any_text_of_the_contract_survives(ledger: Ledger, names: list[str]) -> None:
+    jobs = [ledger.job("credits.open", name, account=name, email=name[:254]) for name in names]
+    jobs += [
+        ledger.job("credits.grant", f"{name}g"[-MAX_NAME:], account=name, amount=1, source=name, features=names,
+                   purchase=name)
+        for name in names
+    ]  # fmt: skip
+    ledger.writer.write(jobs)
+    ledger.writer.write([ledger.job("credits.settle", "s", account=name) for name in names])
+    found = all_of(
+        ledger,
+        "SELECT a.account, a.email, g.source, g.features, g.purchase FROM accounts a JOIN grants g USING (account)"
+        " WHERE account = ANY(%s) AND g.grant_id = 2",
+        names,
+    )
+    assert sorted(found) == sorted((name, name, name, sorted(names), name) for name in names)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{\n\t"account" :\r\n "a",\t"feature": "export" , "metadata" : {\n\n"x":\t[ 1 ,2\r]\n}\n}',
+        rb'{"account":"a","feature":"export","metadata":{"a\nb\tc\r\b\f\"\\\/":"\u00e9\ud83d\ude00 \\n \\\\ \\."}}',
+        b'{"account":"\\u0061","feature":"export","metadata":{"n":[1.0,1e5,-0.0,1E+2,123456789012345678901234567890]}}',
+        '{"account":"a","feature":"export","metadata":{"é":"\u00a0👩‍👧 \x7f"}}'.encode(),
+        rb'{"account":"a","feature":"export","metadata":{"twice":1,"twice":2,"nul but not":"\\u0000"}}',
+    ],
+)
+def test_arguments_are_kept_as_they_came(ledger: Ledger, raw: bytes) -> None:
+    ledger.apply("credits.open", "open", account="a")
+    job = Job("credits.consume", "c", decode_message("credits.consume", raw), raw)
+    ledger.writer.write([job])
+    assert one(ledger, "SELECT arguments::text FROM operations WHERE operation = 'c'").encode() == raw
+    again = Job("credits.consume", "c", decode_message("credits.consume", raw), raw)
+    ledger.writer.write([again])
+    assert again.result is not None
+    assert msgspec.json.decode(again.result)["replayed"]
+
+
+# Two writers, the clock, large numbers
+
+
+def test_two_writers_on_the_same_accounts_never_overspend_and_lose_nothing(database: str) -> None:
+    catalog = load_catalog("packs")
+    start = threading.Barrier(2)
+    accounts = [f"shared-{number}" for number in range(6)]
+    answers: dict[int, list[Job]] = {0: [], 1: []}
+    failures: list[BaseException] = []
+
+    def job(name: str, operation: str, **arguments: Any) -> Job:
+        raw = msgspec.json.encode(arguments)
+        return Job(name, operation, decode_message(name, raw), raw)
+
+    def produce(writer_number: int) -> None:
+        try:
+            with connect(database) as connection:
+                writer = LedgerWriter(connection, lambda: catalog, poison)
+                for turn in range(25):
+                    start.wait(30)
+                    batch = []
+                    for account in accounts[:: 1 if writer_number else -1]:
+                        name = f"{account}-{turn // 5}"
+                        batch.append(job("credits.open", "open", account=name))
+                        batch += [
+                            job("credits.consume", f"{writer_number}-{turn}-{number}", account=name, amount=2)
+                            for number in range(3)
+                        ]
+                        batch.append(job("credits.consume", f"both-{turn}", account=name, amount=1))
+                    write_around(writer, batch)
+                    answers[writer_number] += batch
+        except BaseException as error:
+            failures.append(error)
+            start.abort()
+
+    threads = [threading.Thread(target=produce, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert all(job.result is not None and job.quarantined is None for jobs in answers.values() for job in jobs)
+    sent = {(job.account, job.operation) for jobs in answers.values() for job in jobs}
+    assert set(rows(database, "SELECT account, operation FROM operations")) == sent
+    # 50 credits each, 65 wanted: every one is used up to less than a charge, none is overdrawn.
+    left = rows(database, "SELECT available_micro, consumed_micro FROM accounts")
+    assert len(left) == 5 * len(accounts)
+    assert all(0 <= available < 2_000_000 and available + used == 50_000_000 for available, used in left)
+    assert value(database, "SELECT count(*) FROM quarantine") == 0
+    charged = rows(database, "SELECT sum(charged_micro) FROM operations WHERE name = 'credits.consume'")[0][0]
+    assert charged == sum(used for _, used in left)
+    both = [job for jobs in answers.values() for job in jobs if job.operation.startswith("both-")]
+    assert sum(b'"replayed":true' in (job.result or b"") for job in both) == len(both) // 2
+
+
+def test_a_database_clock_that_steps_back_moves_no_accounts_time_back(ledger: Ledger) -> None:
+    freeze(ledger, START)
+    ledger.apply("credits.open", "open", account="a")
+    freeze(ledger, START - HOUR)
+    ledger.write(
+        ledger.job("credits.grant", "g", account="a", amount=1, source="pack", expires_in=60),
+        ledger.job("credits.open", "open", account="b"),
+    )
+    assert all_of(ledger, "SELECT account, updated_at FROM accounts ORDER BY 1") == [
+        ("a", START), ("b", START - HOUR),
+    ]  # fmt: skip
+    assert one(ledger, "SELECT expires_at FROM grants WHERE operation = 'g'") == START + timedelta(seconds=60)
+    assert all_of(ledger, "SELECT DISTINCT account, recorded_at FROM entries ORDER BY 1") == [
+        ("a", START), ("b", START - HOUR),
+    ]  # fmt: skip
+    freeze(ledger, START + timedelta(seconds=60))
+    ledger.apply("credits.settle", "s", account="a")
+    freeze(ledger, START)
+    # What has expired stays so, though the clock says that it is not due yet.
+    assert ledger.apply("credits.settle", "s-2", account="a")["balance"]["available"] == "50"
+    assert one(ledger, "SELECT updated_at FROM accounts WHERE account = 'a'") == START + timedelta(seconds=60)
+
+
+def test_a_balance_near_the_largest_number_is_refused_more_and_stays_whole(ledger: Ledger) -> None:
+    most = 10**12
+    ledger.apply("credits.open", "open", account="a", kind="pool")
+    granted = [
+        ledger.apply("credits.grant", f"g-{number}", account="a", amount=most, source="pack") for number in range(8)
+    ]
+    granted += ledger.write(
+        ledger.job("credits.grant", "g-8", account="a", amount=most - 1, source="pack", purchase="p"),
+        ledger.job("credits.adjust", "plus", account="a", amount=1, actor="admin", reason="to the brim"),
+    )
+    assert [answer["status"] for answer in granted] == ["applied"] * 10
+    assert one(ledger, "SELECT granted_micro FROM accounts") == MAX_TOTAL_MICRO
+    over = ledger.write(
+        ledger.job("credits.grant", "over", account="a", amount="0.000001", source="pack"),
+        ledger.job("credits.adjust", "over-2", account="a", amount=most, actor="admin", reason="too much"),
+        ledger.job("credits.consume", "c", account="a", amount=most),
+        ledger.job("credits.refund", "r", account="a", operation="c"),
+        ledger.job("credits.hold", "h", account="a", amount=most),
+        ledger.job("credits.release", "l", account="a", hold="h"),
+        ledger.job("credits.revoke", "v", account="a", purchase="p"),
+    )
+    assert [answer.get("code") for answer in over] == [
+        "limit_reached", "limit_reached", None, "limit_reached", None, None, None,
+    ]  # fmt: skip
+    assert ledger.apply("credits.refund", "r-2", account="a", operation="c")["code"] == "limit_reached"
+    assert all_of(ledger, "SELECT code FROM quarantine") == []
+    assert one(ledger, "SELECT available_micro + consumed_micro + revoked_micro FROM accounts") == MAX_TOTAL_MICRO
