@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from decimal import Decimal
+from time import time
 from types import TracebackType
 from typing import Any, Literal, Self
 from uuid import uuid4
@@ -57,6 +58,9 @@ CONNECTIONS = 10
 
 RETRIES = {"max_retries": 5, "interval_start": 0.05, "interval_step": 0.2, "interval_max": 1.0}
 """How long the client tries to reach a broker that is away: six attempts within about three seconds."""
+
+SHOWN_CHARACTERS = 400
+"""How much of an operation's arguments Flower shows."""
 
 FULL_MARGIN_BYTES = 1024
 """What a message keeps free for its frame."""
@@ -359,13 +363,15 @@ class CreditClient(Operations):
                 backend.result_consumer.consume_from(id)
         self._publish(name, id, queue, arguments, shown, ignore_result=False)
         try:
-            return result.get(timeout=wait)
+            with self._confirmed(id):
+                return result.get(timeout=wait)
         except CeleryTimeoutError:
             raise NoAnswerError(
                 f"no answer to {name} {id!r} within {wait} s; it will be applied in its turn, ask again with this id"
             ) from None
         finally:
-            result.forget()
+            with suppress(*self._errors):
+                result.forget()
 
     def _publish(self, name: str, id: str, queue: str, arguments: bytes, shown: str, *, ignore_result: bool) -> None:
         with self._confirmed(id), self._producers.acquire(block=True, timeout=30) as producer:
@@ -552,6 +558,7 @@ def _send(
         content_type="application/json",
         content_encoding="utf-8",
         correlation_id=id,
+        timestamp=int(time()),
         delivery_mode=2,
         retry=True,
         retry_policy=RETRIES,
@@ -564,8 +571,15 @@ def _batch_arguments(members: Sequence[Member]) -> bytes:
 
 
 def _shown(arguments: dict[str, Any]) -> str:
-    """What an operator sees of the arguments in Flower."""
-    return ", ".join(f"{key}={value}" for key, value in arguments.items() if value is not None)[:400]
+    """What an operator sees of the arguments in Flower: whose credits, for what, how many."""
+    given = {key: value for key, value in arguments.items() if value is not None}
+    shown = [str(given.pop("account"))]
+    if "feature" in given:
+        shown.append(f"{given.pop('feature')} × {given.pop('quantity', 1)}")
+    if "amount" in given:
+        shown.append(f"{given.pop('amount')} credits")
+    shown += [f"{key}={value}" for key, value in given.items()]
+    return ", ".join(shown)[:SHOWN_CHARACTERS]
 
 
 def _counted(members: Sequence[Member]) -> str:

@@ -226,11 +226,10 @@ def _balance(state: Account, now: datetime) -> AccountBalance:
             by_source[grant.source] = by_source.get(grant.source, 0) + grant.available
         else:
             upcoming += grant.available
+    others = {"held": state.held, "debt": state.debt, "upcoming": upcoming}
     return AccountBalance(
         available=format_amount(state.available - upcoming),
-        held=format_amount(state.held),
-        debt=format_amount(state.debt),
-        upcoming=format_amount(upcoming),
+        **{name: format_amount(amount) for name, amount in others.items() if amount},
         by_source={source: format_amount(amount) for source, amount in by_source.items()},
     )
 

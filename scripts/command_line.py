@@ -344,7 +344,7 @@ def operate(
     :param send: sends it; given the client, the operation id and how long to wait.
     """
     where = deployment()
-    identity = id or str(uuid4())
+    identity = str(uuid4()) if id is None else id
     try:
         client = CreditClient(where.broker_url, lanes=where.lanes, result_url=where.result_url)
         with client:

@@ -30,8 +30,8 @@ TRACE_ACCOUNTS = 500
 DRAWN_ACCOUNTS = 100
 """How many accounts are drawn from when a file names none, and no number is asked for."""
 
-EXPONENT = 1.1
-"""How steep the draw of accounts is: the k-th account is drawn in proportion to 1 / k^1.1."""
+EXPONENT = 0.8
+"""How steep the draw of accounts is: the k-th account is drawn in proportion to 1 / k^0.8."""
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,2})?\Z", re.ASCII)
 _EXACT = Context(prec=400, traps=[InvalidOperation, Inexact])

@@ -89,6 +89,7 @@ CHUNK = 500
 POLL_SECONDS = 0.02
 BAD_ROWS_SHOWN = 10
 FAULTS_SHOWN = 10
+FLOWER_COLUMNS = "name,kwargs,state,result,received,runtime,routing_key,worker,uuid"
 FLOWER_TASKS = 10_000
 
 console = Console(highlight=False)
@@ -213,8 +214,8 @@ def child_environment(stack: Stack, catalog: str, lanes: int) -> dict[str, str]:
     }
 
 
-def start_children(children: Children, workers: int, flower_port: int) -> None:
-    """Start the lane workers, the general worker, beat and Flower."""
+def start_children(children: Children, workers: int) -> None:
+    """Start the lane workers, the general worker and beat."""
     quiet = ("--without-gossip", "--without-mingle", "--loglevel", "INFO")
     for number in range(1, workers + 1):
         children.start(
@@ -224,6 +225,10 @@ def start_children(children: Children, workers: int, flower_port: int) -> None:
     general = ("--pool", "threads", "--concurrency", "4", "-Q", "queries,maintenance", *quiet)
     children.start("general", ["-A", "workers.app", "worker", *general, "-n", "general@%h"])
     children.start("beat", ["-A", "schedules.app", "beat", "--pidfile=", "--loglevel", "INFO"])
+
+
+def start_flower(children: Children, port: int) -> None:
+    """Start Flower; after the lanes have their owners, since it asks once, at its start, who consumes what."""
     children.start(
         "flower",
         [
@@ -231,8 +236,9 @@ def start_children(children: Children, workers: int, flower_port: int) -> None:
             "workers.app",
             "flower",
             f"--address={HOST}",
-            f"--port={flower_port}",
+            f"--port={port}",
             f"--max_tasks={FLOWER_TASKS}",
+            f"--tasks_columns={FLOWER_COLUMNS}",
         ],
     )
 
@@ -609,19 +615,6 @@ def show_addresses(running: Running, state: Path, flower_port: int, account: str
     :param account: one to try with.
     :param feature: one to try with.
     """
-    stack = f"json.load(open({json.dumps(str(state))}))"
-    send = (
-        "import json; from creditlane.client import CreditClient\n"
-        f'client = CreditClient({stack}["broker_url"], lanes={running.lanes})\n'
-        f'print(client.consume({json.dumps(account)}, feature={json.dumps(feature)}, id="try-1", wait=5.0))'
-    )
-    ask = "\n".join(
-        (
-            "import json, psycopg",
-            f'ledger = psycopg.connect({stack}["database_url"])',
-            'print(*ledger.execute("SELECT account, available_micro FROM accounts LIMIT 5"), sep="\\n")',
-        )
-    )
     console.print(
         Panel.fit(
             f"Flower      http://{HOST}:{flower_port}\n"
@@ -632,11 +625,16 @@ def show_addresses(running: Running, state: Path, flower_port: int, account: str
             title="creditlane is up; Ctrl-C stops it",
         )
     )
-    python = shlex.quote(sys.executable)
-    console.print("Charge an account and see the answer:", style="bold")
-    console.print(f"{python} -c {shlex.quote(send)}", soft_wrap=True, markup=False)
-    console.print("Ask the ledger:", style="bold")
-    console.print(f"{python} -c {shlex.quote(ask)}", soft_wrap=True, markup=False)
+    command = shlex.quote(str(Path(sys.executable).with_name("creditlane")))
+    console.print("To try from another terminal:", style="bold")
+    for words in (
+        ["consume", account, feature],
+        ["account", "history", account],
+        ["lanes"],
+        ["audit"],
+        ["--help"],
+    ):
+        console.print(f"  {command} {shlex.join(words)}", soft_wrap=True, markup=False, highlight=False)
 
 
 # --- The command -------------------------------------------------------------------------------------
@@ -698,7 +696,7 @@ def running_stack(
         logs.mkdir(mode=0o700, exist_ok=True)
         upgrade(stack.database_url)
         console.print(f"Starting {workers} lane workers, a general worker, beat and Flower")
-        start_children(children, workers, flower_port)
+        start_children(children, workers)
         running = Running(stack, children, lanes)
         with psycopg.connect(stack.database_url, autocommit=True) as connection:
             wait_for(
@@ -707,6 +705,7 @@ def running_stack(
                 READY_SECONDS,
                 f"Not all {lanes} lanes were served, shared among {workers} workers,",
             )
+        start_flower(children, flower_port)
         wait_for(lambda: answers(flower_port), running.check, READY_SECONDS, "Flower did not answer")
         content = {
             "broker_url": stack.broker_url,
@@ -869,7 +868,9 @@ def main(
     once: Annotated[
         bool, typer.Option("--once", help="End after the replay; the exit code is 0 only if the audit holds.")
     ] = False,
-    single: Annotated[bool, typer.Option("--single", help="One message per operation instead of many in one.")] = False,
+    buffer: Annotated[
+        bool, typer.Option("--buffer", help="Many operations per message: faster, but Flower shows messages only.")
+    ] = False,
     workers: Annotated[int, typer.Option(min=1, max=64, help="How many lane workers.")] = 2,
     data: Annotated[
         Path,
@@ -920,7 +921,7 @@ def main(
         ) as running:
             console.print(f"Replaying {len(plan.usage):,} rows of {escape(str(input))}", soft_wrap=True)
             with naming_what_ended(running):
-                outcome = replay(running, plan, single=single)
+                outcome = replay(running, plan, single=not buffer)
                 show_bad_rows(plan.bad, input)
                 show_outcome(outcome, len(plan.bad))
                 with psycopg.connect(running.stack.database_url) as connection:

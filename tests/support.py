@@ -117,7 +117,7 @@ class Ledger:
         self.writer = writer
         self.catalog = catalog
 
-    def job(self, name: str, operation: str, **arguments: Any) -> Job:
+    def job(self, name: str, operation: str, /, **arguments: Any) -> Job:
         """One operation, ready to be written."""
         raw = msgspec.json.encode(arguments)
         return Job(name, operation, decode_message(name, raw), raw)
@@ -127,6 +127,6 @@ class Ledger:
         self.writer.write(jobs)
         return [msgspec.json.decode(job.result) if job.result else {} for job in jobs]
 
-    def apply(self, name: str, operation: str, **arguments: Any) -> dict[str, Any]:
+    def apply(self, name: str, operation: str, /, **arguments: Any) -> dict[str, Any]:
         """Write one operation in a batch of its own."""
         return self.write(self.job(name, operation, **arguments))[0]

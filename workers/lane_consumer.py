@@ -11,7 +11,7 @@ import gc
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -21,6 +21,7 @@ from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request
+from kombu import Exchange, Queue
 
 from creditlane.codes import Code
 from creditlane.contract import (
@@ -35,9 +36,9 @@ from creditlane.lanes import lane_name
 from models.catalog import load_catalog
 from models.settings import settings
 from workers.crash import crash_point
-from workers.ledger_writer import Job, LedgerWriter, connect
+from workers.ledger_writer import APPLICATION, Job, LedgerWriter, connect
 from workers.ownership import Ownership, check_session
-from workers.quarantine import Quarantined
+from workers.quarantine import Quarantined, printable
 from workers.redis_lanes import UNREADABLE, RedisLanes
 from workers.results import Results
 
@@ -79,6 +80,10 @@ def strategy(task: Task, app: Any, consumer: LaneConsumer, **_options: Any) -> A
     return handle
 
 
+class RestartError(ConnectionError):
+    """Makes Celery restart the consumer: it takes every connection error for a reason to."""
+
+
 class LaneConsumer(Consumer):
     """A consumer that quarantines what Celery would log and drop, in the message's turn."""
 
@@ -90,6 +95,19 @@ class LaneConsumer(Consumer):
         self.strategies: dict[str, Any] = {
             name: handler for name, handler in self.strategies.items() if isinstance(self.app.tasks[name], LedgerTask)
         }
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
+        """Celery's own handler; a message that makes it raise is poison like any other."""
+        handle = super().create_task_handler(*args, **kwargs)
+
+        def on_message(message: Any) -> None:
+            try:
+                handle(message)
+            except Exception as error:
+                reason = f"the message cannot be read: {type(error).__name__}: {error}"
+                self.lanes.receive_poison(message, Code.MALFORMED, reason)
+
+        return on_message
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
         """A body that is not JSON, or not allowed."""
@@ -172,7 +190,7 @@ class LaneStep(bootsteps.StartStopStep):
         if consumer.event_dispatcher is not None:
             consumer.event_dispatcher.buffer_limit = 1 << 30  # flushed once per batch, in one block
         self.balance()
-        hub.call_repeatedly(self.settings.balance_seconds, self.balance)
+        hub.call_repeatedly(self.settings.balance_seconds, self.guarded, self.balance)
 
     def stop(self, consumer: LaneConsumer) -> None:
         """Warm shutdown: apply what is buffered, then let the lanes go. After a lost broker connection: only
@@ -208,6 +226,8 @@ class LaneStep(bootsteps.StartStopStep):
             found = self.ownership.balance()
             if found.excess:
                 self.give_up(found.excess)
+                if self.ownership is None:
+                    return  # the database was lost meanwhile
             for lane in found.taken:
                 self.consume(lane)
             # A lane may be held without being consumed: when giving it up failed half way.
@@ -229,7 +249,7 @@ class LaneStep(bootsteps.StartStopStep):
 
         :raises psycopg.Error: when it is away.
         """
-        connection = connect(self.settings.database_url.get_secret_value())
+        connection = connect(self.settings.database_url.get_secret_value(), f"{APPLICATION} {self.consumer.hostname}"[:63])
         check_session(connection)
         self.ownership = Ownership(connection, self.settings.lanes)
         self.writer = LedgerWriter(connection, lambda: self.catalog, poison_of_job)
@@ -237,7 +257,8 @@ class LaneStep(bootsteps.StartStopStep):
 
     def consume(self, lane: int) -> None:
         """Begin to consume a lane that this worker owns; what its last owner left unacknowledged comes first."""
-        queue = self.consumer.app.amqp.queues.select_add(lane_name(lane), exchange="", routing_key=lane_name(lane))
+        queue = Queue(lane_name(lane), exchange=Exchange(""), routing_key=lane_name(lane))
+        self.consumer.app.amqp.queues.select_add(queue)
         tasks = self.consumer.task_consumer
         tasks.add_queue(queue)
         tasks.consume()
@@ -384,9 +405,27 @@ class LaneStep(bootsteps.StartStopStep):
         if delivery.request is not None:
             state.task_reserved(delivery.request)
         self.buffer.append(delivery)
+        self.arm(0)
+
+    def arm(self, seconds: float) -> None:
+        """Have the buffer flushed after so many seconds, unless that is under way."""
         if not self.flush_armed:
             self.flush_armed = True
-            self.hub.call_later(0, self.flush)
+            self.hub.call_later(seconds, self.guarded, self.flush)
+
+    def guarded(self, step: Callable[[], None]) -> None:
+        """Run a step from the event loop's timer, which would only log what it raises and carry on.
+
+        Carrying on could break the order: the consumer begins anew instead, and what was not acknowledged
+        comes again.
+        """
+        try:
+            step()
+        except self.consumer.connection_errors:
+            raise
+        except Exception as error:
+            logger.exception("the lane consumer begins anew after a fault of its own")
+            raise RestartError(f"{type(error).__name__}: {error}") from error
 
     # Batches
 
@@ -419,9 +458,8 @@ class LaneStep(bootsteps.StartStopStep):
         self.results.announce(batch, self.consumer.event_dispatcher, self.consumer.hostname)
         if more:
             self.broker.poll()
-        if self.buffer and not self.flush_armed:
-            self.flush_armed = True
-            self.hub.call_later(0, self.flush)
+        if self.buffer:
+            self.arm(0)
 
     def next_batch(self) -> list[Delivery]:
         """The oldest messages of the buffer, up to the limits of a transaction; at least one."""
@@ -467,8 +505,7 @@ class LaneStep(bootsteps.StartStopStep):
             "the database refused a batch (%s): %d messages wait, next attempt in %.1f s",
             describe(error), len(self.buffer), self.pause_seconds,
         )  # fmt: skip
-        self.flush_armed = True
-        self.hub.call_later(self.pause_seconds, self.flush)
+        self.arm(self.pause_seconds)
 
 
 DATA_FAULTS = ("22", "23", "54")
@@ -538,6 +575,14 @@ def lane_of_message(message: Any) -> str:
     return str((message.delivery_info or {}).get("routing_key", ""))
 
 
+def envelope(message: Any) -> bytes:
+    """A message's headers and properties as JSON; as text where they are more than JSON can say."""
+    try:
+        return _json.encode({"headers": message.headers, "properties": message.properties})
+    except Exception:
+        return _json.encode(printable(repr((message.headers, message.properties)), MAX_MESSAGE_BYTES))
+
+
 def message_row(delivery: Delivery, code: Code, reason: str, trace: str | None = None) -> Quarantined:
     """The quarantine row of a whole message."""
     message = delivery.message
@@ -547,7 +592,7 @@ def message_row(delivery: Delivery, code: Code, reason: str, trace: str | None =
         reason,
         delivery.lane,
         body.encode("utf-8", "surrogatepass") if isinstance(body, str) else bytes(body),
-        _json.encode({"headers": message.headers, "properties": message.properties}),
+        envelope(message),
         message.content_type,
         delivery.name,
         delivery.id,

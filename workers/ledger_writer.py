@@ -143,6 +143,10 @@ ON CONFLICT (account, operation, line) DO UPDATE SET returned_micro = excluded.r
 """
 
 
+APPLICATION = "creditlane lanes"
+"""How a lane worker's database session calls itself, its host name after it."""
+
+
 class Job:
     """One operation of a batch on its way through the writer."""
 
@@ -419,7 +423,7 @@ def _apply_one(loaded: Loaded, job: Job, catalog: Catalog) -> Row | None:
     return given.row
 
 
-def connect(database_url: str, application: str = "creditlane lanes") -> Connection[Any]:
+def connect(database_url: str, application: str = APPLICATION) -> Connection[Any]:
     """Open the connection of a lane worker.
 
     All its reads are look-ups by key; the planner is kept from ever choosing another way, however small or
@@ -557,12 +561,11 @@ def _by_account(rows: Iterable[tuple[Any, ...]]) -> dict[str, list[tuple[Any, ..
 
 def _needs(jobs: Sequence[Job]) -> dict[str, tuple[list[str], list[str]]]:
     """The past rows that the jobs work on, as pairs of account and key, by kind."""
-    needs: dict[str, tuple[list[str], list[str]]] = {}
+    needs: dict[str, dict[tuple[str, str], None]] = {}
     for job in jobs:
         find = OPERATIONS[job.name].need
         if find is not None:
             need: Need = find(job.message)
-            accounts, keys = needs.setdefault(need.kind, ([], []))
-            accounts.append(job.account)
-            keys.append(str(need.key))
-    return needs
+            # Once each: a charge that two refunds of a batch name must not have its receipt twice.
+            needs.setdefault(need.kind, {})[job.account, str(need.key)] = None
+    return {kind: ([account for account, _ in pairs], [key for _, key in pairs]) for kind, pairs in needs.items()}

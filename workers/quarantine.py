@@ -41,12 +41,13 @@ INSERT = """
 INSERT INTO quarantine (digest, status, code, reason, traceback, queue, task, operation, account, content_type,
                         headers, body, received_at)
 VALUES (%s, 'open', %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, ledger_now())
-ON CONFLICT (digest) DO UPDATE SET times_seen = quarantine.times_seen + 1
+ON CONFLICT (digest) DO UPDATE SET times_seen = quarantine.times_seen + 1, status = 'open', resolved_at = NULL,
+    resolved_by = NULL
 """
 
 
 def store(connection: Connection[Any], rows: Sequence[Quarantined]) -> None:
-    """Insert rows in the present transaction; a message seen before only counts up."""
+    """Insert rows in the present transaction; a message seen before counts up, and is open again."""
     if not rows:
         return
     with connection.cursor() as cursor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from time import time
@@ -11,15 +12,13 @@ import msgspec
 from celery.utils.log import get_logger
 from celery.worker import state
 
+from creditlane.contract import BATCH
 from creditlane.errors import QuarantinedError
 
 if TYPE_CHECKING:
     from workers.lane_consumer import Delivery
 
 logger = get_logger(__name__)
-
-RESULT_CHARACTERS = 1000
-"""How much of a result Flower shows."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -77,18 +76,22 @@ class Results:
             request = delivery.request
             if request is not None:
                 state.task_ready(request, successful=delivery.quarantined is None and not delivery.revoked)
-            if enabled and delivery.id is not None:
+            if enabled:
                 self._send(delivery, dispatcher.send)
         if enabled:
             dispatcher.flush()
 
     def _send(self, delivery: Delivery, send: Any) -> None:
+        # What has no id of its own is shown all the same, under the digest of its quarantine row.
         uuid = delivery.id
+        if uuid is None:
+            assert delivery.quarantined is not None
+            uuid = f"quarantined-{delivery.quarantined.digest.hex()[:16]}"
         request = delivery.request
         send(
             "task-received",
             uuid=uuid,
-            name=delivery.name or "?",
+            name=delivery.name or "unreadable",
             args="",
             kwargs=request.kwargsrepr if request is not None else "",
             root_id=uuid,
@@ -113,9 +116,42 @@ class Results:
         send(
             "task-succeeded",
             uuid=uuid,
-            result=delivery.result[:RESULT_CHARACTERS].decode("utf-8", "replace"),
+            result=summary(delivery),
             runtime=max(0.0, time() - delivery.started_at),
         )
+
+
+class _Balance(msgspec.Struct):
+    available: str
+
+
+class _Summary(msgspec.Struct):
+    status: str
+    code: str | None = None
+    charged: str | None = None
+    balance: _Balance | None = None
+    replayed: bool = False
+
+
+_decode_one = msgspec.json.Decoder(_Summary).decode
+_decode_many = msgspec.json.Decoder(list[_Summary]).decode
+
+
+def summary(delivery: Delivery) -> str:
+    """A result as Flower shows it: what became of the operation, in one short line."""
+    assert delivery.result is not None
+    if delivery.name == BATCH:
+        counts = Counter(member.status for member in _decode_many(delivery.result))
+        return ", ".join(f"{count} {status}" for status, count in counts.items())
+    one = _decode_one(delivery.result)
+    parts = [one.status if one.code is None else f"{one.status} {one.code}"]
+    if one.charged not in (None, "0"):
+        parts.append(f"charged {one.charged}")
+    if one.balance is not None:
+        parts.append(f"available {one.balance.available}")
+    if one.replayed:
+        parts.append("replayed")
+    return ", ".join(parts)
 
 
 def result_meta(delivery: Delivery, now: bytes) -> bytes:

@@ -213,6 +213,7 @@ class Auditor:
             assert sum(getattr(grant, bucket) for grant in account.grants.values()) == self.totals[bucket]
         assert account.debt == self.totals["debt"]
         closes(account)
+        adds_up(account)
         for number, seen in account.grants.items():
             closes(seen)
             expected = self.grants[number]
@@ -226,6 +227,17 @@ def closes(of: Any) -> None:
     came = of.granted + of.received + of.restored
     went = of.available + of.held + of.in_transit + of.consumed + of.expired + of.revoked + of.sent
     assert came == went
+
+
+def adds_up(account: Account) -> None:
+    """What its owner has is what was given and not taken back, less what was used, is held or lapsed.
+
+    What was forgiven counts as given until it comes back; the debt counts against what there is.
+    """
+    lots = account.grants.values()
+    given = sum(lot.granted + lot.received - lot.clawed_back + lot.forgiven for lot in lots)
+    gone = sum(lot.consumed - lot.restored + lot.held + lot.expired + lot.in_transit + lot.sent for lot in lots)
+    assert account.available - account.debt == given - gone
 
 
 # Both ledgers, one operation at a time.

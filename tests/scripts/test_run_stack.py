@@ -102,7 +102,7 @@ def test_a_replay_charges_once_however_often_it_runs(place: Path) -> None:
     assert "The audit holds" in first.stdout
     assert not (place / "data" / "stack.json").exists()
 
-    second = run(place, "--once", "--single")
+    second = run(place, "--once", "--buffer")
     assert second.returncode == 0, second.stdout + second.stderr
     assert figure(second.stdout, "replayed (the ledger had them before)") == 8
     assert figure(second.stdout, "applied") == 0

@@ -84,7 +84,6 @@ class Lane:
             self.now,
             self.catalog,
         )
-        self.account.next_due_at = self.account.due_at()
         self.row = done.row
         result: dict[str, Any] = json.loads(done.result)
         return result
@@ -260,10 +259,26 @@ def test_the_same_id_with_the_same_content_gets_the_first_answer_marked_as_repla
     assert "replayed" not in first
     own("adjust", amount="50", actor="anna", reason="so that another answer would be given")
     own.wait(days=1)
+    own("settle")
     state = (own.account.seq, own.account.operations, own.account.available, own.account.held)
     assert own(name, "x", **content) == {**first, "replayed": True}
     assert own.row is None
     assert state == (own.account.seq, own.account.operations, own.account.available, own.account.held)
+
+
+@pytest.mark.parametrize(("name", "content"), [("hold", {"amount": "2", "ttl": 1}), ("settle", {})])
+def test_a_replay_and_a_conflict_settle_the_account_and_write_no_operation(name: str, content: dict[str, Any]) -> None:
+    own = lane("5")
+    first = own("hold", "x", amount="2", ttl=1)
+    operations = own.account.operations
+    own.wait(seconds=1)
+    again = own(name, "x", **content)
+    assert again == {**first, "replayed": True} if name == "hold" else refused(again, Code.ID_CONFLICT)
+    assert own.row is None
+    assert own.account.operations == operations
+    assert (own.account.available, own.account.held) == (5_000_000, 0)
+    assert own.kinds()[-1] == "released"
+    assert own.account.entries[-1].operation is None
 
 
 def test_a_refusal_is_repeated_even_when_it_would_now_be_applied() -> None:
@@ -305,6 +320,16 @@ def test_content_is_the_same_however_it_is_spelt() -> None:
     own("consume", "x", amount="1", occurred_at="2026-01-31T12:00:00Z")
     again = own("consume", "x", amount=1, occurred_at="2026-01-31T13:00:00+01:00", partial=False, v=1, member=None)
     assert again["replayed"] is True
+
+
+@pytest.mark.parametrize("name", ["consume", "hold"])
+def test_no_quantity_is_a_quantity_of_one(name: str) -> None:
+    own = lane("5")
+    first = own(name, "x", feature="image")
+    assert first["charged"] == "0.125"
+    for quantity in (1, "1", "1.000000"):
+        assert own(name, "x", feature="image", quantity=quantity) == {**first, "replayed": True}
+    assert refused(own(name, "x", feature="image", quantity=2), Code.ID_CONFLICT)
 
 
 # Open.
@@ -406,6 +431,56 @@ def test_a_grant_over_the_limit_of_open_grants_is_refused_until_one_is_used_up()
     assert refused(own("adjust", amount="1", actor="anna", reason="more"), Code.LIMIT_REACHED)
     own("consume", amount="1")
     assert own("grant", amount="1", source="pack")["status"] == "applied"
+
+
+FORTUNE = 10**12
+"""Credits; nine times as many is what may ever come into one account."""
+
+
+def spent_fortunes(last: int) -> Lane:
+    """An account that got nine fortunes but for what the last one lacks, all of them gone."""
+    own = lane()
+    for amount in (*[FORTUNE] * 8, last):
+        own("grant", amount=amount, source="pack", expires_in=1)
+    own.wait(seconds=1)
+    assert own.available() == "0"
+    return own
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("grant", {"source": "pack"}),
+        ("adjust", {"actor": "anna", "reason": "goodwill"}),
+    ],
+)
+def test_more_than_an_account_may_ever_get_is_refused_even_when_all_of_it_is_gone(
+    name: str, content: dict[str, Any]
+) -> None:
+    own = spent_fortunes(FORTUNE - 3)
+    lots = own.account.last_grant
+    assert refused(own(name, amount="3.000001", **content), Code.LIMIT_REACHED)
+    assert own.account.last_grant == lots
+    assert own(name, amount="3", **content)["status"] == "applied"
+    assert refused(own(name, amount="0.000001", **content), Code.LIMIT_REACHED)
+    assert own("consume", amount="3")["status"] == "applied"
+
+
+def test_a_refund_counts_as_credits_that_come_in_and_is_checked_after_what_was_taken() -> None:
+    own = spent_fortunes(FORTUNE - 3)
+    own("grant", amount="2", source="pack")
+    own("consume", "c", amount="2")
+    assert refused(own("refund", operation="c", amount="3"), Code.EXCEEDS_ORIGINAL)
+    assert refused(own("refund", operation="c"), Code.LIMIT_REACHED)
+    assert own("refund", operation="c", amount="1")["status"] == "applied"
+    assert refused(own("refund", operation="c", amount="0.5"), Code.LIMIT_REACHED)
+
+
+def test_what_is_released_does_not_come_in_again() -> None:
+    own = spent_fortunes(FORTUNE - 3)
+    own("grant", amount="3", source="pack")
+    own("hold", "h", amount="3")
+    assert own("release", hold="h")["balance"]["available"] == "3"
 
 
 # Consume.
@@ -871,3 +946,154 @@ def test_what_a_release_a_refund_and_a_smaller_capture_give_back_pays_the_debt_f
         result = own(name, **content)
         assert result["balance"]["available"] == "3"
         assert "debt" not in result["balance"]
+
+
+def test_what_was_forgiven_is_taken_when_it_comes_back_after_all() -> None:
+    for give_back in (
+        ("release", {"hold": "h"}),
+        ("capture", {"hold": "h", "amount": "0"}),
+        ("refund", {"operation": "c"}),
+    ):
+        own = lane("5", catalog=FORGIVE)
+        own("consume", "c", amount="2")
+        own("hold", "h", amount="3")
+        assert own("revoke", grant=1)["forgiven"] == "5"
+        name, content = give_back
+        assert own(name, **content)["balance"]["available"] == "0"
+        assert own.kinds()[-1] == "revoked"
+        own.wait(days=1)
+        assert own.available() == "0"
+
+
+def test_what_was_forgiven_is_taken_when_a_holds_time_is_out() -> None:
+    own = lane("5", catalog=FORGIVE)
+    own("hold", amount="3", ttl=60)
+    own("revoke", grant=1, amount="4")
+    own.wait(seconds=60)
+    assert own.available() == "1"
+
+
+def test_what_was_forgiven_of_a_lot_is_not_taken_from_others() -> None:
+    own = lane("5", catalog=FORGIVE)
+    own("consume", amount="5")
+    own("revoke", grant=1)
+    assert own("grant", amount="3", source="pack")["balance"]["available"] == "3"
+
+
+@pytest.mark.parametrize("on_spent", [DEBT, FORGIVE])
+@pytest.mark.parametrize("what", [{"grant": 1}, {"purchase": "pi_1"}])
+def test_what_came_back_to_a_successor_of_a_lot_is_revoked_with_it(what: dict[str, Any], on_spent: Catalog) -> None:
+    own = lane({"amount": "5", "source": "pack", "expires_in": 60, "purchase": "pi_1"}, "9", catalog=on_spent)
+    own("consume", "c", amount="5")
+    own.wait(seconds=60)
+    own("refund", operation="c", amount="3")
+    assert own.account.grants[3].origin == 1
+    result = own("revoke", **what)
+    assert uses(result) == [(3, "3")]
+    assert result["owed" if on_spent is DEBT else "forgiven"] == "2"
+    own("refund", operation="c")
+    assert (own.available(), own.account.debt) == ("9", 0)
+    assert own.account.grants[4].origin == 1
+    assert refused(own("revoke", **what), Code.EXCEEDS_ORIGINAL)
+
+
+def test_a_successor_of_a_successor_continues_the_first_lot() -> None:
+    own = lane({"amount": "5", "source": "pack", "expires_in": 60})
+    own("consume", "c", amount="5")
+    own.wait(seconds=60)
+    own("refund", operation="c")
+    own("consume", "c2", amount="5")
+    own.wait(days=30)
+    own("refund", operation="c2")
+    assert [lot.origin for lot in own.account.grants.values()] == [None, 1, 1]
+    assert uses(own("revoke", grant=1)) == [(3, "5")]
+
+
+@pytest.mark.parametrize("on_spent", [DEBT, FORGIVE])
+@pytest.mark.parametrize("ends_by", ["release", "capture", "time"])
+def test_what_comes_back_to_an_expired_lot_that_was_clawed_back_is_taken_before_it_lapses(
+    ends_by: str, on_spent: Catalog
+) -> None:
+    own = lane({"amount": "5", "source": "pack", "expires_in": 60}, catalog=on_spent)
+    own("hold", "h", amount="5", ttl=61)
+    own("revoke", grant=1, amount="2")
+    own.wait(seconds=60)
+    if ends_by == "time":
+        own.wait(seconds=1)
+        own("settle")
+    else:
+        own(ends_by, hold="h", **({"amount": "0"} if ends_by == "capture" else {}))
+    account = own.account
+    assert (account.available, account.debt, account.revoked, account.expired) == (0, 0, 2_000_000, 3_000_000)
+
+
+def test_what_lapses_of_a_lot_that_was_not_clawed_back_pays_no_debt() -> None:
+    own = lane("5", {"amount": "5", "source": "pack", "expires_in": 60, "priority": 1})
+    own("hold", "h", amount="5")
+    own("consume", amount="5")
+    own("revoke", grant=1)
+    own.wait(seconds=60)
+    assert own("release", hold="h")["balance"] == {"available": "0", "debt": "5"}
+
+
+def test_what_an_administrator_took_of_a_lot_is_not_taken_again_by_its_revocation() -> None:
+    own = lane("5")
+    own("adjust", amount="-2", actor="anna", reason="wrong")
+    assert refused(own("revoke", grant=1, amount="3.000001"), Code.EXCEEDS_ORIGINAL)
+    result = own("revoke", grant=1)
+    assert (result["charged"], "owed" in result) == ("3", False)
+    assert own.account.debt == 0
+
+
+def test_what_is_left_of_a_revocation_is_owed_by_the_purchases_first_lot() -> None:
+    bought = {"amount": "4", "source": "pack", "purchase": "pi_1"}
+    own = lane({**bought, "priority": 9}, {**bought, "priority": 1})
+    own("consume", amount="6")
+    assert uses(own("revoke", purchase="pi_1")) == [(1, "2")]
+    assert [lot.clawed_back for lot in own.account.grants.values()] == [8_000_000, 0]
+    assert [(entry.kind, entry.grant, entry.amount_micro) for entry in own.account.entries[-1:]] == [
+        ("debt_incurred", 1, 6_000_000)
+    ]
+
+
+# When it is due next.
+
+
+def test_the_account_notes_when_time_will_change_it() -> None:
+    own = lane()
+    account = own.account
+    assert account.next_due_at is None
+    own("grant", amount="5", source="pack", expires_in=100)
+    assert account.next_due_at == START + timedelta(seconds=100)
+    own("grant", amount="5", source="pack", expires_in=50)
+    assert account.next_due_at == START + timedelta(seconds=50)
+    own("hold", "h", amount="10", ttl=30)
+    assert account.next_due_at == START + timedelta(seconds=30)
+    own.wait(seconds=30)
+    own("settle")
+    assert account.next_due_at == START + timedelta(seconds=50)
+    own.wait(seconds=70)
+    own("settle")
+    assert account.next_due_at is None
+
+
+def test_what_was_noted_too_early_is_set_right_by_settling_and_changes_nothing() -> None:
+    own = lane({"amount": "5", "source": "pack", "expires_in": 100})
+    own("hold", "h", amount="5", ttl=10)
+    own("capture", hold="h", amount="4")
+    assert own.account.next_due_at == START + timedelta(seconds=10)
+    own.wait(seconds=10)
+    seq = own.account.seq
+    own("settle")
+    assert own.account.seq == seq
+    assert own.account.next_due_at == START + timedelta(seconds=100)
+
+
+def test_a_refund_into_a_successor_is_noted_too() -> None:
+    own = lane({"amount": "5", "source": "pack", "expires_in": 60})
+    own("consume", "c", amount="5")
+    own.wait(seconds=60)
+    own("settle")
+    assert own.account.next_due_at is None
+    own("refund", operation="c")
+    assert own.account.next_due_at == own.now + timedelta(days=30)

@@ -96,6 +96,17 @@ def other_ledger(stack: Stack, database: str) -> Iterator[Ledger]:
     assert report.holds, report.faults
 
 
+def job(name: str, identity: str, /, **arguments: Any) -> Job:
+    """One operation, ready to be written."""
+    raw = msgspec.json.encode(arguments)
+    return Job(name, identity, decode_message(name, raw), raw)
+
+
+def send(ledger: Ledger, name: str, identity: str, /, **arguments: Any) -> dict[str, Any]:
+    """Write one operation in a batch of its own; returns its result."""
+    return ledger.write(job(name, identity, **arguments))[0]
+
+
 def freeze(ledger: Ledger, instant: datetime) -> None:
     """Let the ledger's clock stand still."""
     ledger.writer.connection.execute(
@@ -151,75 +162,82 @@ class Step(NamedTuple):
 
 
 PAUSES = [timedelta(0)] * 6 + [timedelta(seconds=90), timedelta(hours=3), timedelta(days=1), timedelta(days=3)]
-AMOUNTS = st.sampled_from(["0.000001", "0.3", "1", "2.5", "4", "7"])
+AMOUNTS = st.sampled_from(["4", "0.000001", "0.3", "2.5", "7", "20"])
 SCOPES = st.sampled_from([None, None, ["image"], ["image", "other"]])
 LIVES = st.sampled_from([None, 60, 3600, 7200, 86400, 3 * 86400])
 
 
 @st.composite
 def steps(draw: st.DrawFn) -> list[Step]:
-    """A life: mostly sensible operations on two accounts, with repeats, references to what never was and waits."""
+    """A life of two accounts: mostly what applies, with repeats, references to what never was or is over, and waits."""
     life: list[Step] = []
-    ids: dict[str, list[str]] = {"hold": ["never"], "charge": ["never"]}
-    for number in range(draw(st.integers(8, 30))):
-        account = draw(st.sampled_from(["first", "first", "first", "second"]))
-        kind = draw(
-            st.sampled_from(
-                ["open", "grant", "grant", "consume", "consume", "hold", "hold", "capture", "release", "refund",
-                 "refund", "adjust", "revoke", "revoke", "settle", "again"]
-            )
-        )  # fmt: skip
+    accounts = {name: Account(name) for name in ("first", "second")}
+    ids: dict[str, dict[str, list[str]]] = {name: {"hold": ["never"], "charge": ["never"]} for name in accounts}
+    now = START
+    for number in range(draw(st.integers(15, 35))):
         pause = draw(st.sampled_from(PAUSES))
+        name, kind = draw(st.sampled_from(["first", "first", "first", "second"])), draw(st.sampled_from(KINDS))
         if number < 2:
-            account, kind = ("first", "second")[number], "open"
-        identity = f"{kind}-{number}"
-        arguments: dict[str, Any] = {"account": account}
-        if kind == "again" and life:
-            before = draw(st.sampled_from(life))
-            life.append(before._replace(pause=pause))
-            continue
-        if kind == "grant":
-            arguments |= {
-                "amount": draw(AMOUNTS), "source": draw(st.sampled_from(["pack", "promo"])), "features": draw(SCOPES),
-                "expires_in": draw(LIVES), "purchase": draw(st.sampled_from([None, "p-1", "p-2"])),
-            }  # fmt: skip
-        elif kind in ("consume", "hold"):
-            what = draw(
-                st.sampled_from(
-                    [{"feature": "image", "quantity": 7}, {"feature": "image", "quantity": 40}, {"amount": "1.5"},
-                     {"amount": "0.7"}, {"amount": "5"}, {"feature": "export"}]
-                )
-            )  # fmt: skip
-            arguments |= what
-            if kind == "consume":
-                arguments["partial"] = draw(st.booleans())
-                ids["charge"].append(identity)
-            else:
-                arguments["ttl"] = draw(st.sampled_from([60, 7200, 86400]))
-                ids["hold"].append(identity)
-        elif kind in ("capture", "release"):
-            arguments["hold"] = draw(st.sampled_from(ids["hold"][-4:]))
-            if kind == "capture":
-                arguments["amount"] = draw(st.sampled_from([None, "0", "0.4", "1.9"]))
-                ids["charge"].append(identity)
-        elif kind == "refund":
-            arguments |= {
-                "operation": draw(st.sampled_from(ids["charge"][-5:])),
-                "amount": draw(st.sampled_from([None, None, "0.2", "1"])),
-            }
-        elif kind == "adjust":
-            arguments |= {
-                "amount": draw(st.sampled_from(["-1", "-0.5", "2"])), "actor": "admin", "reason": "because",
-            }  # fmt: skip
-        elif kind == "revoke":
-            arguments |= draw(
-                st.sampled_from([{"purchase": "p-1"}, {"purchase": "p-2"}, {"grant": 2}, {"grant": 3, "amount": "1"}])
-            )
-        elif kind not in ("open", "settle"):
-            identity, kind = f"settle-{number}", "settle"
-        arguments = {key: value for key, value in arguments.items() if value is not None}
-        life.append(Step(pause, f"credits.{kind}", identity, arguments))
+            name, kind = ("first", "second")[number], "open"
+        if kind == "again":
+            step = draw(st.sampled_from(life))._replace(pause=pause)
+        else:
+            arguments = {"account": name, **draw_arguments(draw, kind, ids[name])}
+            step = Step(pause, f"credits.{kind}", f"{kind}-{number}", arguments)
+        life.append(step)
+        now += pause
+        raw = msgspec.json.encode(step.arguments)
+        given_answer = apply(
+            accounts[step.arguments["account"]], step.name, step.operation, decode_message(step.name, raw), raw, now,
+            CATALOGS["debt"],
+        )  # fmt: skip
+        if given_answer.row is not None and given_answer.row.status == "applied":
+            for group, makers in (("hold", ("hold",)), ("charge", ("consume", "capture"))):
+                if kind in makers:
+                    ids[name][group].append(step.operation)
     return life
+
+
+KINDS = [
+    "grant", "grant", "consume", "consume", "hold", "hold", "capture", "release", "refund", "refund", "refund",
+    "adjust", "revoke", "settle", "open", "again",
+]  # fmt: skip
+
+
+def draw_arguments(draw: st.DrawFn, kind: str, ids: dict[str, list[str]]) -> dict[str, Any]:
+    """Arguments of an operation, but for its account."""
+    arguments: dict[str, Any] = {}
+    if kind == "grant":
+        arguments = {
+            "amount": draw(AMOUNTS), "source": draw(st.sampled_from(["pack", "promo"])), "features": draw(SCOPES),
+            "expires_in": draw(LIVES), "purchase": draw(st.sampled_from([None, "p-1", "p-2"])),
+        }  # fmt: skip
+    elif kind in ("consume", "hold"):
+        arguments = dict(draw(st.sampled_from(CHARGES)))
+        if kind == "consume":
+            arguments["partial"] = draw(st.booleans())
+        else:
+            arguments["ttl"] = draw(st.sampled_from([7200, 60, 86400]))
+    elif kind in ("capture", "release"):
+        arguments["hold"] = draw(st.sampled_from(ids["hold"][-3:]))
+        if kind == "capture":
+            arguments["amount"] = draw(st.sampled_from([None, "0.4", "0", "1.9"]))
+    elif kind == "refund":
+        arguments["operation"] = draw(st.sampled_from(ids["charge"][-2:]))
+        arguments["amount"] = draw(st.sampled_from([None, "0.2", "1"]))
+    elif kind == "adjust":
+        arguments = {"amount": draw(st.sampled_from(["-0.5", "-1", "2"])), "actor": "admin", "reason": "because"}
+    elif kind == "revoke":
+        arguments = dict(
+            draw(st.sampled_from([{"purchase": "p-1"}, {"purchase": "p-2"}, {"grant": 2}, {"grant": 3, "amount": "1"}]))
+        )
+    return {key: value for key, value in arguments.items() if value is not None}
+
+
+CHARGES: list[dict[str, Any]] = [
+    {"feature": "image", "quantity": 7}, {"amount": "0.7"}, {"amount": "1.5"}, {"feature": "image", "quantity": 40},
+    {"amount": "5"}, {"feature": "export"},
+]  # fmt: skip
 
 
 _lives = itertools.count(1)
@@ -243,9 +261,9 @@ class Lived:
         results: list[bytes | None] = []
         for now, step in self.moments:
             freeze(ledger, now)
-            job = ledger.job(step.name, step.operation, **step.arguments)
-            ledger.writer.write([job])
-            results.append(job.result)
+            alone = job(step.name, step.operation, **step.arguments)
+            ledger.writer.write([alone])
+            results.append(alone.result)
         return results
 
     def together(self, ledger: Ledger) -> list[bytes | None]:
@@ -253,9 +271,9 @@ class Lived:
         results: list[bytes | None] = []
         for now, moments in itertools.groupby(self.moments, key=lambda moment: moment[0]):
             freeze(ledger, now)
-            jobs = [ledger.job(step.name, step.operation, **step.arguments) for _, step in moments]
+            jobs = [job(step.name, step.operation, **step.arguments) for _, step in moments]
             ledger.writer.write(jobs)
-            results += [job.result for job in jobs]
+            results += [each.result for each in jobs]
         return results
 
     def in_memory(self, catalog: Catalog) -> tuple[dict[str, Account], list[bytes | None]]:
@@ -308,7 +326,7 @@ def test_however_a_life_is_cut_into_batches_the_rows_and_answers_are_the_same(
     catalog = CATALOGS[on_spent]
 
     @settings(
-        max_examples=30, deadline=None, database=None, derandomize=True,
+        max_examples=100, deadline=None, database=None, derandomize=True,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )  # fmt: skip
     @given(steps())
@@ -331,18 +349,18 @@ def test_however_a_life_is_cut_into_batches_the_rows_and_answers_are_the_same(
 def test_what_was_forgiven_of_a_closed_lot_is_taken_when_what_continues_it_comes_back(ledger: Ledger) -> None:
     with priced_by(ledger, CATALOGS["forgive"]):
         freeze(ledger, START)
-        ledger.apply("credits.open", "open", account="a", kind="pool")
-        ledger.apply("credits.grant", "g", account="a", amount=10, source="pack", purchase="p", expires_in=3600)
-        ledger.apply("credits.consume", "c", account="a", amount=10)
+        send(ledger, "credits.open", "open", account="a", kind="pool")
+        send(ledger, "credits.grant", "g", account="a", amount=10, source="pack", purchase="p", expires_in=3600)
+        send(ledger, "credits.consume", "c", account="a", amount=10)
         freeze(ledger, START + 2 * HOUR)
-        ledger.apply("credits.refund", "r", account="a", operation="c", amount=6)
-        ledger.apply("credits.consume", "c-2", account="a", amount=2)
-        ledger.apply("credits.hold", "h", account="a", amount=4)
-        revoked = ledger.apply("credits.revoke", "v", account="a", purchase="p")
+        send(ledger, "credits.refund", "r", account="a", operation="c", amount=6)
+        send(ledger, "credits.consume", "c-2", account="a", amount=2)
+        send(ledger, "credits.hold", "h", account="a", amount=4)
+        revoked = send(ledger, "credits.revoke", "v", account="a", purchase="p")
         assert (revoked["status"], revoked["forgiven"]) == ("applied", "10")
-        released = ledger.apply("credits.release", "l", account="a", hold="h")
+        released = send(ledger, "credits.release", "l", account="a", hold="h")
         assert released["balance"] == {"available": "0"}
-        refunded = ledger.apply("credits.refund", "r-2", account="a", operation="c-2")
+        refunded = send(ledger, "credits.refund", "r-2", account="a", operation="c-2")
         assert refunded["balance"] == {"available": "0"}
         assert all_of(ledger, "SELECT kind, amount_micro FROM entries WHERE kind = 'revoked' ORDER BY seq") == [
             ("revoked", 4_000_000), ("revoked", 2_000_000),
@@ -354,12 +372,12 @@ def test_what_was_forgiven_of_a_closed_lot_is_taken_when_what_continues_it_comes
 
 def test_duplicates_within_one_batch_apply_once_and_answer_alike(ledger: Ledger) -> None:
     answers = ledger.write(
-        ledger.job("credits.open", "open", account="a"),
-        ledger.job("credits.consume", "c", account="a", amount=3),
-        ledger.job("credits.consume", "c", account="a", amount=3),
-        ledger.job("credits.consume", "c", account="a", amount=4),
-        ledger.job("credits.consume", "c", account="a", amount=3),
-        ledger.job("credits.consume", "c", account="b", amount=3),
+        job("credits.open", "open", account="a"),
+        job("credits.consume", "c", account="a", amount=3),
+        job("credits.consume", "c", account="a", amount=3),
+        job("credits.consume", "c", account="a", amount=4),
+        job("credits.consume", "c", account="a", amount=3),
+        job("credits.consume", "c", account="b", amount=3),
     )
     first, again, conflict, last, elsewhere = answers[1:]
     assert (first["status"], first.get("replayed")) == ("applied", None)
@@ -373,14 +391,14 @@ def test_duplicates_within_one_batch_apply_once_and_answer_alike(ledger: Ledger)
 
 
 def test_a_duplicate_of_an_earlier_batch_is_answered_as_the_first_time(ledger: Ledger) -> None:
-    ledger.apply("credits.open", "open", account="a")
-    first = ledger.apply("credits.consume", "c", account="a", amount=60)
+    send(ledger, "credits.open", "open", account="a")
+    first = send(ledger, "credits.consume", "c", account="a", amount=60)
     assert first["code"] == "insufficient_credits"
-    ledger.apply("credits.grant", "g", account="a", amount=100, source="pack")
+    send(ledger, "credits.grant", "g", account="a", amount=100, source="pack")
     before = written(ledger, ["a"])
     again, conflict = ledger.write(
-        ledger.job("credits.consume", "c", account="a", amount=60),
-        ledger.job("credits.consume", "c", account="a", amount=61),
+        job("credits.consume", "c", account="a", amount=60),
+        job("credits.consume", "c", account="a", amount=61),
     )
     assert again == {**first, "replayed": True}
     assert conflict["code"] == "id_conflict"
@@ -391,35 +409,35 @@ def test_a_charge_of_an_earlier_batch_is_refunded_twice_in_one_batch_and_never_o
     ledger: Ledger,
 ) -> None:
     ledger.write(
-        ledger.job("credits.open", "open", account="a"),
-        ledger.job("credits.grant", "g", account="a", amount=5, source="early", priority=1),
-        ledger.job("credits.consume", "c", account="a", amount=8),
+        job("credits.open", "open", account="a"),
+        job("credits.grant", "g", account="a", amount=5, source="early", priority=1),
+        job("credits.consume", "c", account="a", amount=8),
     )
     answers = ledger.write(
-        ledger.job("credits.refund", "r-1", account="a", operation="c", amount=4),
-        ledger.job("credits.refund", "r-2", account="a", operation="c", amount=3),
-        ledger.job("credits.refund", "r-3", account="a", operation="c", amount=2),
-        ledger.job("credits.refund", "r-4", account="a", operation="c"),
+        job("credits.refund", "r-1", account="a", operation="c", amount=4),
+        job("credits.refund", "r-2", account="a", operation="c", amount=3),
+        job("credits.refund", "r-3", account="a", operation="c", amount=2),
+        job("credits.refund", "r-4", account="a", operation="c"),
     )
     assert [answer.get("code") for answer in answers] == [None, None, "exceeds_original", None]
     assert [answer.get("charged") for answer in answers] == ["-4", "-3", None, "-1"]
     assert all_of(ledger, "SELECT line, grant_id, taken_micro, returned_micro FROM receipts ORDER BY line") == [
         (1, 2, 5_000_000, 5_000_000), (2, 1, 3_000_000, 3_000_000),
     ]  # fmt: skip
-    assert ledger.apply("credits.refund", "r-5", account="a", operation="c")["code"] == "exceeds_original"
+    assert send(ledger, "credits.refund", "r-5", account="a", operation="c")["code"] == "exceeds_original"
 
 
 def test_a_refund_to_a_used_up_grant_opens_it_again_and_one_to_an_expired_grant_continues_it(ledger: Ledger) -> None:
     freeze(ledger, START)
-    ledger.apply("credits.open", "open", account="a", kind="pool")
-    ledger.apply("credits.grant", "g-1", account="a", amount=2, source="pack", features=["image"], purchase="p")
-    ledger.apply("credits.grant", "g-2", account="a", amount=3, source="promo", expires_in=60)
-    ledger.apply("credits.consume", "c-1", account="a", feature="image", quantity=16)
-    ledger.apply("credits.consume", "c-2", account="a", amount=3)
+    send(ledger, "credits.open", "open", account="a", kind="pool")
+    send(ledger, "credits.grant", "g-1", account="a", amount=2, source="pack", features=["image"], purchase="p")
+    send(ledger, "credits.grant", "g-2", account="a", amount=3, source="promo", expires_in=60)
+    send(ledger, "credits.consume", "c-1", account="a", feature="image", quantity=16)
+    send(ledger, "credits.consume", "c-2", account="a", amount=3)
     assert all_of(ledger, "SELECT grant_id FROM grants WHERE is_open") == []
     freeze(ledger, START + HOUR)
-    ledger.apply("credits.refund", "r-1", account="a", operation="c-1")
-    ledger.apply("credits.refund", "r-2", account="a", operation="c-2")
+    send(ledger, "credits.refund", "r-1", account="a", operation="c-1")
+    send(ledger, "credits.refund", "r-2", account="a", operation="c-2")
     assert all_of(
         ledger,
         "SELECT grant_id, source, features, purchase, available_micro, origin, expires_at FROM grants WHERE is_open"
@@ -432,15 +450,15 @@ def test_a_refund_to_a_used_up_grant_opens_it_again_and_one_to_an_expired_grant_
 
 def test_holds_of_earlier_batches_are_captured_and_released_with_their_receipts(ledger: Ledger) -> None:
     ledger.write(
-        ledger.job("credits.open", "open", account="a"),
-        ledger.job("credits.grant", "g", account="a", amount=5, source="early", priority=1),
-        ledger.job("credits.hold", "h-1", account="a", amount=8),
-        ledger.job("credits.hold", "h-2", account="a", feature="image", quantity=80),
-        ledger.job("credits.hold", "h-3", account="a", amount=1),
+        job("credits.open", "open", account="a"),
+        job("credits.grant", "g", account="a", amount=5, source="early", priority=1),
+        job("credits.hold", "h-1", account="a", amount=8),
+        job("credits.hold", "h-2", account="a", feature="image", quantity=80),
+        job("credits.hold", "h-3", account="a", amount=1),
     )
-    captured = ledger.apply("credits.capture", "k-1", account="a", hold="h-1", amount=6)
-    more = ledger.apply("credits.capture", "k-2", account="a", hold="h-2", quantity=88)
-    released = ledger.apply("credits.release", "l", account="a", hold="h-3")
+    captured = send(ledger, "credits.capture", "k-1", account="a", hold="h-1", amount=6)
+    more = send(ledger, "credits.capture", "k-2", account="a", hold="h-2", quantity=88)
+    released = send(ledger, "credits.release", "l", account="a", hold="h-3")
     assert [answer["charged"] for answer in (captured, more, released)] == ["6", "11", "-1"]
     assert all_of(ledger, "SELECT hold, status, amount_micro, captured_micro FROM holds ORDER BY hold") == [
         ("h-1", "captured", 8_000_000, 6_000_000),
@@ -454,34 +472,34 @@ def test_holds_of_earlier_batches_are_captured_and_released_with_their_receipts(
         ("h-2", 1, 10_000_000, 0),
         ("h-3", 1, 1_000_000, 1_000_000),
     ]  # fmt: skip
-    assert ledger.apply("credits.capture", "k-3", account="a", hold="h-1")["code"] == "hold_closed"
-    assert ledger.apply("credits.release", "l-2", account="a", hold="h-3")["code"] == "hold_closed"
-    assert ledger.apply("credits.capture", "k-4", account="a", hold="h-9")["code"] == "unknown_hold"
-    refunded = ledger.apply("credits.refund", "r", account="a", operation="k-2")
+    assert send(ledger, "credits.capture", "k-3", account="a", hold="h-1")["code"] == "hold_closed"
+    assert send(ledger, "credits.release", "l-2", account="a", hold="h-3")["code"] == "hold_closed"
+    assert send(ledger, "credits.capture", "k-4", account="a", hold="h-9")["code"] == "unknown_hold"
+    refunded = send(ledger, "credits.refund", "r", account="a", operation="k-2")
     assert (refunded["charged"], refunded["balance"]["available"]) == ("-11", "49")
 
 
 def test_a_purchase_is_revoked_from_its_closed_grants_and_from_what_continues_them(ledger: Ledger) -> None:
     freeze(ledger, START)
-    ledger.apply("credits.open", "open", account="a", kind="pool")
-    ledger.apply("credits.grant", "g-1", account="a", amount=4, source="pack", purchase="p", expires_in=60)
-    ledger.apply("credits.grant", "g-2", account="a", amount=3, source="pack", purchase="p")
-    ledger.apply("credits.grant", "other", account="a", amount=9, source="pack", purchase="q")
-    ledger.apply("credits.consume", "c-1", account="a", amount=4)
-    ledger.apply("credits.consume", "c-2", account="a", amount=3)
+    send(ledger, "credits.open", "open", account="a", kind="pool")
+    send(ledger, "credits.grant", "g-1", account="a", amount=4, source="pack", purchase="p", expires_in=60)
+    send(ledger, "credits.grant", "g-2", account="a", amount=3, source="pack", purchase="p")
+    send(ledger, "credits.grant", "other", account="a", amount=9, source="pack", purchase="q")
+    send(ledger, "credits.consume", "c-1", account="a", amount=4)
+    send(ledger, "credits.consume", "c-2", account="a", amount=3)
     freeze(ledger, START + HOUR)
-    ledger.apply("credits.refund", "r", account="a", operation="c-1", amount=1)
+    send(ledger, "credits.refund", "r", account="a", operation="c-1", amount=1)
     assert all_of(ledger, "SELECT grant_id, origin FROM grants WHERE is_open ORDER BY 1") == [(3, None), (4, 1)]
-    revoked = ledger.apply("credits.revoke", "v", account="a", purchase="p")
+    revoked = send(ledger, "credits.revoke", "v", account="a", purchase="p")
     # One credit of seven came back and is taken from what continues the first lot; six were spent.
     assert (revoked["charged"], revoked["owed"]) == ("1", "6")
     assert all_of(ledger, "SELECT grant_id, available_micro, clawed_back_micro FROM grants ORDER BY 1") == [
         (1, 0, 6_000_000), (2, 0, 0), (3, 9_000_000, 0), (4, 0, 1_000_000),
     ]  # fmt: skip
     assert one(ledger, "SELECT debt_micro FROM accounts") == 6_000_000
-    assert ledger.apply("credits.revoke", "v-2", account="a", purchase="p")["code"] == "exceeds_original"
-    assert ledger.apply("credits.revoke", "v-3", account="a", grant=1)["code"] == "exceeds_original"
-    assert ledger.apply("credits.revoke", "v-4", account="a", grant=7)["code"] == "unknown_grant"
+    assert send(ledger, "credits.revoke", "v-2", account="a", purchase="p")["code"] == "exceeds_original"
+    assert send(ledger, "credits.revoke", "v-3", account="a", grant=1)["code"] == "exceeds_original"
+    assert send(ledger, "credits.revoke", "v-4", account="a", grant=7)["code"] == "unknown_grant"
 
 
 # Faults
@@ -501,29 +519,29 @@ def test_an_operation_whose_code_raises_is_quarantined_and_its_mates_stand_as_if
 
     monkeypatch.setitem(OPERATIONS, "credits.consume", consume._replace(run=run))
 
-    def batch(of: Ledger, cursed: bool) -> list[Job]:
+    def batch(cursed: bool) -> list[Job]:
         jobs = [
-            of.job("credits.consume", "before", account="a", amount=1),
-            of.job("credits.consume", "b-1", account="b", amount=2),
-            of.job("credits.hold", "h", account="a", amount=3),
-            of.job("credits.consume", "before", account="a", amount=1),
-            of.job("credits.consume", "cursed", account="a", amount=4),
-            of.job("credits.consume", "old", account="a", amount=1),
-            of.job("credits.refund", "r", account="a", operation="before"),
-            of.job("credits.capture", "k", account="a", hold="h"),
-            of.job("credits.open", "open", account="new"),
+            job("credits.consume", "before", account="a", amount=1),
+            job("credits.consume", "b-1", account="b", amount=2),
+            job("credits.hold", "h", account="a", amount=3),
+            job("credits.consume", "before", account="a", amount=1),
+            job("credits.consume", "cursed", account="a", amount=4),
+            job("credits.consume", "old", account="a", amount=1),
+            job("credits.refund", "r", account="a", operation="before"),
+            job("credits.capture", "k", account="a", hold="h"),
+            job("credits.open", "open", account="new"),
         ]
-        return jobs if cursed else [job for job in jobs if job.operation != "cursed"]
+        return [each for each in jobs if cursed or each.operation != "cursed"]
 
-    for each, cursed in ((ledger, True), (other_ledger, False)):
-        freeze(each, START)
-        each.write(*(each.job("credits.open", "open", account=name) for name in "ab"))
-        each.apply("credits.consume", "old", account="a", amount=1)
-        freeze(each, START + HOUR)
-        each.writer.write(jobs := batch(each, cursed))
-        results = [job.result for job in jobs if job.operation != "cursed"]
+    for where, cursed in ((ledger, True), (other_ledger, False)):
+        freeze(where, START)
+        where.write(*(job("credits.open", "open", account=name) for name in "ab"))
+        send(where, "credits.consume", "old", account="a", amount=1)
+        freeze(where, START + HOUR)
+        where.writer.write(jobs := batch(cursed))
+        results = [each.result for each in jobs if each.operation != "cursed"]
         if cursed:
-            (bad,) = (job for job in jobs if job.operation == "cursed")
+            (bad,) = (each for each in jobs if each.operation == "cursed")
             expected = results
     assert results == expected
     assert written(ledger, ["a", "b", "new"]) == written(other_ledger, ["a", "b", "new"])
@@ -539,7 +557,7 @@ def test_an_operation_whose_code_raises_is_quarantined_and_its_mates_stand_as_if
     assert msgspec.json.decode(body) == {"account": "a", "amount": 4}
     # Mended, the same message is applied.
     monkeypatch.undo()
-    assert ledger.apply("credits.consume", "cursed", account="a", amount=4)["status"] == "applied"
+    assert send(ledger, "credits.consume", "cursed", account="a", amount=4)["status"] == "applied"
 
 
 def test_an_account_whose_only_operation_raises_is_not_made(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -547,25 +565,25 @@ def test_an_account_whose_only_operation_raises_is_not_made(ledger: Ledger, monk
         raise ZeroDivisionError
 
     monkeypatch.setitem(OPERATIONS, "credits.open", OPERATIONS["credits.open"]._replace(run=run))
-    ledger.apply("credits.open", "open", account="a")
+    send(ledger, "credits.open", "open", account="a")
     assert all_of(ledger, "SELECT account FROM accounts") == []
     assert all_of(ledger, "SELECT code, account FROM quarantine") == [("internal_error", "a")]
 
 
 def test_a_batch_that_the_database_refuses_leaves_nothing(ledger: Ledger) -> None:
-    ledger.apply("credits.open", "open", account="a")
+    send(ledger, "credits.open", "open", account="a")
     before = written(ledger, ["a", "b"])
     ledger.writer.connection.execute("ALTER TABLE entries ADD CONSTRAINT cursed CHECK (operation <> 'cursed')")
     quarantined = Quarantined(Code.MALFORMED, "none", "lane.000", b"x")
     with pytest.raises(psycopg.errors.CheckViolation):
         ledger.writer.write(
-            [ledger.job("credits.open", "open", account="b"), ledger.job("credits.consume", "cursed", account="a",
+            [job("credits.open", "open", account="b"), job("credits.consume", "cursed", account="a",
                                                                         amount=1)],
             [quarantined],
         )  # fmt: skip
     assert written(ledger, ["a", "b"]) == before
     assert all_of(ledger, "SELECT id FROM quarantine") == []
-    assert ledger.apply("credits.consume", "c", account="a", amount=1)["status"] == "applied"
+    assert send(ledger, "credits.consume", "c", account="a", amount=1)["status"] == "applied"
 
 
 @pytest.mark.parametrize(
@@ -586,9 +604,9 @@ def test_a_batch_that_the_database_refuses_leaves_nothing(ledger: Ledger) -> Non
 )
 def test_a_row_that_does_not_close_cannot_be_written_even_by_the_owner(ledger: Ledger, change: str) -> None:
     ledger.write(
-        ledger.job("credits.open", "open", account="a"),
-        ledger.job("credits.consume", "c", account="a", amount=1),
-        ledger.job("credits.refund", "r", account="a", operation="c", amount="0.5"),
+        job("credits.open", "open", account="a"),
+        job("credits.consume", "c", account="a", amount=1),
+        job("credits.refund", "r", account="a", operation="c", amount="0.5"),
     )
     with pytest.raises(psycopg.errors.CheckViolation):
         ledger.writer.connection.execute(change)
@@ -614,26 +632,26 @@ ODD = [
 
 @pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
 def test_odd_text_survives_in_every_field_byte_for_byte(ledger: Ledger, odd: str) -> None:
-    account = ledger.job("credits.open", odd, account=odd, email=odd).message.account
+    account = job("credits.open", odd, account=odd, email=odd).message.account
     assert account == odd
     answers = ledger.write(
-        ledger.job("credits.open", "open", account=odd, email=odd),
-        ledger.job("credits.grant", odd, account=odd, amount=9, source=odd, features=[odd, "image", "\\"],
+        job("credits.open", "open", account=odd, email=odd),
+        job("credits.grant", odd, account=odd, amount=9, source=odd, features=[odd, "image", "\\"],
                    purchase=odd, reason=odd),
-        ledger.job("credits.adjust", f"a{odd}"[:MAX_NAME], account=odd, amount=1, actor=odd, reason=odd),
+        job("credits.adjust", f"a{odd}"[:MAX_NAME], account=odd, amount=1, actor=odd, reason=odd),
     )  # fmt: skip
     answers += [
-        ledger.apply("credits.hold", f"h{odd}"[:MAX_NAME], account=odd, feature="image", quantity=8, member=odd,
+        send(ledger, "credits.hold", f"h{odd}"[:MAX_NAME], account=odd, feature="image", quantity=8, member=odd,
                      metadata={odd: [odd, {odd: None}]}),
-        ledger.apply("credits.capture", f"k{odd}"[:MAX_NAME], account=odd, hold=f"h{odd}"[:MAX_NAME]),
-        ledger.apply("credits.refund", f"r{odd}"[:MAX_NAME], account=odd, operation=f"k{odd}"[:MAX_NAME],
+        send(ledger, "credits.capture", f"k{odd}"[:MAX_NAME], account=odd, hold=f"h{odd}"[:MAX_NAME]),
+        send(ledger, "credits.refund", f"r{odd}"[:MAX_NAME], account=odd, operation=f"k{odd}"[:MAX_NAME],
                      reason=odd),
-        ledger.apply("credits.revoke", f"v{odd}"[:MAX_NAME], account=odd, purchase=odd, reason=odd),
+        send(ledger, "credits.revoke", f"v{odd}"[:MAX_NAME], account=odd, purchase=odd, reason=odd),
     ]  # fmt: skip
     assert [answer["status"] for answer in answers] == ["applied"] * 7
-    unknown = ledger.apply("credits.consume", f"u{odd}"[:MAX_NAME], account=odd, feature=odd, member=odd)
+    unknown = send(ledger, "credits.consume", f"u{odd}"[:MAX_NAME], account=odd, feature=odd, member=odd)
     assert unknown["code"] == "unknown_feature"
-    again = ledger.apply("credits.grant", odd, account=odd, amount=9, source=odd, features=[odd, "image", "\\"],
+    again = send(ledger, "credits.grant", odd, account=odd, amount=9, source=odd, features=[odd, "image", "\\"],
                          purchase=odd, reason=odd)  # fmt: skip
     assert again == {**answers[1], "replayed": True}
     assert all_of(ledger, "SELECT account, email FROM accounts") == [(odd, odd)]
@@ -653,28 +671,29 @@ def test_odd_text_survives_in_every_field_byte_for_byte(ledger: Ledger, odd: str
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(
     names=st.lists(
-        st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=MAX_NAME),
+        st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=120),
         min_size=2,
         max_size=6,
         unique=True,
     )
 )
 def test_any_text_of_the_contract_survives(ledger: Ledger, names: list[str]) -> None:
-    jobs = [ledger.job("credits.open", name, account=name, email=name[:254]) for name in names]
-    jobs += [
-        ledger.job("credits.grant", f"{name}g"[-MAX_NAME:], account=name, amount=1, source=name, features=names,
-                   purchase=name)
-        for name in names
-    ]  # fmt: skip
-    ledger.writer.write(jobs)
-    ledger.writer.write([ledger.job("credits.settle", "s", account=name) for name in names])
+    accounts = [f"{next(_lives)}{name}" for name in names]
+    pairs = list(zip(accounts, names, strict=True))
+    ledger.write(
+        *(job("credits.open", f"o{name}", account=account, email=name) for account, name in pairs),
+        *(job("credits.grant", name, account=account, amount=1, source=name, features=names, purchase=name)
+          for account, name in pairs),
+    )  # fmt: skip
+    ledger.write(*(job("credits.settle", f"s{name}", account=account) for account, name in pairs))
     found = all_of(
         ledger,
-        "SELECT a.account, a.email, g.source, g.features, g.purchase FROM accounts a JOIN grants g USING (account)"
-        " WHERE account = ANY(%s) AND g.grant_id = 2",
-        names,
+        "SELECT a.account, a.email, g.source, g.features, g.purchase, g.operation FROM accounts a"
+        " JOIN grants g USING (account) WHERE account = ANY(%s) AND g.grant_id = 2",
+        accounts,
     )
-    assert sorted(found) == sorted((name, name, name, sorted(names), name) for name in names)
+    expected = [(account, name, name, sorted(names), name, name) for account, name in pairs]
+    assert sorted(found) == sorted(expected)
 
 
 @pytest.mark.parametrize(
@@ -688,9 +707,8 @@ def test_any_text_of_the_contract_survives(ledger: Ledger, names: list[str]) -> 
     ],
 )
 def test_arguments_are_kept_as_they_came(ledger: Ledger, raw: bytes) -> None:
-    ledger.apply("credits.open", "open", account="a")
-    job = Job("credits.consume", "c", decode_message("credits.consume", raw), raw)
-    ledger.writer.write([job])
+    send(ledger, "credits.open", "open", account="a")
+    ledger.writer.write([Job("credits.consume", "c", decode_message("credits.consume", raw), raw)])
     assert one(ledger, "SELECT arguments::text FROM operations WHERE operation = 'c'").encode() == raw
     again = Job("credits.consume", "c", decode_message("credits.consume", raw), raw)
     ledger.writer.write([again])
@@ -707,10 +725,6 @@ def test_two_writers_on_the_same_accounts_never_overspend_and_lose_nothing(datab
     accounts = [f"shared-{number}" for number in range(6)]
     answers: dict[int, list[Job]] = {0: [], 1: []}
     failures: list[BaseException] = []
-
-    def job(name: str, operation: str, **arguments: Any) -> Job:
-        raw = msgspec.json.encode(arguments)
-        return Job(name, operation, decode_message(name, raw), raw)
 
     def produce(writer_number: int) -> None:
         try:
@@ -739,8 +753,8 @@ def test_two_writers_on_the_same_accounts_never_overspend_and_lose_nothing(datab
     for thread in threads:
         thread.join()
     assert failures == []
-    assert all(job.result is not None and job.quarantined is None for jobs in answers.values() for job in jobs)
-    sent = {(job.account, job.operation) for jobs in answers.values() for job in jobs}
+    assert all(each.result is not None and each.quarantined is None for jobs in answers.values() for each in jobs)
+    sent = {(each.account, each.operation) for jobs in answers.values() for each in jobs}
     assert set(rows(database, "SELECT account, operation FROM operations")) == sent
     # 50 credits each, 65 wanted: every one is used up to less than a charge, none is overdrawn.
     left = rows(database, "SELECT available_micro, consumed_micro FROM accounts")
@@ -749,17 +763,17 @@ def test_two_writers_on_the_same_accounts_never_overspend_and_lose_nothing(datab
     assert value(database, "SELECT count(*) FROM quarantine") == 0
     charged = rows(database, "SELECT sum(charged_micro) FROM operations WHERE name = 'credits.consume'")[0][0]
     assert charged == sum(used for _, used in left)
-    both = [job for jobs in answers.values() for job in jobs if job.operation.startswith("both-")]
-    assert sum(b'"replayed":true' in (job.result or b"") for job in both) == len(both) // 2
+    both = [each for jobs in answers.values() for each in jobs if each.operation.startswith("both-")]
+    assert sum(b'"replayed":true' in (each.result or b"") for each in both) == len(both) // 2
 
 
 def test_a_database_clock_that_steps_back_moves_no_accounts_time_back(ledger: Ledger) -> None:
     freeze(ledger, START)
-    ledger.apply("credits.open", "open", account="a")
+    send(ledger, "credits.open", "open", account="a")
     freeze(ledger, START - HOUR)
     ledger.write(
-        ledger.job("credits.grant", "g", account="a", amount=1, source="pack", expires_in=60),
-        ledger.job("credits.open", "open", account="b"),
+        job("credits.grant", "g", account="a", amount=1, source="pack", expires_in=60),
+        job("credits.open", "open", account="b"),
     )
     assert all_of(ledger, "SELECT account, updated_at FROM accounts ORDER BY 1") == [
         ("a", START), ("b", START - HOUR),
@@ -769,37 +783,37 @@ def test_a_database_clock_that_steps_back_moves_no_accounts_time_back(ledger: Le
         ("a", START), ("b", START - HOUR),
     ]  # fmt: skip
     freeze(ledger, START + timedelta(seconds=60))
-    ledger.apply("credits.settle", "s", account="a")
+    send(ledger, "credits.settle", "s", account="a")
     freeze(ledger, START)
     # What has expired stays so, though the clock says that it is not due yet.
-    assert ledger.apply("credits.settle", "s-2", account="a")["balance"]["available"] == "50"
+    assert send(ledger, "credits.settle", "s-2", account="a")["balance"]["available"] == "50"
     assert one(ledger, "SELECT updated_at FROM accounts WHERE account = 'a'") == START + timedelta(seconds=60)
 
 
 def test_a_balance_near_the_largest_number_is_refused_more_and_stays_whole(ledger: Ledger) -> None:
     most = 10**12
-    ledger.apply("credits.open", "open", account="a", kind="pool")
+    send(ledger, "credits.open", "open", account="a", kind="pool")
     granted = [
-        ledger.apply("credits.grant", f"g-{number}", account="a", amount=most, source="pack") for number in range(8)
+        send(ledger, "credits.grant", f"g-{number}", account="a", amount=most, source="pack") for number in range(8)
     ]
     granted += ledger.write(
-        ledger.job("credits.grant", "g-8", account="a", amount=most - 1, source="pack", purchase="p"),
-        ledger.job("credits.adjust", "plus", account="a", amount=1, actor="admin", reason="to the brim"),
+        job("credits.grant", "g-8", account="a", amount=most - 1, source="pack", purchase="p"),
+        job("credits.adjust", "plus", account="a", amount=1, actor="admin", reason="to the brim"),
     )
     assert [answer["status"] for answer in granted] == ["applied"] * 10
     assert one(ledger, "SELECT granted_micro FROM accounts") == MAX_TOTAL_MICRO
     over = ledger.write(
-        ledger.job("credits.grant", "over", account="a", amount="0.000001", source="pack"),
-        ledger.job("credits.adjust", "over-2", account="a", amount=most, actor="admin", reason="too much"),
-        ledger.job("credits.consume", "c", account="a", amount=most),
-        ledger.job("credits.refund", "r", account="a", operation="c"),
-        ledger.job("credits.hold", "h", account="a", amount=most),
-        ledger.job("credits.release", "l", account="a", hold="h"),
-        ledger.job("credits.revoke", "v", account="a", purchase="p"),
+        job("credits.grant", "over", account="a", amount="0.000001", source="pack"),
+        job("credits.adjust", "over-2", account="a", amount=most, actor="admin", reason="too much"),
+        job("credits.consume", "c", account="a", amount=most),
+        job("credits.refund", "r", account="a", operation="c"),
+        job("credits.hold", "h", account="a", amount=most),
+        job("credits.release", "l", account="a", hold="h"),
+        job("credits.revoke", "v", account="a", purchase="p"),
     )
     assert [answer.get("code") for answer in over] == [
         "limit_reached", "limit_reached", None, "limit_reached", None, None, None,
     ]  # fmt: skip
-    assert ledger.apply("credits.refund", "r-2", account="a", operation="c")["code"] == "limit_reached"
+    assert send(ledger, "credits.refund", "r-2", account="a", operation="c")["code"] == "limit_reached"
     assert all_of(ledger, "SELECT code FROM quarantine") == []
     assert one(ledger, "SELECT available_micro + consumed_micro + revoked_micro FROM accounts") == MAX_TOTAL_MICRO

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from creditlane.codes import Code
 from models.rules.burning import (
     burn,
+    check_room,
     give_back_held,
     is_spendable,
     new_grant,
@@ -19,6 +21,7 @@ from models.rules.burning import (
     restore_consumed,
 )
 from models.rules.posting import post
+from models.rules.refusal import RefusedError
 from models.rules.state import Account, Grant, burn_key
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -176,6 +179,19 @@ def test_expiries_a_microsecond_apart_are_told_apart() -> None:
     assert [grant for grant, _ in plan_burn(account, 2, None, NOW)[0]] == [sooner, later]
 
 
+def test_instants_a_microsecond_apart_are_told_apart_however_late_they_are() -> None:
+    account = Account("a")
+    late = datetime(8999, 12, 31, 23, 59, 59, 999_998, tzinfo=UTC)
+    for later in (True, False):
+        grant = new_grant(account, "pack", 100, NOW, "g", expires_at=late + timedelta(microseconds=1 if later else 0))
+        post(account, grant, "granted", 1, NOW, "g")
+    lot(account, 1)
+    assert [grant.id for grant, _ in plan_burn(account, 3, None, NOW)[0]] == [2, 1, 3], "never comes last"
+    for born in (late + timedelta(microseconds=1), late):
+        post(account, new_grant(account, "pack", 1, born, "g", effective_at=NOW), "granted", 1, NOW, "g")
+    assert [grant.id for grant, _ in plan_burn(account, 2, None, NOW)[0]] == [5, 4]
+
+
 @pytest.mark.parametrize(
     ("start", "end", "spendable"),
     [
@@ -261,6 +277,106 @@ def test_consumed_credits_go_back_to_a_live_grant_and_a_successor_of_an_expired_
     assert (successor.available, successor.restored, successor.granted) == (3, 3, 0)
     assert (successor.source, successor.priority, successor.features) == ("pack", 1, frozenset({"image"}))
     assert (successor.effective_at, successor.expires_at) == (at(10), at(10) + timedelta(days=30))
+
+
+def test_a_successor_is_like_the_lot_that_it_continues_and_names_the_first_of_them() -> None:
+    account = Account("a")
+    price = (499, "EUR", 25_000_000)
+    first = new_grant(
+        account, "pack", 7, NOW, "g", frozenset({"image"}), expires_at=at(10), purchase="pi_1", price=price
+    )
+    post(account, first, "granted", 5, NOW, "g")
+    lines = burn(account, plan_burn(account, 5, "image", NOW)[0], "consumed", NOW, "c")
+    ((second, _),) = restore_consumed(account, lines, 5, at(10), "r", "c", refund_days=30)
+    again = burn(account, plan_burn(account, 5, "image", at(10))[0], "consumed", at(10), "c2")
+    late = at(10) + timedelta(days=30)
+    ((third, _),) = restore_consumed(account, again, 5, late, "r2", "c2", refund_days=30)
+    assert (first.origin, second.origin, third.origin) == (None, first.id, first.id)
+    for each in (second, third):
+        assert (each.source, each.priority, each.features, each.purchase) == (
+            "pack",
+            7,
+            first.features,
+            "pi_1",
+        )
+        assert (each.price_minor, each.price_currency, each.price_per) == price
+        assert (each.granted, each.restored) == (0, 5)
+
+
+def test_what_was_forgiven_of_a_lot_is_taken_out_of_what_comes_in_before_the_debt() -> None:
+    account = Account("a")
+    grant = lot(account, 9)
+    lines = burn(account, plan_burn(account, 9, None, NOW)[0], "held", NOW, "h")
+    grant.forgiven = 4
+    account.debt = 3
+    give_back_held(account, lines, 5, NOW, "r", "h")
+    assert [(entry.kind, entry.amount_micro) for entry in account.entries[-3:]] == [
+        ("released", 5),
+        ("revoked", 4),
+        ("debt_paid", 1),
+    ]
+    assert (grant.forgiven, account.debt, grant.available) == (0, 2, 0)
+
+
+def test_what_was_forgiven_is_taken_only_as_far_as_it_comes_back_and_only_once() -> None:
+    account = Account("a")
+    grant = lot(account, 9)
+    lines = burn(account, plan_burn(account, 9, None, NOW)[0], "held", NOW, "h")
+    grant.forgiven = 4
+    for back, available, forgiven in ((1, 0, 3), (5, 2, 0), (3, 5, 0)):
+        give_back_held(account, lines, back, NOW, "r", "h")
+        assert (grant.available, grant.forgiven) == (available, forgiven)
+
+
+def test_what_was_forgiven_of_a_lot_is_taken_out_of_what_its_successor_gets() -> None:
+    account = Account("a")
+    ending = lot(account, 5, end=10)
+    other = lot(account, 2)
+    lines = burn(account, plan_burn(account, 5, None, NOW)[0], "consumed", NOW, "c")
+    ending.forgiven = 3
+    ending.is_dirty = False
+    restore_consumed(account, lines, 4, at(10), "r", "c", refund_days=30)
+    successor = account.grants[3]
+    assert (successor.available, successor.revoked, successor.forgiven) == (1, 3, 0)
+    assert ending.forgiven == 0
+    assert ending.is_dirty
+    assert other.available == 2
+
+
+@pytest.mark.parametrize(
+    ("forgiven", "debt", "revoked", "expired"), [(0, 0, 0, 5), (2, 0, 2, 3), (0, 2, 2, 3), (1, 2, 3, 2), (9, 9, 5, 0)]
+)
+def test_of_an_ended_lot_that_was_clawed_back_only_what_is_left_lapses(
+    forgiven: int, debt: int, revoked: int, expired: int
+) -> None:
+    account = Account("a")
+    grant = lot(account, 5, end=10)
+    lines = burn(account, plan_burn(account, 5, None, NOW)[0], "held", NOW, "h")
+    grant.clawed_back, grant.forgiven, account.debt = 5, forgiven, debt
+    give_back_held(account, lines, 5, at(10), "r", "h")
+    assert (grant.available, grant.revoked, grant.expired) == (0, revoked, expired)
+    assert account.debt == debt - (revoked - min(forgiven, 5))
+
+
+def test_what_ends_with_the_return_lapses_at_its_own_turn() -> None:
+    account = Account("a")
+    grant = lot(account, 9, end=10)
+    lines = burn(account, plan_burn(account, 5, None, NOW)[0], "held", NOW, "h")
+    give_back_held(account, lines, 5, at(10), "r", "h")
+    assert (grant.available, grant.expired) == (4, 5), "only what came back lapses here"
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_there_is_room_for_what_an_account_may_get_in_all_its_life_and_no_more(over: int) -> None:
+    account = Account("a")
+    account.granted, account.received, account.restored = 4 * 10**18, 3 * 10**18, 10**18
+    if over:
+        with pytest.raises(RefusedError) as caught:
+            check_room(account, 10**18 + over)
+        assert caught.value.code is Code.LIMIT_REACHED
+    else:
+        check_room(account, 10**18)
+    assert account.entries == []
 
 
 def test_a_debt_is_paid_only_as_far_as_the_grant_goes() -> None:

@@ -172,3 +172,17 @@ def test_the_hash_is_over_the_instant_and_not_over_how_it_is_written() -> None:
     entry = Entry(1, "g", "granted", 1, 10, 10, NOW, None, NOW, b"")
     paris = NOW.astimezone(timezone(timedelta(hours=1)))
     assert chain_hash(b"", "a", entry._replace(at=paris)) == chain_hash(b"", "a", entry)
+
+
+def test_credits_that_enter_a_lot_with_an_end_are_noted_as_due_then() -> None:
+    account = Account("a")
+    sooner, later = NOW + timedelta(seconds=10), NOW + timedelta(seconds=20)
+    for end, due in ((None, None), (later, later), (sooner, sooner), (later, sooner), (None, sooner)):
+        grant = new_grant(account, "pack", 100, NOW, "g", expires_at=end)
+        post(account, grant, "granted", 5, NOW, "g")
+        assert account.next_due_at == due
+    account.next_due_at = None
+    post(account, account.grants[3], "held", 5, NOW, "h")
+    assert account.next_due_at is None, "what leaves is not waited for"
+    post(account, account.grants[3], "released", 5, NOW, "r", "h")
+    assert account.next_due_at == sooner

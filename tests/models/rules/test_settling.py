@@ -23,7 +23,6 @@ def opened() -> Account:
 def lot(account: Account, amount: int, end: float | None, priority: int = 100) -> Grant:
     grant = new_grant(account, "pack", priority, NOW, "g", expires_at=None if end is None else at(end))
     post(account, grant, "granted", amount, NOW, "g")
-    account.next_due_at = account.due_at()
     return grant
 
 
@@ -162,6 +161,42 @@ def test_settling_tells_when_the_account_is_due_next() -> None:
     for now, next_due in ((10, at(30)), (30, at(50)), (50, None)):
         settle(account, at(now))
         assert account.next_due_at == next_due == account.due_at()
+
+
+def test_what_was_noted_too_early_is_looked_at_again_and_nothing_happens() -> None:
+    account = opened()
+    lot(account, 5, 50)
+    account.next_due_at = at(10)
+    assert settle(account, at(20)) is False
+    assert account.next_due_at == at(50)
+    assert account.available == 5
+
+
+def test_what_was_forgiven_is_taken_at_the_instant_of_the_time_out() -> None:
+    account = opened()
+    grant = lot(account, 5, None)
+    hold(account, "h", 5, 10)
+    grant.forgiven = 2
+    entries = settled(account, at(60))
+    assert [(entry.kind, entry.amount_micro, entry.at, entry.operation) for entry in entries] == [
+        ("released", 5, at(10), None),
+        ("revoked", 2, at(10), None),
+    ]
+    assert (grant.forgiven, account.available) == (0, 3)
+
+
+def test_a_time_out_after_the_end_of_a_lot_that_was_clawed_back_pays_the_debt_and_the_rest_lapses() -> None:
+    account = opened()
+    grant = lot(account, 5, 10)
+    hold(account, "h", 5, 20)
+    grant.clawed_back = 2
+    post(account, grant, "debt_incurred", 2, NOW, "v")
+    entries = settled(account, at(60))
+    assert [(entry.kind, entry.amount_micro, entry.at) for entry in entries] == [
+        ("released", 5, at(20)),
+        ("debt_paid", 2, at(20)),
+        ("expired", 3, at(20)),
+    ]
 
 
 def test_an_empty_grant_and_a_closed_hold_are_never_due() -> None:
