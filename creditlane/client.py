@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from decimal import Decimal
 from time import time
@@ -20,14 +20,14 @@ from typing import Any, Literal, Self
 from uuid import uuid4
 
 import msgspec
-from celery import Celery
-from celery.exceptions import TimeoutError as CeleryTimeoutError
 from kombu import Connection, Producer
 from kombu.connection import ConnectionPool
 from kombu.exceptions import KombuError
 from kombu.pools import ProducerPool
+from redis.exceptions import RedisError
 
 from creditlane.amounts import to_wire
+from creditlane.answers import RedisAnswers
 from creditlane.codes import Code
 from creditlane.contract import (
     BATCH,
@@ -41,7 +41,9 @@ from creditlane.contract import (
 )
 from creditlane.errors import (
     BrokerUnavailableError,
+    CreditlaneError,
     NoAnswerError,
+    QuarantinedError,
     RefusedError,
     UnsentError,
 )
@@ -248,12 +250,12 @@ class CreditClient(Operations):
         options = {
             "socket_keepalive": True, "socket_connect_timeout": 5, "socket_timeout": 30, "confirm_publish": True,
         }  # fmt: skip
-        self._connection = Connection(broker_url, transport_options=options)
+        transport = "creditlane.redis_transport:Transport" if broker_url.startswith("redis") else None
+        self._connection = Connection(broker_url, transport=transport, transport_options=options)
         self._connections = ConnectionPool(self._connection, limit=CONNECTIONS)
         self._producers = ProducerPool(self._connections, limit=CONNECTIONS)
-        self._errors: tuple[type[BaseException], ...] = (KombuError, *self._connection.connection_errors)
-        self._results = Celery("creditlane.client", broker=broker_url, backend=result_url or broker_url)
-        self._results.conf.update(accept_content=["json"], redis_socket_timeout=30, redis_socket_connect_timeout=5)
+        self._errors: tuple[type[BaseException], ...] = (KombuError, RedisError, *self._connection.connection_errors)
+        self._answers = RedisAnswers(result_url or broker_url)
 
     def __enter__(self) -> Self:
         return self
@@ -266,7 +268,7 @@ class CreditClient(Operations):
         self._producers.force_close_all()
         self._connections.force_close_all()
         self._connection.release()
-        self._results.close()
+        self._answers.close()
 
     def submit(self, name: str, id: str, arguments: dict[str, Any], wait: float | None = None) -> Result | None:
         """Check one operation, send it to its account's lane, and wait for the answer if asked to."""
@@ -355,23 +357,18 @@ class CreditClient(Operations):
 
     def _ask(self, name: str, id: str, queue: str, arguments: bytes, shown: str, wait: float) -> Any:
         """Send and wait; listens for the answer before sending, so that none is missed."""
-        result = self._results.AsyncResult(id)
-        with self._confirmed(id):
-            result.forget()  # an answer to an earlier sending of this id: the ledger gives it again
-            backend = self._results.backend
-            if hasattr(backend, "result_consumer"):
-                backend.result_consumer.consume_from(id)
-        self._publish(name, id, queue, arguments, shown, ignore_result=False)
-        try:
-            with self._confirmed(id):
-                return result.get(timeout=wait)
-        except CeleryTimeoutError:
-            raise NoAnswerError(
-                f"no answer to {name} {id!r} within {wait} s; it will be applied in its turn, ask again with this id"
-            ) from None
-        finally:
-            with suppress(*self._errors):
-                result.forget()
+        with self._confirmed(id), self._answers.expect(id) as answer:
+            self._publish(name, id, queue, arguments, shown, ignore_result=False)
+            try:
+                data = answer.result(wait)
+            except TimeoutError:
+                raise NoAnswerError(
+                    f"no answer to {name} {id!r} within {wait} s; it is applied in its turn, ask again with this id"
+                ) from None
+        outcome = _decode_outcome(data)
+        if outcome.status == "SUCCESS":
+            return outcome.result
+        raise _failure(outcome)
 
     def _publish(self, name: str, id: str, queue: str, arguments: bytes, shown: str, *, ignore_result: bool) -> None:
         with self._confirmed(id), self._producers.acquire(block=True, timeout=30) as producer:
@@ -518,6 +515,27 @@ class Buffer(Operations):
             with self._lock:
                 self._pending.clear()
                 self._publish(list(self._groups))
+
+
+class _Outcome(msgspec.Struct):
+    """A result as Celery's backends keep it."""
+
+    status: str
+    result: Any = None
+
+
+_decode_outcome = msgspec.json.Decoder(_Outcome).decode
+
+
+def _failure(outcome: _Outcome) -> CreditlaneError:
+    """What a failed or revoked task raises where its answer is waited for."""
+    if isinstance(outcome.result, dict):
+        text = outcome.result.get("exc_message")
+        told = text[0] if isinstance(text, list) and text else text
+        if outcome.result.get("exc_type") == QuarantinedError.__name__:
+            return QuarantinedError(told)
+        return CreditlaneError(f"{outcome.status.lower()}: {outcome.result.get('exc_type')}: {told}")
+    return CreditlaneError(outcome.status.lower())
 
 
 def checked(name: str, id: str, arguments: dict[str, Any]) -> bytes:

@@ -32,6 +32,8 @@ import psycopg
 import redis
 import typer
 from celery import Celery
+from celery.exceptions import CeleryError
+from kombu.exceptions import KombuError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -91,12 +93,19 @@ FILL = 500
 
 WRONG_SHOWN = 5
 
-console = Console(highlight=False)
+# A log has no width: there the table gets what it needs.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True, highlight=False)
 
 
 class BenchError(RuntimeError):
     """A figure that cannot stand: something was lost, doubled or refused, or did not come."""
+
+
+FAILURES = (
+    BenchError, StackError, CreditlaneError, CeleryError, KombuError, psycopg.Error, redis.RedisError, OSError,
+)  # fmt: skip
+"""What ends the bench with a sentence and exit code 1."""
 
 
 # --- Statistics --------------------------------------------------------------------------------------
@@ -561,20 +570,29 @@ class Side:
             raise BenchError("Nothing was committed.")
         return float(row[0])
 
-    def compare(self, found: list[tuple[str, str]]) -> None:
+    def compare(self, found: Sequence[tuple[str, str]]) -> None:
         """Compare operations found with those sent, one by one.
 
         :raises BenchError: when one is missing, twice there or not one of ours.
         """
-        expected, rows = set(self._expected), set(found)
-        if len(found) == len(rows) and rows == expected and len(expected) == len(self._expected):
-            return
-        missing, more = sorted(expected - rows), sorted(rows - expected)
-        raise BenchError(
-            f"{len(self._expected):,} operations were sent and {len(found):,} are written in {self.table}:"
-            f" {len(missing):,} missing {missing[:WRONG_SHOWN]},"
-            f" {len(more):,} not sent {more[:WRONG_SHOWN]}, {len(found) - len(rows):,} twice."
-        )
+        if wrong := difference(self._expected, found):
+            raise BenchError(f"What {self.table} holds is not what was sent: {wrong}.")
+
+
+def difference(sent: Sequence[tuple[str, str]], found: Sequence[tuple[str, str]]) -> str:
+    """Say how what was found differs from what was sent; an empty text when it does not.
+
+    :param sent: accounts and operation ids, each once.
+    :param found: the same, in any order.
+    """
+    expected, rows = set(sent), set(found)
+    if rows == expected and len(found) == len(rows):
+        return ""
+    missing, more = sorted(expected - rows), sorted(rows - expected)
+    return (
+        f"{len(sent):,} sent, {len(found):,} there; {len(missing):,} missing {missing[:WRONG_SHOWN]},"
+        f" {len(more):,} not sent {more[:WRONG_SHOWN]}, {len(found) - len(rows):,} twice"
+    )
 
 
 class Lanes(Side):
@@ -828,7 +846,7 @@ def measure_celery(bench: Bench) -> Sample:
                 result.get(timeout=ANSWER_SECONDS)
                 result.forget()
                 latencies.append(time.perf_counter() - started)
-                bench.show.advance(number, bench.sizes.answer)
+                bench.show.advance(min(number, bench.sizes.answer), bench.sizes.answer)
         finally:
             app.close()
     return Sample.of_latencies(latencies[5:])
@@ -964,23 +982,22 @@ def latency(results: Results, step: str) -> str:
 def report_table(results: Results, cases: Sequence[str], runs: int) -> Table:
     """The figures of all that was measured, with goals."""
     title = "One run" if runs == 1 else f"Median of {runs} runs (least–most)"
-    table = Table(title=f"{title}; answers: p50, p99", title_justify="left", show_lines=True)
-    table.add_column("")
-    for name in ("per second", "ms", "ratio"):
-        table.add_column(name, justify="right")
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in ("per second", "p50, p99 in ms", "ratio"):
+        table.add_column(name, justify="right", overflow="fold")
     table.add_column("goal")
     table.add_column("met", justify="center")
     for step in plan(cases):
         rate = shown(results.spread(step.name, "ops_per_s"), "{:,.0f}")
-        name = f"{step.name}\n[dim]{escape(step.what)}[/]"
         if step.name not in cases:
-            table.add_row(f"[italic]{name}[/]", rate, latency(results, step.name), "", "", "")
+            table.add_row(step.name, rate, latency(results, step.name), "", "", "", style="dim")
             continue
         compared = "\n".join(
             f"{shown(results.ratio(step.name, other, step.figure), '{:.2f}')} × {other}" for other in step.against
         )
         verdict = "[green]yes[/]" if met(results, step) else "[red]no[/]"
-        table.add_row(name, rate, latency(results, step.name), compared, step.goal, verdict)
+        table.add_row(step.name, rate, latency(results, step.name), compared, step.goal, verdict)
     return table
 
 
@@ -1104,6 +1121,9 @@ def main(
         for name in case or ():
             if name not in CASES:
                 raise typer.BadParameter(f"there is no case {name!r}; there are: {', '.join(CASES)}")
+        # Said now, not when everything is measured.
+        if json_path is not None and json_path.is_dir():
+            raise typer.BadParameter(f"{json_path} is a directory; --json takes a file")
         if json_path is not None and not os.access(json_path.absolute().parent, os.W_OK):
             raise typer.BadParameter(f"{json_path.absolute().parent} is not a directory that can be written to")
         cases = [name for name in CASES if not case or name in case]
@@ -1120,11 +1140,14 @@ def main(
                 results = measure(bench, steps, runs)
         console.print(", ".join(f"{name} {found}" for name, found in versions.items()), style="dim", soft_wrap=True)
         console.print(report_table(results, cases, runs))
+        for step in steps:
+            console.print(f"{step.name}: {escape(step.what)}", style="dim", soft_wrap=True)
         if json_path is not None:
-            told = report_json(results, cases, versions, runs)
-            json_path.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except (BenchError, StackError, CreditlaneError, psycopg.Error, redis.RedisError, OSError) as error:
-        errors.print(f"[red]error:[/] {escape(f'{error}')}", soft_wrap=True)
+            figures = report_json(results, cases, versions, runs)
+            json_path.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except FAILURES as error:
+        told = str(error) if isinstance(error, BenchError | StackError) else f"{type(error).__name__}: {error}"
+        errors.print(f"[red]error:[/] {escape(told)}", soft_wrap=True)
         code = 1
     except Stopped:
         code = 130

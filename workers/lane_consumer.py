@@ -8,6 +8,7 @@ dropping it, and a boot step owns buffer, lanes and flushing (lanes: the batch).
 from __future__ import annotations
 
 import gc
+import socket
 import time
 import traceback
 from collections import deque
@@ -155,6 +156,38 @@ class Delivery:
         return [member for member in self.members if isinstance(member, Job)]
 
 
+class Doorbell:
+    """Has the event loop call something in its next round, through a socket of its own.
+
+    A timer with delay 0 would do, but after ten timers in a row kombu's loop sleeps for a second, however many
+    more are due; and what it is asked to do soon by a timer waits until something else wakes it.
+    """
+
+    def __init__(self) -> None:
+        self._button: socket.socket | None = None
+        self._bell: socket.socket | None = None
+
+    def hang(self, hub: Any, answer: Callable[[], None]) -> None:
+        """Call ``answer`` from ``hub`` after each ring; an earlier hub is forgotten."""
+        for end in (self._button, self._bell):
+            if end is not None:
+                end.close()
+        self._button, self._bell = socket.socketpair()
+        self._button.setblocking(False)
+        self._bell.setblocking(False)
+        hub.add_reader(self._bell, self._answer, answer)
+
+    def ring(self) -> None:
+        """Ask for one call."""
+        assert self._button is not None
+        self._button.send(b"!")
+
+    def _answer(self, answer: Callable[[], None]) -> None:
+        assert self._bell is not None
+        self._bell.recv(64)
+        answer()
+
+
 class LaneStep(bootsteps.StartStopStep):
     """Owns the buffer, the lanes and the flushing of one lane worker."""
 
@@ -175,6 +208,7 @@ class LaneStep(bootsteps.StartStopStep):
         self.flush_armed = False
         self.pause_seconds = 0.0
         self.hub: Any = None
+        self.doorbell = Doorbell()
 
     # Celery's life cycle
 
@@ -185,6 +219,7 @@ class LaneStep(bootsteps.StartStopStep):
         gc.set_threshold(GC_ALLOCATIONS, 20, 50)
         self.buffer.clear()
         self.flush_armed = False
+        self.doorbell.hang(hub, lambda: self.guarded(self.flush))
         self.broker = RedisLanes(consumer.task_consumer.channel, hub, self.room)
         self.results = Results(consumer.app)
         if consumer.event_dispatcher is not None:
@@ -249,7 +284,8 @@ class LaneStep(bootsteps.StartStopStep):
 
         :raises psycopg.Error: when it is away.
         """
-        connection = connect(self.settings.database_url.get_secret_value(), f"{APPLICATION} {self.consumer.hostname}"[:63])
+        application = f"{APPLICATION} {self.consumer.hostname}"[:63]
+        connection = connect(self.settings.database_url.get_secret_value(), application)
         check_session(connection)
         self.ownership = Ownership(connection, self.settings.lanes)
         self.writer = LedgerWriter(connection, lambda: self.catalog, poison_of_job)
@@ -398,7 +434,7 @@ class LaneStep(bootsteps.StartStopStep):
         delivery.quarantined = message_row(delivery, code, reason, trace)
 
     def append(self, delivery: Delivery) -> None:
-        """Buffer a message, and see to it that the buffer is flushed soon.
+        """Buffer a message, and see to it that the buffer is flushed in the loop's next round.
 
         Never here: this may run inside a read of kombu's that waits for something else.
         """
@@ -409,9 +445,13 @@ class LaneStep(bootsteps.StartStopStep):
 
     def arm(self, seconds: float) -> None:
         """Have the buffer flushed after so many seconds, unless that is under way."""
-        if not self.flush_armed:
-            self.flush_armed = True
+        if self.flush_armed:
+            return
+        self.flush_armed = True
+        if seconds:
             self.hub.call_later(seconds, self.guarded, self.flush)
+        else:
+            self.doorbell.ring()
 
     def guarded(self, step: Callable[[], None]) -> None:
         """Run a step from the event loop's timer, which would only log what it raises and carry on.

@@ -471,7 +471,8 @@ def _field(value: Any) -> str:
     if kind is bool:
         return "t" if value else "f"
     if kind is Hash:
-        return "\\\\x" + value.value.hex()
+        digest: bytes = value.value
+        return "\\\\x" + digest.hex()
     raise TypeError(f"a {kind.__name__} in a row")
 
 
