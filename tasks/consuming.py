@@ -10,7 +10,7 @@ from creditlane.contract import Charge, Consume, Refund
 from models.rules.burning import burn, check_room, plan_burn, restore_consumed
 from models.rules.catalog import price_of
 from models.rules.refusal import RefusedError
-from models.rules.state import Account
+from models.rules.state import MAX_OPEN_GRANTS, Account
 from tasks.operation import Context, Need, Outcome, operation
 
 
@@ -36,7 +36,8 @@ def refund(account: Account, message: Refund, context: Context) -> Outcome:
     """Give back all, or ``amount`` credits, of a consume or a capture, in reverse order of taking.
 
     Never more than was taken in total. To a grant that has expired meanwhile: into a new one that lives the
-    catalog's ``refund_days``. Refusals: ``unknown_charge``, ``exceeds_original``. (ledger rules: refund)
+    catalog's ``refund_days``. Refusals: ``unknown_charge``, ``exceeds_original``, ``limit_reached``.
+    (ledger rules: refund)
     """
     charge = account.known.get(message.charge)
     if charge is None or charge.lines is None:
@@ -46,6 +47,9 @@ def refund(account: Account, message: Refund, context: Context) -> Outcome:
     if amount > left or not left:
         raise RefusedError(Code.EXCEEDS_ORIGINAL, f"{format_amount(left)} credits of this charge are left to give back")
     check_room(account, amount)
+    # Each line of the charge may need a lot of its own, if the one it was taken from has expired.
+    if account.open_grants() + len(charge.lines) > MAX_OPEN_GRANTS:
+        raise RefusedError(Code.LIMIT_REACHED, f"the account may have {MAX_OPEN_GRANTS} grants with credits left")
     uses = restore_consumed(
         account,
         charge.lines,

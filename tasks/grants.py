@@ -75,7 +75,9 @@ def adjust(account: Account, message: Adjust, context: Context) -> Outcome:
         raise insufficient(context, -amount, missing)
     burn(account, plan, "revoked", context.now, context.operation)
     for lot, taken in plan:
-        lot.clawed_back += taken  # so that a later revocation of the lot does not take it twice
+        root = account.grants[lot.family]
+        root.clawed_back += taken  # so that a later revocation of the lot does not take it twice
+        root.is_dirty = True
     return Outcome(charged=-amount, uses=plan)
 
 
@@ -94,45 +96,75 @@ def revoke(account: Account, message: Revoke, context: Context) -> Outcome:
     becomes debt, or is forgiven, as the catalog says; what expired is gone and owes nothing. Refusals:
     ``unknown_grant``, ``exceeds_original``. (ledger rules: claw-back)
     """
-    lots = [lot for lot in account.grants.values() if _is_meant(lot, message)]
-    if not lots:
+    families = _families(account, message)
+    if not families:
         raise RefusedError(Code.UNKNOWN_GRANT)
-    lots.sort(key=lambda lot: lot.key, reverse=True)
-    worth = sum(lot.granted + lot.received - lot.expired - lot.clawed_back for lot in lots)
-    revocable = max(0, worth)
+    worth = {root.id: _worth(root, lots) for root, lots in families}
+    revocable = sum(worth.values())
     wanted = revocable if message.amount is None else int(message.amount)
     if wanted > revocable or not wanted:
         raise RefusedError(
             Code.EXCEEDS_ORIGINAL, f"at most {format_amount(revocable)} credits can be taken back from it"
         )
     taken: Plan = []
-    for lot in lots:
-        amount = min(lot.available, wanted)
+    by_burning = [(lot, root) for root, lots in families for lot in lots]
+    for lot, root in sorted(by_burning, key=lambda pair: pair[0].key, reverse=True):
+        amount = min(lot.available, worth[root.id], wanted)
         if amount:
             post(account, lot, "revoked", amount, context.now, context.operation)
-            lot.clawed_back += amount
+            root.clawed_back += amount
+            root.is_dirty = True
+            worth[root.id] -= amount
             wanted -= amount
             taken.append((lot, amount))
-    if not wanted:
-        return Outcome(charged=sum(amount for _, amount in taken), uses=taken)
-    # What is left of it was spent or is held. It is owed by the first lot, the one that the others continue.
-    first = min(lots, key=lambda lot: lot.id)
-    first.clawed_back += wanted
-    first.is_dirty = account.is_dirty = True
-    if context.catalog.clawback.on_spent == "forgive":
-        first.forgiven += wanted
-        details = {"forgiven": format_amount(wanted)}
-    else:
-        post(account, first, "debt_incurred", wanted, context.now, context.operation)
-        details = {"owed": format_amount(wanted)}
+    details = _owe(account, families, worth, wanted, context) if wanted else None
     return Outcome(charged=sum(amount for _, amount in taken), uses=taken, details=details)
 
 
-def _is_meant(lot: Lot, message: Revoke) -> bool:
-    """Whether a revocation names this lot, its purchase, or the lot that it continues."""
+Family = tuple[Lot, list[Lot]]
+"""A lot, and with it the lots that continue it because it had expired when its credits came back."""
+
+
+def _families(account: Account, message: Revoke) -> list[Family]:
+    """The lots that a revocation names, by family, the oldest first."""
     if message.grant is not None:
-        return message.grant in (lot.id, lot.origin)
-    return lot.purchase == message.purchase
+        named = account.grants.get(message.grant)
+        roots = [] if named is None else [account.grants[named.family]]
+    else:
+        roots = [lot for lot in account.grants.values() if lot.purchase == message.purchase and lot.family == lot.id]
+    roots.sort(key=lambda lot: lot.id)
+    return [(root, [lot for lot in account.grants.values() if lot.family == root.id]) for root in roots]
+
+
+def _worth(root: Lot, lots: list[Lot]) -> int:
+    """What of a family can still be taken back: not what expired unspent, nor what was taken back before."""
+    return max(0, sum(lot.granted + lot.received - lot.expired for lot in lots) - root.clawed_back)
+
+
+def _owe(
+    account: Account, families: list[Family], worth: dict[int, int], wanted: int, context: Context
+) -> dict[str, str]:
+    """Book what was spent, or is set aside, as debt, or forgive it: on the families whose credits those are."""
+    forgive = context.catalog.clawback.on_spent == "forgive"
+    told = {"forgiven" if forgive else "owed": format_amount(wanted)}
+    shares = dict.fromkeys(worth, 0)
+    for root, lots in families:
+        away = sum(lot.consumed + lot.held - lot.restored for lot in lots) - root.forgiven
+        shares[root.id] = min(max(0, away), worth[root.id], wanted)
+        wanted -= shares[root.id]
+    for root, _ in families:
+        more = min(worth[root.id] - shares[root.id], wanted)
+        wanted -= more
+        share = shares[root.id] + more
+        if not share:
+            continue
+        root.clawed_back += share
+        root.is_dirty = account.is_dirty = True
+        if forgive:
+            root.forgiven += share
+        else:
+            post(account, root, "debt_incurred", share, context.now, context.operation)
+    return told
 
 
 def check_grant_limit(account: Account) -> None:
@@ -144,5 +176,5 @@ def check_grant_limit(account: Account) -> None:
 def credit(account: Account, lot: Lot, amount_micro: int, context: Context) -> Outcome:
     """Post new credits to a new lot, and pay the account's debt out of it."""
     post(account, lot, "granted", amount_micro, context.now, context.operation)
-    pay_debt(account, lot, context.now, context.operation)
+    pay_debt(account, lot, amount_micro, context.now, context.operation)
     return Outcome(uses=[(lot, amount_micro)], details={"grant": lot.id})

@@ -83,9 +83,17 @@ JOIN entries e ON e.account = o.account AND e.seq >= o.first_seq AND e.seq < o.f
 JOIN grants g ON g.account = e.account AND g.grant_id = e.grant_id
 """
 NAMED_GRANTS = (
-    f"SELECT {GRANT_COLUMNS} FROM {PAIRS} JOIN grants g ON g.account = k.account AND g.grant_id = k.key::int"
-    f" UNION ALL SELECT {GRANT_COLUMNS} FROM {PAIRS} JOIN grants g ON g.account = k.account AND g.origin = k.key::int"
+    f"SELECT {GRANT_COLUMNS} FROM {PAIRS} JOIN grants n ON n.account = k.account AND n.grant_id = k.key::int"
+    " JOIN grants g ON g.account = n.account"
+    " AND (g.grant_id = coalesce(n.origin, n.grant_id) OR g.origin = coalesce(n.origin, n.grant_id))"
 )
+ROOT_GRANTS = (
+    f"SELECT {GRANT_COLUMNS} FROM unnest(%s::text[], %s::int[]) AS k(account, key)"
+    " JOIN grants g ON g.account = k.account AND g.grant_id = k.key"
+)
+ORIGIN = -1
+"""Where a loaded grant's row has its origin."""
+
 PURCHASED_GRANTS = f"SELECT {GRANT_COLUMNS} FROM {PAIRS} JOIN grants g ON g.account = k.account AND g.purchase = k.key"
 
 COPY_ACCOUNTS = (
@@ -348,7 +356,7 @@ class Loaded:
                 charges = connection.execute(CHARGES, needs["charge"])
                 grants.append(connection.execute(CHARGED_GRANTS, needs["charge"]))
             if "grant" in needs:
-                grants.append(connection.execute(NAMED_GRANTS, (*needs["grant"], *needs["grant"])))
+                grants.append(connection.execute(NAMED_GRANTS, needs["grant"]))
             if "purchase" in needs:
                 grants.append(connection.execute(PURCHASED_GRANTS, needs["purchase"]))
             now = clock.fetchone()
@@ -356,11 +364,26 @@ class Loaded:
             self.now: datetime = now[0]
             self._accounts = {row[0]: row[1:] for row in accounts}
             self._grants = _by_account(row for cursor in grants for row in cursor)
+            missing = self._missing_roots()
+            if missing:
+                for account, *grant in connection.execute(ROOT_GRANTS, missing):
+                    self._grants[account].append(tuple(grant))
             self._holds = _by_account(row for cursor in holds for row in cursor)
             self._hold_lines = _by_account(hold_lines)
             self._known = _by_account(known)
             self._charges = _by_account(charges or ())
         self.accounts = {name: self.make(name) for name in names}
+
+    def _missing_roots(self) -> tuple[str, str] | None:
+        """The lots that loaded ones continue and that are not loaded themselves: revocations are booked there."""
+        loaded = {(account, grant[0]) for account, grants in self._grants.items() for grant in grants}
+        roots = {
+            (account, grant[ORIGIN]) for account, grants in self._grants.items() for grant in grants if grant[ORIGIN]
+        }
+        missing = sorted(roots - loaded)
+        if not missing:
+            return None
+        return _texts(account for account, _ in missing), _array(root for _, root in missing)
 
     def make(self, name: str) -> Account:
         """An account as the database has it, before anything of this batch."""

@@ -65,18 +65,27 @@ def check_room(account: Account, amount_micro: int) -> None:
         raise RefusedError(Code.LIMIT_REACHED, "the account was credited with as much as it can ever hold")
 
 
-def pay_debt(account: Account, grant: Grant, now: datetime, operation: str | None, at: datetime | None = None) -> None:
+def pay_debt(
+    account: Account,
+    grant: Grant,
+    came_in_micro: int,
+    now: datetime,
+    operation: str | None,
+    at: datetime | None = None,
+) -> None:
     """Credits that come in pay the debt first (ledger rules: claw-back).
 
     What a revocation let go of this very lot, because it was spent or set aside, is taken when it comes back.
+
+    :param came_in_micro: how many came into the lot just now; what lay there before is left alone.
     """
-    lot = grant if grant.origin is None else account.grants.get(grant.origin, grant)
-    taken = min(lot.forgiven, grant.available)
+    root = account.grants[grant.family]
+    taken = min(root.forgiven, came_in_micro)
     if taken:
         post(account, grant, "revoked", taken, now, operation, at=at)
-        lot.forgiven -= taken
-        lot.is_dirty = True
-    payment = min(account.debt, grant.available)
+        root.forgiven -= taken
+        root.is_dirty = True
+    payment = min(account.debt, came_in_micro - taken)
     if payment:
         post(account, grant, "debt_paid", payment, now, operation, at=at)
 
@@ -108,9 +117,9 @@ def give_back_held(
         before = grant.available
         post(account, grant, "released", back, now, operation, hold, at)
         expired = grant.expires_at is not None and grant.expires_at <= instant
-        if not expired or grant.clawed_back:
+        if not expired or account.grants[grant.family].clawed_back:
             # Of a lot that was clawed back while held, the debt is paid even by what would lapse: it was never spent.
-            pay_debt(account, grant, now, operation, at)
+            pay_debt(account, grant, back, now, operation, at)
         if expired and grant.available > before:
             post(account, grant, "expired", grant.available - before, now, operation, hold, at)
 
@@ -143,7 +152,7 @@ def restore_consumed(
             grant = successor(account, grant, now, operation, now + timedelta(days=refund_days))
         post(account, grant, "restored", back, now, operation, charge)
         given.append((grant, back))
-        pay_debt(account, grant, now, operation)
+        pay_debt(account, grant, back, now, operation)
     return given
 
 
@@ -160,7 +169,7 @@ def successor(account: Account, grant: Grant, now: datetime, operation: str, exp
         operation=operation,
         purchase=grant.purchase,
         price=(grant.price_minor, grant.price_currency, grant.price_per),
-        origin=grant.origin or grant.id,
+        origin=grant.family,
     )
 
 

@@ -88,7 +88,7 @@ class Grant:
         self.revoked = revoked
         self.sent = sent
         self.clawed_back = clawed_back
-        """What revocations took back of it, were it spent or not."""
+        """What revocations took back of it and of the lots that continue it, were it spent or not."""
         self.forgiven = forgiven
         """What revocations let go because it was spent or set aside: if it comes back, it is taken after all."""
         self.origin = origin
@@ -96,6 +96,11 @@ class Grant:
         self.key = burn_key(self)
         self.is_new = False
         self.is_dirty = False
+
+    @property
+    def family(self) -> int:
+        """The number of the lot that this one continues, or its own: revocations are booked there."""
+        return self.id if self.origin is None else self.origin
 
     @property
     def is_open(self) -> bool:
