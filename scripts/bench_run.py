@@ -309,7 +309,7 @@ class Workers:
     @property
     def logged(self) -> str:
         """The ends of the logs."""
-        return "\n".join(f"{name}:\n{last_lines(log, 8)}" for name, _, log in self._all)
+        return "\n".join(f"{name}:\n{last_lines(log, 30)}" for name, _, log in self._all)
 
     def hold(self) -> None:
         """Hold them still."""

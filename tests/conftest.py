@@ -59,12 +59,12 @@ def tampered_database(stack: Stack) -> Iterator[str]:
 
 
 @pytest.fixture
-def broker_url(stack: Stack) -> Iterator[str]:
+def broker_url(stack: Stack) -> str:
     """The URL of an empty Redis database."""
     url = stack.redis.url_of(next(_numbers) % 15 + 1)
     with redis.Redis.from_url(url) as client:
         client.flushdb()
-    yield url
+    return url
 
 
 @pytest.fixture

@@ -85,6 +85,15 @@ class RestartError(ConnectionError):
     """Makes Celery restart the consumer: it takes every connection error for a reason to."""
 
 
+class Strategies(dict[str, Any]):
+    """What to do with a message, by its task's name; a name that is no text is unknown like any other."""
+
+    def __getitem__(self, name: Any) -> Any:
+        if not isinstance(name, str):
+            raise KeyError(name)
+        return super().__getitem__(name)
+
+
 class LaneConsumer(Consumer):
     """A consumer that quarantines what Celery would log and drop, in the message's turn."""
 
@@ -93,9 +102,9 @@ class LaneConsumer(Consumer):
     def update_strategies(self) -> None:
         """Ledger operations only: whatever else arrives in a lane is no operation."""
         super().update_strategies()
-        self.strategies: dict[str, Any] = {
-            name: handler for name, handler in self.strategies.items() if isinstance(self.app.tasks[name], LedgerTask)
-        }
+        self.strategies: dict[str, Any] = Strategies(
+            (name, handler) for name, handler in self.strategies.items() if isinstance(self.app.tasks[name], LedgerTask)
+        )
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
         """Celery's own handler; a message that makes it raise is poison like any other."""

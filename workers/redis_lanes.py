@@ -224,13 +224,17 @@ class Channel(kombu_redis.Channel):
         try:
             decoded = msgspec.json.decode(payload)
             message = self.Message(decoded, channel=self)
+            delivery_info = {**(message.delivery_info or {}), "exchange": "", "routing_key": lane}
+            if not isinstance(message.body, str | bytes | None) or (decoded.get("body") and not message.body):
+                raise ValueError("the body is no text, or nothing is left of it")
         except Exception:
             # Whatever it is, it must reach quarantine whole, and as itself.
             message = self.Message({"properties": {"delivery_tag": None}}, channel=self)
             message.body = payload
             message.content_type = UNREADABLE
+            delivery_info = {"exchange": "", "routing_key": lane}
         message.delivery_tag = self._tag
-        message.delivery_info = {**(message.delivery_info or {}), "exchange": "", "routing_key": lane}
+        message.delivery_info = delivery_info
         return message
 
     def _lane_scripts(self) -> tuple[Any, Any, Any]:

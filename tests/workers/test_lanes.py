@@ -63,7 +63,7 @@ def test_an_accounts_order_is_kept_across_task_names_with_two_workers(
     workers = [spawn("first"), spawn("second")]
     eventually(lambda: owned_lanes(database) == LANES)
     sent = send_mixed(client, accounts=24, rounds=12)
-    eventually(lambda: done(database) == sum(map(len, sent.values())), SETTLED_SECONDS)
+    eventually(lambda: done(database) == total(sent), SETTLED_SECONDS)
     assert order(database) == sent
     owners = rows(database, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2"
                             " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
@@ -121,9 +121,9 @@ def test_a_worker_killed_within_a_batch_loses_and_doubles_nothing(
     sent = send_mixed(client, accounts=12, rounds=8)
     doomed = spawn("doomed", CREDITLANE_CRASH_AT=f"{point}:2", CREDITLANE_BATCH_MESSAGES="40")
     eventually(lambda: not doomed.running, SETTLED_SECONDS, "the worker dies at its crash point")
-    assert done(database) < sum(map(len, sent.values()))
+    assert done(database) < total(sent)
     spawn("heir")
-    eventually(lambda: done(database) == sum(map(len, sent.values())), SETTLED_SECONDS)
+    eventually(lambda: done(database) == total(sent), SETTLED_SECONDS)
     assert order(database) == sent
     assert value(database, "SELECT count(*) FROM quarantine") == 0
 
@@ -155,7 +155,7 @@ def test_another_worker_takes_the_lanes_over_within_ten_seconds_and_order_is_kep
     eventually(lambda: done(database) > before + 100, 10, "and serves them")
     stop.set()
     producer.join()
-    eventually(lambda: done(database) == sum(map(len, sent.values())), SETTLED_SECONDS)
+    eventually(lambda: done(database) == total(sent), SETTLED_SECONDS)
     assert order(database) == sent
     assert heir.running
 
@@ -171,7 +171,7 @@ def test_a_terminated_worker_applies_what_it_took_and_leaves_the_rest_in_order(
     with redis.Redis.from_url(broker_url) as store:
         assert sum(store.llen(keys_of(lane_of(account, LANES))[1]) for account in sent) == 0
     spawn("next")
-    eventually(lambda: done(database) == sum(map(len, sent.values())), SETTLED_SECONDS)
+    eventually(lambda: done(database) == total(sent), SETTLED_SECONDS)
     assert order(database) == sent
 
 
@@ -265,15 +265,47 @@ def test_a_lost_database_connection_loses_and_doubles_nothing(
 ) -> None:
     sent = send_mixed(client, accounts=12, rounds=4)
     for _ in range(3):
-        before = done(database)
-        rows(database, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                       " WHERE datname = current_database() AND application_name LIKE 'creditlane lanes%%'")  # fmt: skip
+        rows(
+            database,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name LIKE 'creditlane lanes%%'",
+        )
         for account, identities in sent.items():
             identities.append(f"after-{len(identities)}")
             client.consume(account, feature="export", id=identities[-1])
-        eventually(lambda limit=before: done(database) > limit)  # type: ignore[misc]
-    eventually(lambda: done(database) == sum(map(len, sent.values())), SETTLED_SECONDS)
+        moves_on(database, sent)
+    eventually(lambda: done(database) == total(sent), SETTLED_SECONDS)
     assert order(database) == sent
+
+
+def test_lost_broker_connections_lose_and_double_nothing(
+    spawn: Spawn, database: str, client: CreditClient, broker_url: str
+) -> None:
+    workers = [spawn("first"), spawn("second")]
+    eventually(lambda: owned_lanes(database) == LANES)
+    sent = send_mixed(client, accounts=12, rounds=4)
+    with redis.Redis.from_url(broker_url) as store:
+        for turn in range(4):
+            # Among them those that wait for messages and those that are about to acknowledge.
+            store.client_kill_filter(_type="normal", skipme=True)
+            for account, identities in sent.items():
+                identities.append(f"after-{turn}")
+                client.consume(account, feature="export", id=identities[-1])
+            moves_on(database, sent)
+    eventually(lambda: done(database) == total(sent), SETTLED_SECONDS)
+    assert order(database) == sent
+    assert all(worker.running for worker in workers)
+
+
+def moves_on(database: str, sent: dict[str, list[str]]) -> None:
+    """Wait until more is applied than now, or everything."""
+    before = done(database)
+    eventually(lambda: done(database) > before or done(database) == total(sent))
+
+
+def total(sent: dict[str, list[str]]) -> int:
+    """How many operations were sent."""
+    return sum(map(len, sent.values()))
 
 
 def test_a_waiting_sender_is_told_that_its_message_is_in_quarantine(

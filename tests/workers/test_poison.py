@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import itertools
 import json
 import pickle
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -68,7 +68,10 @@ def place(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pl
         "CREDITLANE_LANES": str(LANES),
         "CREDITLANE_BALANCE_SECONDS": "0.5",
     }
-    command = "-A workers.lane_app worker --pool solo --without-gossip --without-mingle -n poison@%h".split()
+    command = [
+        "-A", "workers.lane_app", "worker", "--pool", "solo", "--without-gossip", "--without-mingle", "-n", "poison@%h",
+        "--loglevel", "INFO",
+    ]  # fmt: skip
     with redis.Redis.from_url(broker) as store:
         store.flushdb()
         worker = Worker("poison", command, environment, log)
@@ -80,7 +83,7 @@ def place(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pl
             yield here
             assert worker.running
             assert "Traceback" not in worker.logged()
-            assert worker.logged().count("Connected to redis://") == 1
+            assert worker.logged().count("lanes: took") == 1  # a consumer that began anew would have taken them again
             for number in range(LANES):
                 lane, unacked, _ = keys_of(lane_name(number))
                 assert store.exists(lane, unacked) == 0
@@ -212,8 +215,8 @@ POISON: dict[str, Poison] = {
         wrapped(b"{}").replace(b'"headers": {', b'"headers": null, "h": {'), MALFORMED, b"{}"
     ),
     "a task name that is null": header(task=None, code=Code.UNKNOWN_OPERATION),
-    "a task name that is an array": header(task=["credits.consume"], code=MALFORMED),
-    "a task name that is an object": header(task={"name": "credits.consume"}, code=MALFORMED),
+    "a task name that is an array": header(task=["credits.consume"], code=Code.UNKNOWN_OPERATION),
+    "a task name that is an object": header(task={"name": "credits.consume"}, code=Code.UNKNOWN_OPERATION),
     "a task name that is a number": header(task=5, code=Code.UNKNOWN_OPERATION),
     "an unknown task": header("'nothing.known'", Code.UNKNOWN_OPERATION, task="nothing.known"),
     "a task that is no operation": header("'celery.backend_cleanup'", Code.UNKNOWN_OPERATION,
@@ -232,15 +235,17 @@ POISON: dict[str, Poison] = {
     "pickle": body(pickle.dumps([[], {}, {}]), MALFORMED, "application/x-python-serialize",
                    content_type="application/x-python-serialize"),
     "YAML": consume(GOOD, "application/x-yaml", MALFORMED, content_type="application/x-yaml"),
-    "no content type": consume(GOOD, "None", MALFORMED, content_type=None),
-    "a content type that is a number": consume(GOOD, "5", MALFORMED, content_type=5),
+    "no content type": consume(GOOD, "None", MALFORMED, headers={**PACKING, "id": "no type"},
+                               content_type=None),
+    "a content type that is a number": consume(GOOD, "5", MALFORMED, headers={**PACKING, "id": "type 5"},
+                                             content_type=5),
     # The body
     "a body of nothing": body(b"", MALFORMED),
     "a body of broken JSON": body(b'[[], {"account": "alice", ', MALFORMED, "[args, kwargs, embed]"),
     "a body of invalid UTF-8": body(arguments_body(b'{"account":"\xff\xfe","feature":"export"}'), INVALID),
     "a body of two elements": body(b"[[], {}]", MALFORMED, "[args, kwargs, embed]"),
     "a body that is the arguments": body(GOOD, MALFORMED, "[args, kwargs, embed]"),
-    "a message of protocol 1": body(PROTO_1, MALFORMED, headers={}),
+    "a message of protocol 1": body(PROTO_1, INVALID, "the operation id", headers={}),
     "positional arguments": body(f'[["alice"],{GOOD},{EMBED}]', INVALID, "positional"),
     "arguments that are an array": consume("[]"),
     "arguments that are null": consume("null"),
@@ -249,9 +254,9 @@ POISON: dict[str, Poison] = {
     "an account of 129 characters": consume(json.dumps({"account": "a" * 129, "feature": "export"}), "account"),
     "a quantity that is an array": consume('{"account":"alice","feature":"export","quantity":[1]}', "quantity"),
     "an unknown argument": consume('{"account":"alice","feature":"export","fast":true}', "fast"),
-    "NaN": amount("NaN", says=""),
+    "NaN": amount("NaN", MALFORMED, "JSON"),
     "NaN as text": amount('"NaN"'),
-    "infinity": amount("-Infinity", says=""),
+    "infinity": amount("-Infinity", MALFORMED, "JSON"),
     "a float": amount("1.5"),
     "an exponent": amount('"1e3"'),
     "a negative amount": amount("-1"),
@@ -260,9 +265,10 @@ POISON: dict[str, Poison] = {
     "an integer of six hundred digits": amount("9" * 600, says=""),
     "six hundred decimals": amount(f'"0.{"3" * 600}"'),
     "a NUL in the account": consume('{"account":"a\\u0000b","feature":"export"}', "account"),
-    "a NUL byte": consume(b'{"account":"a\x00b","feature":"export"}'),
-    "a lone surrogate": consume('{"account":"\\ud800","feature":"export"}'),
-    "metadata without end": consume('{"account":"alice","feature":"export","metadata":{"a":' + "[" * 100_000),
+    "a NUL byte": consume(b'{"account":"a\x00b","feature":"export"}', "JSON", MALFORMED),
+    "a lone surrogate": consume('{"account":"\\ud800","feature":"export"}', "JSON", MALFORMED),
+    "metadata without end": consume('{"account":"alice","feature":"export","metadata":' + "[" * 100_000, "JSON",
+                                    MALFORMED),
     "1 MB": consume(BIG, "4096"),
     "more than 1 MiB": consume(TOO_BIG, "1048576"),
     "version 99": consume('{"account":"alice","feature":"export","v":99}', "99", Code.UNKNOWN_VERSION),
@@ -300,7 +306,7 @@ def test_poison_is_kept_whole_with_its_reason_and_its_neighbours_are_applied_in_
     good = [task("credits.consume", f"{side}-{number}", {"account": ACCOUNT, "feature": "export"})
             for side in ("before", "after")]  # fmt: skip
     place.push(good[0], poison.payload, good[1])
-    eventually(lambda: place.counts() == (applied + 2, quarantined + 1), 10, "two applied, one in quarantine")
+    eventually(lambda: place.counts() == (applied + 2, quarantined + 1), 4, "two applied, one in quarantine")
     ((code, reason, queue, kept, status, times_seen),) = quarantined_after(place, last)
     assert (code, queue, status, times_seen) == (poison.code, LANE, "open", 1)
     assert kept == poison.kept
@@ -343,7 +349,7 @@ def test_poison_delivered_again_is_the_same_row_seen_once_more(place: Place) -> 
 
 def test_a_compressed_message_is_read(place: Place) -> None:
     applied, quarantined = place.counts()
-    packed = gzip.compress(arguments_body(GOOD))
+    packed = zlib.compress(arguments_body(GOOD))
     place.push(wrapped(packed, {**PACKING, "id": "compressed", "compression": "application/x-gzip"}))
     eventually(lambda: place.counts() == (applied + 1, quarantined))
 
@@ -378,8 +384,7 @@ def test_a_message_made_by_hand_in_another_language_is_applied_and_its_answer_re
         b'"headers":{"lang":"go","task":"credits.consume","id":"by-hand"},'
         b'"properties":{"body_encoding":"base64","delivery_tag":"1"}}' % content.encode()
     )
-    answer = eventually(lambda: place.store.get("celery-task-meta-by-hand"))
-    meta = json.loads(answer)
+    meta = json.loads(str(eventually(lambda: place.store.get("celery-task-meta-by-hand")), "utf-8"))
     assert (meta["status"], meta["task_id"]) == ("SUCCESS", "by-hand")
     assert meta["result"]["status"] == "applied"
     assert (meta["result"]["id"], meta["result"]["charged"]) == ("by-hand", "1")
@@ -389,7 +394,7 @@ def test_a_message_made_by_hand_in_another_language_is_applied_and_its_answer_re
 
 def test_a_sender_without_our_client_is_told_why_its_message_was_refused(place: Place) -> None:
     place.push(wrapped(arguments_body('{"account":"alice","amount":1.5}'), {**PACKING, "id": "refused-by-hand"}))
-    meta = json.loads(eventually(lambda: place.store.get("celery-task-meta-refused-by-hand")))
+    meta = json.loads(str(eventually(lambda: place.store.get("celery-task-meta-refused-by-hand")), "utf-8"))
     assert meta["status"] == "FAILURE"
     assert meta["result"]["exc_type"] == "QuarantinedError"
     assert meta["result"]["exc_message"][0].startswith("invalid_message: ")
