@@ -4,6 +4,7 @@ from creditlane.client import Buffer, CreditClient, Reservation
 from creditlane.codes import Code
 from creditlane.contract import Balance, ContractError, GrantUse, Result
 from creditlane.errors import (
+    AlreadyReservedError,
     BrokerUnavailableError,
     CreditlaneError,
     NoAnswerError,
@@ -14,6 +15,7 @@ from creditlane.errors import (
 from creditlane.lanes import lane_of
 
 __all__ = [
+    "AlreadyReservedError",
     "Balance",
     "BrokerUnavailableError",
     "Buffer",

@@ -7,12 +7,14 @@ was quicker than the subscription is not missed, and neither is one that came wh
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import redis
 
 KEY = "celery-task-meta-"
@@ -26,7 +28,19 @@ POLL_SECONDS = 1.0
 
 RECONNECT_SECONDS = 0.2
 
-Answer = Future[bytes]
+READY = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
+"""The states in which a task is done; those before it, such as that it has started, are no answer."""
+
+
+class Outcome(msgspec.Struct):
+    """A result as Celery's backends keep it."""
+
+    status: str
+    result: Any = None
+
+
+Answer = Future[Outcome]
+_decode = msgspec.json.Decoder(Outcome).decode
 
 
 class RedisAnswers:
@@ -36,44 +50,57 @@ class RedisAnswers:
     """
 
     def __init__(self, url: str) -> None:
-        client: Any = redis.Redis.from_url(
-            url, socket_keepalive=True, socket_connect_timeout=5, socket_timeout=30, health_check_interval=25
-        )
-        self._client = client
-        self._pubsub = client.pubsub()
-        self._waiting: dict[str, list[Answer]] = {}
+        self._url = url
+        self._client = self._connect()
+        self._pubsub = self._client.pubsub()
+        self._waiting: dict[str, Answer] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
+        self._process: int | None = None
 
     @contextmanager
     def expect(self, id: str) -> Iterator[Answer]:
-        """Listen for the answer to ``id`` while the block sends and waits.
+        """Listen for the answer that comes under ``id`` while the block sends and waits.
 
-        :returns: a future of the answer: Celery's result, as JSON.
+        :param id: unlike any other's: what is waited for is removed when the block ends.
+        :returns: a future of the answer.
         :raises redis.RedisError: when the backend is away.
         """
         key = KEY + id
         answer: Answer = Future()
-        self._client.delete(key)  # the answer to an earlier sending of this id: the ledger gives it again
-        with self._lock:
-            waiting = self._waiting.setdefault(key, [])
-            waiting.append(answer)
-            if self._thread is None:
-                # Never without any subscription: the library stops reading then, and may miss that there is one again.
-                self._pubsub.subscribe(IDLE_CHANNEL)
-                self._thread = threading.Thread(target=self._listen, name="creditlane answers", daemon=True)
-                self._thread.start()
-            if len(waiting) == 1:
-                self._pubsub.subscribe(key)
         try:
+            with self._lock:
+                self._waiting[key] = answer
+                self._begin()
+                self._pubsub.subscribe(key)
             yield answer
         finally:
             with self._lock:
-                waiting.remove(answer)
-                if not waiting:
-                    del self._waiting[key]
-                    self._unsubscribe(key)
+                del self._waiting[key]
+                try:
+                    self._pubsub.unsubscribe(key)
+                    self._client.unlink(key)
+                except redis.RedisError:
+                    pass  # the connection is gone, and its subscriptions with it; the key has a time limit
+
+    def _begin(self) -> None:
+        """Have a listening thread in this process; a fork inherits none."""
+        if self._process == os.getpid() and self._thread is not None and self._thread.is_alive():
+            return
+        if self._process not in (None, os.getpid()):
+            self._client = self._connect()
+            self._pubsub = self._client.pubsub()
+        self._process = os.getpid()
+        # Never without any subscription: the library stops reading then, and may miss that there is one again.
+        self._pubsub.subscribe(IDLE_CHANNEL)
+        self._thread = threading.Thread(target=self._listen, name="creditlane answers", daemon=True)
+        self._thread.start()
+
+    def _connect(self) -> Any:
+        return redis.Redis.from_url(
+            self._url, socket_keepalive=True, socket_connect_timeout=5, socket_timeout=30, health_check_interval=25
+        )
 
     def close(self) -> None:
         """Stop listening."""
@@ -82,12 +109,6 @@ class RedisAnswers:
             self._thread.join(2 * POLL_SECONDS)
         self._pubsub.close()
         self._client.close()
-
-    def _unsubscribe(self, key: str) -> None:
-        try:
-            self._pubsub.unsubscribe(key)
-        except redis.RedisError:
-            pass  # the connection is gone, and its subscriptions with it
 
     def _listen(self) -> None:
         while not self._closed.is_set():
@@ -102,12 +123,13 @@ class RedisAnswers:
                     early = self._client.get(key)
                     if early is not None:
                         self._resolve(key, early)
-            except (redis.RedisError, OSError):
+            except Exception:
                 # Whoever waits has a time limit of its own; the next read connects and subscribes anew.
                 self._closed.wait(RECONNECT_SECONDS)
 
     def _resolve(self, key: str, data: bytes) -> None:
+        outcome = _decode(data)
         with self._lock:
-            for answer in self._waiting.get(key, ()):
-                if not answer.done():
-                    answer.set_result(data)
+            answer = self._waiting.get(key)
+            if answer is not None and outcome.status in READY and not answer.done():
+                answer.set_result(outcome)

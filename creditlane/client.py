@@ -27,7 +27,7 @@ from kombu.pools import ProducerPool
 from redis.exceptions import RedisError
 
 from creditlane.amounts import to_wire
-from creditlane.answers import RedisAnswers
+from creditlane.answers import Outcome, RedisAnswers
 from creditlane.codes import Code
 from creditlane.contract import (
     BATCH,
@@ -37,9 +37,11 @@ from creditlane.contract import (
     ContractError,
     Result,
     check_id,
+    decode_batch,
     decode_message,
 )
 from creditlane.errors import (
+    AlreadyReservedError,
     BrokerUnavailableError,
     CreditlaneError,
     NoAnswerError,
@@ -60,6 +62,9 @@ CONNECTIONS = 10
 
 RETRIES = {"max_retries": 5, "interval_start": 0.05, "interval_step": 0.2, "interval_max": 1.0}
 """How long the client tries to reach a broker that is away: six attempts within about three seconds."""
+
+NOT_SHOWN = ("email", "metadata", "occurred_at")
+"""Arguments that are not for every watcher's eyes, or only take room."""
 
 SHOWN_CHARACTERS = 400
 """How much of an operation's arguments Flower shows."""
@@ -275,7 +280,7 @@ class CreditClient(Operations):
         encoded = checked(name, id, arguments)
         lane = lane_of(arguments["account"], self.lanes)
         if wait is None:
-            self._publish(name, id, lane, encoded, _shown(arguments), ignore_result=True)
+            self._publish(name, id, lane, encoded, _shown(arguments))
             return None
         return msgspec.convert(self._ask(name, id, lane, encoded, _shown(arguments), wait), Result)
 
@@ -291,7 +296,9 @@ class CreditClient(Operations):
         lanes = {lane_of(arguments["account"], self.lanes) for _, _, arguments in operations}
         if len(lanes) != 1:
             raise ContractError(Code.INVALID_MESSAGE, "the operations of a batch belong to one lane")
-        answers = self._ask(BATCH, check_id(id), lanes.pop(), _batch_arguments(members), _counted(members), wait)
+        encoded = _batch_arguments(members)
+        decode_batch(encoded)
+        answers = self._ask(BATCH, check_id(id), lanes.pop(), encoded, _counted(members), wait)
         return msgspec.convert(answers, list[Result])
 
     @contextmanager
@@ -305,6 +312,7 @@ class CreditClient(Operations):
         amount: Amount | None = None,
         ttl: int | None = None,
         member: str | None = None,
+        resume: bool = False,
         wait: float = 10.0,
     ) -> Iterator[Reservation]:
         """Hold credits, run the block, capture; an exception gives them back.
@@ -312,9 +320,13 @@ class CreditClient(Operations):
         Call ``capture`` in the block to say what it really cost; a block that ends without doing so captures
         the whole hold. The hold's id is ``id``, the capture's ``id:capture``, the release's ``id:release``.
 
+        :param id: a new one for each attempt: the hold of an earlier attempt may have been given back.
+        :param resume: accept the hold of an earlier attempt with this id, of which the caller knows that it is open.
         :param wait: seconds to wait for the answers to hold and capture.
         :raises RefusedError: when the hold or the capture is refused.
+        :raises AlreadyReservedError: when an earlier attempt with this id has made the hold.
         """
+        check_id(f"{id}:capture")
         hold = self.hold(
             account,
             id=id,
@@ -328,6 +340,8 @@ class CreditClient(Operations):
         assert hold is not None
         if not hold.applied:
             raise RefusedError(hold)
+        if hold.replayed and not resume:
+            raise AlreadyReservedError(f"hold {id!r} was made by an earlier attempt; take a new id for this one")
         reservation = Reservation(self, account, id, hold, wait)
         try:
             yield reservation
@@ -346,6 +360,17 @@ class CreditClient(Operations):
         """
         return Buffer(self, linger_ms / 1000, max_operations)
 
+    def backlog(self, lane: str) -> int:
+        """How many messages wait in a lane for its worker to take them.
+
+        :raises BrokerUnavailableError: when the broker is away.
+        """
+        with self._confirmed(lane), self._producers.acquire(block=True, timeout=30) as producer:
+            try:
+                return int(producer.channel.queue_declare(queue=lane, passive=True).message_count)
+            except self._connection.channel_errors:
+                return 0  # a queue that nothing was ever sent to
+
     def balance(self, account: str, *, wait: float = 10.0) -> Balance | None:
         """The account's balance as last committed; ``None`` for an account that was never opened.
 
@@ -357,22 +382,24 @@ class CreditClient(Operations):
 
     def _ask(self, name: str, id: str, queue: str, arguments: bytes, shown: str, wait: float) -> Any:
         """Send and wait; listens for the answer before sending, so that none is missed."""
-        with self._confirmed(id), self._answers.expect(id) as answer:
-            self._publish(name, id, queue, arguments, shown, ignore_result=False)
+        # Operation ids are unique per account only, and one id may be sent twice at a time: each sending is answered
+        # under a name of its own.
+        reply = uuid4().hex
+        with self._confirmed(id), self._answers.expect(reply) as answer:
+            self._publish(name, id if queue != QUERIES else reply, queue, arguments, shown, reply)
             try:
-                data = answer.result(wait)
+                outcome = answer.result(wait)
             except TimeoutError:
                 raise NoAnswerError(
                     f"no answer to {name} {id!r} within {wait} s; it is applied in its turn, ask again with this id"
                 ) from None
-        outcome = _decode_outcome(data)
         if outcome.status == "SUCCESS":
             return outcome.result
         raise _failure(outcome)
 
-    def _publish(self, name: str, id: str, queue: str, arguments: bytes, shown: str, *, ignore_result: bool) -> None:
+    def _publish(self, name: str, id: str, queue: str, arguments: bytes, shown: str, reply: str | None = None) -> None:
         with self._confirmed(id), self._producers.acquire(block=True, timeout=30) as producer:
-            _send(producer, name, id, queue, arguments, shown, ignore_result)
+            _send(producer, name, id, queue, arguments, shown, reply)
 
     @contextmanager
     def _confirmed(self, what: str) -> Iterator[None]:
@@ -497,7 +524,7 @@ class Buffer(Operations):
                 producer.batch(max_size=len(groups)),
             ):
                 for lane, group in groups:
-                    _send(producer, BATCH, str(uuid4()), lane, _batch_arguments(group), _counted(group), True)
+                    _send(producer, BATCH, str(uuid4()), lane, _batch_arguments(group), _counted(group))
         except BrokerUnavailableError as error:
             self._failed = UnsentError(members, str(error))
         else:
@@ -506,6 +533,10 @@ class Buffer(Operations):
     def _raise_failure(self) -> None:
         failed, self._failed = self._failed, None
         if failed is not None:
+            # What was collected since comes after it, so it goes back to the caller as well.
+            failed.operations.extend(member for group in self._groups.values() for member in group)
+            self._groups.clear()
+            self._bytes.clear()
             raise failed
 
     def _send_lingering(self) -> None:
@@ -517,17 +548,7 @@ class Buffer(Operations):
                 self._publish(list(self._groups))
 
 
-class _Outcome(msgspec.Struct):
-    """A result as Celery's backends keep it."""
-
-    status: str
-    result: Any = None
-
-
-_decode_outcome = msgspec.json.Decoder(_Outcome).decode
-
-
-def _failure(outcome: _Outcome) -> CreditlaneError:
+def _failure(outcome: Outcome) -> CreditlaneError:
     """What a failed or revoked task raises where its answer is waited for."""
     if isinstance(outcome.result, dict):
         text = outcome.result.get("exc_message")
@@ -558,16 +579,21 @@ def _wire(amount: Amount | None) -> str | None:
 
 
 def _send(
-    producer: Producer, name: str, id: str, queue: str, arguments: bytes, shown: str, ignore_result: bool
+    producer: Producer, name: str, id: str, queue: str, arguments: bytes, shown: str, reply: str | None = None
 ) -> None:
-    """Publish one task to a queue through the default exchange, and have the broker confirm it."""
+    """Publish one task to a queue through the default exchange, and have the broker confirm it.
+
+    :param reply: the name under which an answer is wanted; none is without.
+    """
     body = b"[[]," + arguments + _EMBED
     if len(body) > MAX_MESSAGE_BYTES:
         raise ContractError(Code.INVALID_MESSAGE, f"the message has more than {MAX_MESSAGE_BYTES} bytes; split it")
     headers = {
         "lang": "py", "task": name, "id": id, "root_id": id, "parent_id": None, "group": None, "argsrepr": "()",
-        "kwargsrepr": shown, "ignore_result": ignore_result,
+        "kwargsrepr": shown, "ignore_result": reply is None,
     }  # fmt: skip
+    if reply is not None:
+        headers["reply"] = reply
     producer.publish(
         body.decode(),
         exchange="",
@@ -596,7 +622,7 @@ def _shown(arguments: dict[str, Any]) -> str:
         shown.append(f"{given.pop('feature')} × {given.pop('quantity', 1)}")
     if "amount" in given:
         shown.append(f"{given.pop('amount')} credits")
-    shown += [f"{key}={value}" for key, value in given.items()]
+    shown += [f"{key}={value}" for key, value in given.items() if key not in NOT_SHOWN]
     return ", ".join(shown)[:SHOWN_CHARACTERS]
 
 

@@ -8,7 +8,7 @@ producers before sending and by workers on arrival, with the same types.
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -44,6 +44,9 @@ MAX_METADATA_DEPTH = 16
 FIRST_INSTANT = datetime(1970, 1, 1, tzinfo=UTC)
 LAST_INSTANT = datetime(9000, 1, 1, tzinfo=UTC)
 """Between these every instant of a message lies, so that adding any lifetime to it stays in the calendar."""
+
+MAX_OFFSET = timedelta(hours=15)
+"""The largest offset from UTC that an instant may be written with; the database takes little more."""
 
 MAX_TTL_SECONDS = 30 * 24 * 3600
 """The longest a hold may live."""
@@ -327,8 +330,12 @@ def _not_negative(amount: int, field: str) -> None:
 
 
 def _in_calendar(instant: datetime | None, field: str) -> None:
-    if instant is not None and not FIRST_INSTANT <= instant < LAST_INSTANT:
+    if instant is None:
+        return
+    if not FIRST_INSTANT <= instant < LAST_INSTANT:
         raise ValueError(f"{field} must lie between the years 1970 and 8999")
+    if abs(instant.utcoffset() or timedelta()) > MAX_OFFSET:
+        raise ValueError(f"{field} has an offset of more than 15 hours; send it in UTC")
 
 
 def _check_metadata(metadata: dict[str, Any]) -> None:

@@ -32,6 +32,10 @@ class RefusedError(CreditlaneError):
         self.result = result
 
 
+class AlreadyReservedError(CreditlaneError):
+    """The hold of this id was made by an earlier attempt, and may have been captured or given back since."""
+
+
 class UnsentError(BrokerUnavailableError):
     """A buffer could not hand everything to the broker; ``operations`` are those to send again, ids unchanged."""
 

@@ -19,6 +19,9 @@ from models.rules.state import COUNTERS, Entry
 PAGE = 500
 """Accounts that one step of the audit reads."""
 
+MAX_ROWS = 200_000
+"""Operations and entries that one step of the audit reads, unless a single account has more."""
+
 MAX_FAULTS = 1000
 """Faults that a report names; further ones are only counted."""
 
@@ -110,6 +113,7 @@ def audit(
             page = cursor.execute(ACCOUNTS, (last, wanted, wanted)).fetchall()
             if not page:
                 break
+            page = page[: _as_many_as_fit(page)]
             last = page[-1][0]
             names = ([account for account, *_ in page],)
             entries = _grouped(cursor.execute(ENTRIES, names))
@@ -133,6 +137,16 @@ def audit(
             for table, account, key in cursor.execute(ORPHANS):
                 report.add(account, table, key, "belongs to an account that has no row")
     return report
+
+
+def _as_many_as_fit(page: Sequence[tuple[Any, ...]]) -> int:
+    """How many accounts of a page have so few rows that they fit in memory together; at least one."""
+    rows = 0
+    for count, (_, operations, seq, *_rest) in enumerate(page):
+        rows += operations + seq
+        if rows > MAX_ROWS and count:
+            return count
+    return len(page)
 
 
 def _audit_account(

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from functools import cache
 
-from pydantic import Field, SecretStr
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from creditlane.contract import MAX_BATCH
@@ -17,7 +19,7 @@ from creditlane.lanes import LANES
 class Settings(BaseSettings):
     """The server's settings; each can be given as ``CREDITLANE_<NAME>``."""
 
-    model_config = SettingsConfigDict(env_prefix="CREDITLANE_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="CREDITLANE_", extra="ignore", hide_input_in_errors=True)
 
     broker_url: SecretStr
     """Where messages come from: ``redis://:password@host:port/0``."""
@@ -51,6 +53,16 @@ class Settings(BaseSettings):
     """The longest pause between two attempts at a database that is away."""
 
     log_level: str = "INFO"
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_a_connection_url(cls, url: SecretStr) -> SecretStr:
+        """Refuse a mistyped URL here, in words of ours: the driver's would quote it, with its password."""
+        try:
+            conninfo_to_dict(url.get_secret_value())
+        except ProgrammingError:
+            raise ValueError("not a connection URL; write postgresql://user:password@host:port/name") from None
+        return url
 
 
 @cache

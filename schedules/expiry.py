@@ -16,12 +16,16 @@ from celery.utils.log import get_task_logger
 from psycopg import Connection
 
 from creditlane.client import CreditClient
+from creditlane.lanes import lane_of
 from models.settings import settings
 
 logger = get_task_logger(__name__)
 
 PAGE = 1000
 """Accounts read at a time."""
+
+MAX_BACKLOG = 100
+"""Messages in a lane above which its accounts are left for a later sweep."""
 
 EVERY_SECONDS = 60.0
 
@@ -46,16 +50,24 @@ BEGINNING = datetime.fromisoformat("0001-01-02T00:00:00+00:00")
 def sweep(self: Any) -> dict[str, int]:
     """Send ``credits.settle`` to every account that is due.
 
-    :returns: how many accounts it was sent to.
+    :returns: how many accounts it was sent to, and how many were left for a later sweep because their lane has more
+        than :data:`MAX_BACKLOG` messages waiting: a lane that stands must not be filled further every minute.
     """
     config = settings()
-    sent = 0
+    sent = skipped = 0
     with (
         psycopg.connect(config.database_url.get_secret_value(), autocommit=True) as connection,
         CreditClient(config.broker_url.get_secret_value(), lanes=config.lanes) as client,
         client.buffer(linger_ms=50) as buffer,
     ):
+        backlogs: dict[str, int] = {}
         for account, due_at in due(connection):
+            lane = lane_of(account, config.lanes)
+            if lane not in backlogs:
+                backlogs[lane] = client.backlog(lane)
+            if backlogs[lane] > MAX_BACKLOG:
+                skipped += 1
+                continue
             buffer.settle(account, id=settle_id(due_at))
             sent += 1
             if sent % PAGE == 0:
@@ -63,7 +75,9 @@ def sweep(self: Any) -> dict[str, int]:
                 logger.info("expiry sweep: %d accounts so far", sent)
     if sent:
         logger.info("expiry sweep: sent credits.settle to %d accounts", sent)
-    return {"sent": sent}
+    if skipped:
+        logger.warning("expiry sweep: left %d accounts for later, their lanes are more than busy", skipped)
+    return {"sent": sent, "skipped": skipped}
 
 
 def due(connection: Connection[Any]) -> Iterator[tuple[str, datetime]]:

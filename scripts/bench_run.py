@@ -27,6 +27,7 @@ from itertools import count
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
 from typing import Annotated, Any
+from uuid import uuid4
 
 import psycopg
 import redis
@@ -623,7 +624,7 @@ class Lanes(Side):
                             arguments["member"] = member
                         encoded = checked("credits.consume", operation, arguments)
                         lane = lane_of(account, self.client.lanes)
-                        _send(producer, "credits.consume", operation, lane, encoded, _shown(arguments), False)
+                        _send(producer, "credits.consume", operation, lane, encoded, _shown(arguments), uuid4().hex)
 
     def waiting(self) -> int:
         """Of all lanes."""

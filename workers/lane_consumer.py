@@ -48,6 +48,10 @@ logger = get_logger(__name__)
 FIRST_RETRY_SECONDS = 0.1
 """The pause before the second attempt at a batch; each further one is twice as long, up to a setting."""
 
+FAILURES_PER_CONNECTION = 8
+"""Attempts at a batch over one connection; after that the lanes are let go and a new one is made, in case it is the
+connection that is at fault (a statement prepared before a migration, say)."""
+
 REPR_CHARACTERS = 400
 """How much of an operation's arguments Flower shows."""
 
@@ -216,6 +220,10 @@ class LaneStep(bootsteps.StartStopStep):
         self.consuming: set[int] = set()
         self.flush_armed = False
         self.pause_seconds = 0.0
+        self.failures = 0
+        """Attempts in a row at the present batch that the database refused."""
+        self.buffered = 0
+        """Operations in the buffer."""
         self.hub: Any = None
         self.doorbell = Doorbell()
 
@@ -223,17 +231,18 @@ class LaneStep(bootsteps.StartStopStep):
 
     def register_with_event_loop(self, consumer: LaneConsumer, hub: Any) -> None:
         """Begin: the event loop is about to run."""
+        if self.hub is None:
+            gc.freeze()
+            gc.set_threshold(GC_ALLOCATIONS, 20, 50)
         self.hub = hub
-        gc.freeze()
-        gc.set_threshold(GC_ALLOCATIONS, 20, 50)
-        self.buffer.clear()
+        self.drop_buffer()
         self.flush_armed = False
         self.doorbell.hang(hub, lambda: self.guarded(self.flush))
-        self.broker = RedisLanes(consumer.task_consumer.channel, hub, self.room)
+        self.broker = RedisLanes(consumer.task_consumer.channel, hub, self.room, self.guarded)
         self.results = Results(consumer.app)
         if consumer.event_dispatcher is not None:
             consumer.event_dispatcher.buffer_limit = 1 << 30  # flushed once per batch, in one block
-        self.balance()
+        self.guarded(self.balance)
         hub.call_repeatedly(self.settings.balance_seconds, self.guarded, self.balance)
 
     def stop(self, consumer: LaneConsumer) -> None:
@@ -246,7 +255,9 @@ class LaneStep(bootsteps.StartStopStep):
                     self.flush(more=False)
             except Exception as error:
                 logger.warning("stopping with %d messages unapplied, they go back: %r", len(self.buffer), error)
-        self.buffer.clear()
+        self.drop_buffer()
+        # Celery consumes from what is selected as soon as it is connected again, owned or not.
+        consumer.app.amqp.queues.deselect([lane_name(lane) for lane in self.consuming])
         self.consuming.clear()
         self.close_database()
 
@@ -336,15 +347,21 @@ class LaneStep(bootsteps.StartStopStep):
             describe(error), len(self.consuming), len(self.buffer), self.settings.balance_seconds,
         )  # fmt: skip
         self.close_database()
-        self.buffer.clear()
+        self.drop_buffer()
+        self.flush_armed = False
+        self.failures = 0
+        self.pause_seconds = 0.0
         for lane in list(self.consuming):
             self.forget(lane)
 
     # Messages
 
     def room(self) -> int:
-        """How many messages may still be taken off the broker."""
-        return 0 if self.pause_seconds or self.writer is None else self.settings.batch_messages - len(self.buffer)
+        """How many messages may still be taken off the broker: none while a batch is tried again, or enough
+        operations for the next two wait."""
+        if self.pause_seconds or self.writer is None or self.buffered >= 2 * self.settings.batch_operations:
+            return 0
+        return self.settings.batch_messages - len(self.buffer)
 
     def receive(self, message: Any, task: Task) -> None:
         """Take an operation's message into the buffer, in its turn."""
@@ -393,8 +410,10 @@ class LaneStep(bootsteps.StartStopStep):
         delivery.request = self.request(delivery, task, args, kwargs)
         if args:
             raise ContractError(Code.INVALID_MESSAGE, "send keyword arguments; positional ones have no names")
-        if headers.get("eta"):
-            raise ContractError(Code.INVALID_MESSAGE, "lanes apply in order at once: send without eta and countdown")
+        if headers.get("eta") or headers.get("expires"):
+            raise ContractError(
+                Code.INVALID_MESSAGE, "lanes apply in order, at once: send without eta, countdown and expires"
+            )
         if task.name == BATCH:
             delivery.members = [
                 self.member(delivery, name, identity, arguments)
@@ -403,9 +422,7 @@ class LaneStep(bootsteps.StartStopStep):
         else:
             arguments = bytes(kwargs)
             delivery.members = [Job(task.name, operation, decode_message(task.name, arguments), arguments, delivery)]
-        request = delivery.request
-        if request.expires or request.id in state.revoked:
-            delivery.revoked = request.id in state.revoked or bool(request.maybe_expire())
+        delivery.revoked = operation in state.revoked
 
     def member(self, delivery: Delivery, name: str, identity: str, arguments: msgspec.Raw) -> Job | Quarantined:
         """One operation of a batch; one that does not fit the contract fails alone."""
@@ -450,7 +467,16 @@ class LaneStep(bootsteps.StartStopStep):
         if delivery.request is not None:
             state.task_reserved(delivery.request)
         self.buffer.append(delivery)
+        self.buffered += len(delivery.members)
         self.arm(0)
+
+    def drop_buffer(self) -> None:
+        """Forget what is buffered; it was not acknowledged, so the broker still has it."""
+        for delivery in self.buffer:
+            if delivery.request is not None:
+                state.task_ready(delivery.request)
+        self.buffer.clear()
+        self.buffered = 0
 
     def arm(self, seconds: float) -> None:
         """Have the buffer flushed after so many seconds, unless that is under way."""
@@ -495,15 +521,17 @@ class LaneStep(bootsteps.StartStopStep):
             self.hold_on(error)
             return
         self.pause_seconds = 0.0
+        self.failures = 0
         assert self.results is not None
         assert self.broker is not None
         for delivery in batch:
             finish(delivery)
         self.results.store(batch)
         crash_point("after-results")
-        self.broker.acknowledge(delivery.message for delivery in batch)
-        for _ in batch:
+        for delivery in batch:
             self.buffer.popleft()
+            self.buffered -= len(delivery.members)
+        self.broker.acknowledge(delivery.message for delivery in batch)
         self.results.announce(batch, self.consumer.event_dispatcher, self.consumer.hostname)
         if more:
             self.broker.poll()
@@ -533,17 +561,17 @@ class LaneStep(bootsteps.StartStopStep):
         write_around(self.writer, jobs, quarantined)
         for job in jobs:
             if job.conflict:
-                logger.warning("id conflict: %s %s of %s", job.name, job.operation, job.account)
+                logger.warning("id conflict: %s %s of %s", job.name, shown(job.operation), shown(job.account))
             elif job.quarantined is not None:
-                logger.error("quarantined: %s %s: %s", job.name, job.operation, job.quarantined.reason)
+                log_quarantined(job.quarantined)
         for row in quarantined:
-            logger.error("quarantined: %s %s: %s", row.task, row.operation, row.reason)
+            log_quarantined(row)
 
     def hold_on(self, error: psycopg.Error) -> None:
         """A fault of the infrastructure is no refusal: keep the batch and try again, visibly."""
         assert self.writer is not None
-        if self.writer.connection.closed or self.writer.connection.broken:
-            self.pause_seconds = 0.0
+        self.failures += 1
+        if self.writer.connection.closed or self.failures > FAILURES_PER_CONNECTION:
             self.lose_database(error)
             return
         self.pause_seconds = min(
@@ -556,6 +584,19 @@ class LaneStep(bootsteps.StartStopStep):
         )  # fmt: skip
         self.arm(self.pause_seconds)
 
+
+def log_quarantined(row: Quarantined) -> None:
+    """Say in the log what was quarantined and why; what came from outside is escaped and cut."""
+    logger.error("quarantined as %s: %s %s: %s", row.code, shown(row.task), shown(row.operation), shown(row.reason))
+
+
+def shown(text: object) -> str:
+    """Foreign text for the log, on one line."""
+    return printable(repr(text), LOG_CHARACTERS)
+
+
+LOG_CHARACTERS = 300
+"""How much of a foreign text the log shows."""
 
 DATA_FAULTS = ("22", "23", "54")
 """SQLSTATE classes that a row can be at fault for: data exception, constraint violation, program limit."""

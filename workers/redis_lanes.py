@@ -29,11 +29,13 @@ from redis.retry import Retry
 
 from creditlane.lanes import PREFIX
 
-MAX_FETCH_BYTES = 8 << 20
+MAX_FETCH_BYTES = 1 << 20
 """Bytes of messages that one fetch returns at the most (and one message more)."""
 
 TAKE_OVER = """
 -- KEYS: the lane, its unacked list, its epoch
+-- A server that is full refuses what may grow, unless the script has written before: this first write changes nothing.
+redis.call('LTRIM', KEYS[2], 0, -1)
 local epoch = redis.call('INCR', KEYS[3])
 local restored = 0
 while redis.call('LMOVE', KEYS[2], KEYS[1], 'LEFT', 'RIGHT') do
@@ -53,8 +55,10 @@ for i = 1, #KEYS / 3 do
     else
         local got = {}
         while room > 0 and bytes > 0 do
-            local message = redis.call('LMOVE', lane, unacked, 'RIGHT', 'LEFT')
+            -- Two commands and not LMOVE, which a full server refuses: a full lane must be drained all the same.
+            local message = redis.call('RPOP', lane)
             if not message then break end
+            redis.call('LPUSH', unacked, message)
             got[#got + 1] = message
             room = room - 1
             bytes = bytes - #message
@@ -161,7 +165,14 @@ class Channel(kombu_redis.Channel):
             lane = bytes_to_str(name)
             callback = self.connection._callbacks[lane]
             for payload in payloads:
-                callback(self._message(lane, payload))
+                self._tag += 1
+                try:
+                    callback(self._message(lane, payload))
+                except self.connection_errors:
+                    raise
+                except Exception:
+                    # One message, whatever it is, must not keep the others from being delivered for ever.
+                    callback(self._unreadable(lane, payload))
             count += len(payloads)
         first = next(iter(self.epochs))
         self.epochs[first] = self.epochs.pop(first)
@@ -200,11 +211,13 @@ class Channel(kombu_redis.Channel):
         loop.remove(_descriptor(connection))
         try:
             connection.read_response()
+        except redis.ResponseError:
+            return  # the server will not have us wait (it is full, say): what comes is found by looking
         except redis.RedisError:
             connection.disconnect()
-            self._waits().release(connection)
             raise
-        self._waits().release(connection)
+        finally:
+            self._waits().release(connection)
         wake(lane)
 
     def _stop_waiting(self, lane: str) -> None:
@@ -220,21 +233,23 @@ class Channel(kombu_redis.Channel):
 
     def _message(self, lane: str, payload: bytes) -> Any:
         """A kombu message of what stood in the list; one that is no message at all comes undecoded."""
-        self._tag += 1
         try:
             decoded = msgspec.json.decode(payload)
             message = self.Message(decoded, channel=self)
-            delivery_info = {**(message.delivery_info or {}), "exchange": "", "routing_key": lane}
             if not isinstance(message.body, str | bytes | None) or (decoded.get("body") and not message.body):
                 raise ValueError("the body is no text, or nothing is left of it")
+            message.delivery_info = {**(message.delivery_info or {}), "exchange": "", "routing_key": lane}
         except Exception:
-            # Whatever it is, it must reach quarantine whole, and as itself.
-            message = self.Message({"properties": {"delivery_tag": None}}, channel=self)
-            message.body = payload
-            message.content_type = UNREADABLE
-            delivery_info = {"exchange": "", "routing_key": lane}
+            return self._unreadable(lane, payload)
         message.delivery_tag = self._tag
-        message.delivery_info = delivery_info
+        return message
+
+    def _unreadable(self, lane: str, payload: bytes) -> Any:
+        """What stood in the list, as it is: it must reach quarantine whole, and as itself."""
+        message = self.Message({"properties": {"delivery_tag": self._tag}}, channel=self)
+        message.body = payload
+        message.content_type = UNREADABLE
+        message.delivery_info = {"exchange": "", "routing_key": lane}
         return message
 
     def _lane_scripts(self) -> tuple[Any, Any, Any]:
@@ -280,18 +295,22 @@ class RedisLanes:
     :param channel: the consumer's channel.
     :param loop: kombu's event loop.
     :param room: how many messages the consumer's buffer has room for.
+    :param guard: runs a step that the loop calls, and begins the consumer anew if it fails.
     """
 
-    def __init__(self, channel: Channel, loop: Any, room: Callable[[], int]) -> None:
+    def __init__(
+        self, channel: Channel, loop: Any, room: Callable[[], int], guard: Callable[[Callable[[], None]], None]
+    ) -> None:
         self.channel = channel
         self.loop = loop
         self.room = room
+        self.guard = guard
 
     def poll(self) -> None:
         """Bring what is waiting into the buffer, or wait for something to come."""
         room = self.room()
         if room > 0 and not self.channel.fetch(room):
-            self.channel.wait(self.loop, lambda _lane: self.poll())
+            self.channel.wait(self.loop, lambda _lane: self.guard(self.poll))
 
     def acknowledge(self, messages: Iterable[Any]) -> None:
         """Acknowledge messages that are the oldest of their lanes, in one round trip."""

@@ -12,13 +12,16 @@ import msgspec
 from celery.utils.log import get_logger
 from celery.worker import state
 
-from creditlane.contract import BATCH
+from creditlane.contract import BATCH, ContractError, check_id
 from creditlane.errors import QuarantinedError
 
 if TYPE_CHECKING:
     from workers.lane_consumer import Delivery
 
 logger = get_logger(__name__)
+
+REPLY_SECONDS = 600
+"""How long an answer is kept that only the sender that waited for it looks for."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -40,34 +43,34 @@ class Results:
         Every result is in ``operations`` as well: when the backend is away, a sender that got no answer sends
         the same id again. So a fault here is logged and stops nothing.
         """
-        waited = [delivery for delivery in batch if delivery.request is not None and not delivery.request.ignore_result]
+        waited = [(reply, delivery) for delivery in batch if (reply := reply_of(delivery)) is not None]
         if not waited:
             return
         now = datetime.now(UTC).isoformat().encode()
         try:
             if self.is_redis:
                 with self.backend.client.pipeline(transaction=False) as pipe:
-                    for delivery in waited:
-                        key = self.backend.get_key_for_task(delivery.id)
+                    for reply, delivery in waited:
+                        key = self.backend.get_key_for_task(reply)
                         meta = result_meta(delivery, now)
-                        pipe.set(key, meta, ex=self.expires)
+                        pipe.set(key, meta, ex=self.expires if reply == delivery.id else REPLY_SECONDS)
                         pipe.publish(key, meta)
                     pipe.execute()
             else:
-                for delivery in waited:
-                    self._store_one(delivery)
+                for reply, delivery in waited:
+                    self._store_one(reply, delivery)
         except Exception as error:
             logger.warning("%d results could not be sent to their waiting senders: %r", len(waited), error)
 
-    def _store_one(self, delivery: Delivery) -> None:
+    def _store_one(self, reply: str, delivery: Delivery) -> None:
         if delivery.revoked:
-            self.backend.mark_as_revoked(delivery.id, "revoked", request=delivery.request)
+            self.backend.mark_as_revoked(reply, "revoked", request=delivery.request)
         elif delivery.quarantined is not None:
             error = QuarantinedError(f"{delivery.quarantined.code}: {delivery.quarantined.reason}")
-            self.backend.mark_as_failure(delivery.id, error, request=delivery.request)
+            self.backend.mark_as_failure(reply, error, request=delivery.request)
         else:
             assert delivery.result is not None
-            self.backend.store_result(delivery.id, msgspec.json.decode(delivery.result), "SUCCESS")
+            self.backend.store_result(reply, msgspec.json.decode(delivery.result), "SUCCESS")
 
     def announce(self, batch: Sequence[Delivery], dispatcher: Any, hostname: str) -> None:
         """Send the events of a batch in one block, and tell Celery's own books that its messages are done."""
@@ -119,6 +122,23 @@ class Results:
             result=summary(delivery),
             runtime=max(0.0, time() - delivery.started_at),
         )
+
+
+def reply_of(delivery: Delivery) -> str | None:
+    """The name under which the answer to a message is waited for, if it is.
+
+    A client of ours names each sending in the header ``reply``, since an operation id is unique in its account only;
+    other senders look under the task's id.
+    """
+    headers = delivery.message.headers
+    if not isinstance(headers, dict) or headers.get("ignore_result"):
+        return None
+    for name in (headers.get("reply"), delivery.id):
+        try:
+            return check_id(name)
+        except ContractError:
+            continue
+    return None
 
 
 class _Balance(msgspec.Struct):

@@ -71,7 +71,7 @@ class Welcome(Section, frozen=True):
 
     credits: Micro = Micro(0)
     source: str = "signup"
-    expires_days: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    expires_days: Annotated[int, msgspec.Meta(ge=1, le=36_600)] | None = None
 
     def __post_init__(self) -> None:
         if self.credits < 0:
@@ -106,7 +106,7 @@ class Pack(Section, frozen=True):
     """Money, as ``"4.99 EUR"``."""
     title: str = ""
     quote_above: Micro | None = None
-    expires_days: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    expires_days: Annotated[int, msgspec.Meta(ge=1, le=36_600)] | None = None
 
     def __post_init__(self) -> None:
         if self.price is not None:

@@ -24,6 +24,9 @@ DEFAULTS = {"v": 1, "kind": "user", "ttl": 900, "partial": False}
 MOST = 9 * 10**18
 """Micro-credits that may come into one account in all its life."""
 
+MANY = 1000
+"""Lots with credits left, in whatever form, that one account may have."""
+
 BUCKETS = (
     "granted",
     "received",
@@ -155,7 +158,7 @@ class Ledger:
         takings = self.find(-said["amount"], None, now)
         for lot, taken in takings:
             self.move("revoked", lot, taken, now, operation)
-            lot["clawed_back"] += taken
+            self.root_of(lot)["clawed_back"] += taken
         return {"charged": -said["amount"], "uses": [(lot["number"], taken) for lot, taken in takings]}
 
     def consume_(self, said: Row, operation: str, now: datetime) -> Row:
@@ -233,6 +236,9 @@ class Ledger:
         if left == 0 or amount > left:
             raise Refusal("exceeds_original")
         self.make_room(amount)
+        alive = [lot for lot in self.lots if lot["available"] + lot["held"] + lot["in_transit"] > 0]
+        if len(alive) + len(receipt) > MANY:
+            raise Refusal("limit_reached")
         uses = []
         missing = amount
         for line in reversed(receipt):
@@ -246,42 +252,58 @@ class Ledger:
                 lot = self.add_successor(lot, operation, now)
             self.move("restored", lot, back, now, operation, said["operation"])
             uses.append((lot["number"], back))
-            self.take_what_is_owed(lot, now, now, operation)
+            self.take_what_is_owed(lot, back, now, now, operation)
         assert missing == 0
         return {"charged": -amount, "uses": uses}
 
     def revoke_(self, said: Row, operation: str, now: datetime) -> Row:
         if "grant" in said:
-            lots = [lot for lot in self.lots if said["grant"] in (lot["number"], lot["origin"])]
+            named = [self.root_of(lot) for lot in self.lots if lot["number"] == said["grant"]]
         else:
-            lots = [lot for lot in self.lots if lot["purchase"] == said["purchase"]]
-        if not lots:
+            named = [lot for lot in self.lots if lot["origin"] is None and lot["purchase"] == said["purchase"]]
+        if not named:
             raise Refusal("unknown_grant")
-        came = sum(lot["granted"] + lot["received"] for lot in lots)
-        gone = sum(lot["expired"] + lot["clawed_back"] for lot in lots)
-        wanted = said.get("amount", came - gone)
-        if wanted <= 0 or wanted > came - gone:
+        roots = sorted(named, key=lambda root: int(root["number"]))
+        revocable = sum(self.worth(root) for root in roots)
+        wanted = said.get("amount", revocable)
+        if wanted == 0 or wanted > revocable:
             raise Refusal("exceeds_original")
         uses = []
-        spent = wanted
-        for lot in reversed(in_burn_down_order(lots)):
-            taken = min(spent, lot["available"])
+        missing = wanted
+        for lot in reversed(in_burn_down_order([lot for root in roots for lot in self.family_of(root)])):
+            root = self.root_of(lot)
+            # What is booked as taken is worth nothing from then on: the worth is looked up anew for every lot.
+            taken = min(lot["available"], self.worth(root), missing)
             if taken:
                 self.move("revoked", lot, taken, now, operation)
-                lot["clawed_back"] += taken
+                root["clawed_back"] += taken
                 uses.append((lot["number"], taken))
-                spent -= taken
-        details: Row = {"charged": wanted - spent, "uses": uses}
-        if spent:
-            first = min(lots, key=lambda lot: int(lot["number"]))
-            first["clawed_back"] += spent
-            if self.policy["on_spent"] == "forgive":
-                first["forgiven"] += spent
-                details["forgiven"] = spent
-            else:
-                self.move("debt_incurred", first, spent, now, operation)
-                details["owed"] = spent
+                missing -= taken
+        details: Row = {"charged": wanted - missing, "uses": uses}
+        if missing:
+            details["forgiven" if self.policy["on_spent"] == "forgive" else "owed"] = missing
+            self.charge_what_is_away(roots, missing, operation, now)
         return details
+
+    def charge_what_is_away(self, roots: list[Row], wanted: int, operation: str, now: datetime) -> None:
+        """Share what cannot be taken among the families: by what each has away, then by what each is worth."""
+        shares: list[int] = []
+        for root in roots:
+            family = self.family_of(root)
+            away = sum(lot["consumed"] + lot["held"] for lot in family) - sum(lot["restored"] for lot in family)
+            unforgiven = max(away - root["forgiven"], 0)
+            shares.append(min(unforgiven, self.worth(root), wanted - sum(shares)))
+        for place, root in enumerate(roots):
+            shares[place] += min(self.worth(root) - shares[place], wanted - sum(shares))
+        assert sum(shares) == wanted
+        for root, share in zip(roots, shares, strict=True):
+            if share == 0:
+                continue
+            root["clawed_back"] += share
+            if self.policy["on_spent"] == "forgive":
+                root["forgiven"] += share
+            else:
+                self.move("debt_incurred", root, share, now, operation)
 
     def settle_(self, said: Row, operation: str, now: datetime) -> Row:
         return {}
@@ -383,27 +405,42 @@ class Ledger:
             lot = line["lot"]
             self.move("released", lot, back, now, operation, hold["id"], at)
             over = lot["end"] is not None and lot["end"] <= at
-            if not over or lot["clawed_back"] > 0:
-                back -= self.take_what_is_owed(lot, at, now, operation)
+            if not over or self.root_of(lot)["clawed_back"] > 0:
+                back -= self.take_what_is_owed(lot, back, at, now, operation)
             if over and back > 0:
                 self.move("expired", lot, back, now, operation, hold["id"], at)
         assert amount == 0
 
-    def take_what_is_owed(self, lot: Row, at: datetime, now: datetime, operation: str | None) -> int:
-        """Of credits that came into a lot: first what was forgiven of it, then the debt."""
-        forgiving = lot if lot["origin"] is None else self.lots[lot["origin"] - 1]
-        taken = min(forgiving["forgiven"], lot["available"])
+    def take_what_is_owed(self, lot: Row, came: int, at: datetime, now: datetime, operation: str | None) -> int:
+        """Of the credits that just came into a lot: first what was forgiven of its family, then the debt."""
+        root = self.root_of(lot)
+        taken = min(came, root["forgiven"])
         if taken:
             self.move("revoked", lot, taken, now, operation, None, at)
-            forgiving["forgiven"] -= taken
-        paid = min(self.debt, lot["available"])
+            root["forgiven"] -= taken
+        paid = min(came - taken, self.debt)
         if paid:
             self.move("debt_paid", lot, paid, now, operation, None, at)
         return int(taken + paid)
 
+    def root_of(self, lot: Row) -> Row:
+        """The lot that a lot goes on for; itself, if it was given as it is."""
+        return lot if lot["origin"] is None else self.lots[lot["origin"] - 1]
+
+    def family_of(self, root: Row) -> list[Row]:
+        """A lot and all that go on for it."""
+        return [lot for lot in self.lots if self.root_of(lot) is root]
+
+    def worth(self, root: Row) -> int:
+        """What of a family has neither lapsed nor been taken back."""
+        family = self.family_of(root)
+        came = sum(lot["granted"] + lot["received"] for lot in family)
+        lapsed = sum(lot["expired"] for lot in family)
+        return int(max(0, came - lapsed - root["clawed_back"]))
+
     def come_in(self, lot: Row, amount: int, operation: str, now: datetime) -> Row:
         self.move("granted", lot, amount, now, operation)
-        self.take_what_is_owed(lot, now, now, operation)
+        self.take_what_is_owed(lot, amount, now, now, operation)
         return {"uses": [(lot["number"], amount)], "grant": lot["number"]}
 
     def make_room(self, amount: int) -> None:
@@ -424,7 +461,7 @@ class Ledger:
             lot["purchase"],
         )
         after["price"] = lot["price"]
-        after["origin"] = lot["number"] if lot["origin"] is None else lot["origin"]
+        after["origin"] = self.root_of(lot)["number"]
         return after
 
     def add_lot(

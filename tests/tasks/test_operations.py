@@ -831,6 +831,20 @@ def test_a_charge_of_nothing_has_nothing_to_give_back(free: tuple[str, dict[str,
     assert refused(own("refund", operation="c"), Code.EXCEEDS_ORIGINAL)
 
 
+def test_a_refund_that_may_need_more_lots_than_an_account_may_have_is_refused() -> None:
+    own = lane({"amount": "1", "source": "pack", "expires_in": 60}, {"amount": "1", "source": "pack", "expires_in": 60})
+    own("consume", "c", amount="2")
+    own.wait(seconds=60)
+    for _ in range(MAX_OPEN_GRANTS - 1):
+        own("grant", amount="1", source="pack")
+    assert refused(own("refund", operation="c"), Code.LIMIT_REACHED)
+    assert refused(own("refund", operation="c", amount="0.5"), Code.LIMIT_REACHED), "each line is counted"
+    assert refused(own("refund", operation="c", amount="2.000001"), Code.EXCEEDS_ORIGINAL), "is looked at before"
+    own("consume", amount="1")
+    assert uses(own("refund", operation="c")) == [(MAX_OPEN_GRANTS + 2, "1"), (MAX_OPEN_GRANTS + 3, "1")]
+    assert own.account.open_grants() == MAX_OPEN_GRANTS
+
+
 # Adjust.
 
 
@@ -1045,15 +1059,157 @@ def test_what_an_administrator_took_of_a_lot_is_not_taken_again_by_its_revocatio
     assert own.account.debt == 0
 
 
-def test_what_is_left_of_a_revocation_is_owed_by_the_purchases_first_lot() -> None:
+def booked(own: Lane) -> list[tuple[int, int]]:
+    """What was taken back and what was forgiven of each lot."""
+    return [(lot.clawed_back, lot.forgiven) for lot in own.account.grants.values()]
+
+
+def last(own: Lane, count: int) -> list[tuple[str, int, int]]:
+    """The last entries: kind, lot, micro-credits."""
+    return [(entry.kind, entry.grant, entry.amount_micro) for entry in own.account.entries[-count:]]
+
+
+def test_what_is_left_of_a_revocation_is_owed_by_the_lots_whose_credits_were_spent() -> None:
     bought = {"amount": "4", "source": "pack", "purchase": "pi_1"}
     own = lane({**bought, "priority": 9}, {**bought, "priority": 1})
     own("consume", amount="6")
-    assert uses(own("revoke", purchase="pi_1")) == [(1, "2")]
-    assert [lot.clawed_back for lot in own.account.grants.values()] == [8_000_000, 0]
-    assert [(entry.kind, entry.grant, entry.amount_micro) for entry in own.account.entries[-1:]] == [
-        ("debt_incurred", 1, 6_000_000)
-    ]
+    result = own("revoke", purchase="pi_1")
+    assert uses(result) == [(1, "2")]
+    assert result["owed"] == "6"
+    assert booked(own) == [(4_000_000, 0), (4_000_000, 0)]
+    assert last(own, 2) == [("debt_incurred", 1, 2_000_000), ("debt_incurred", 2, 4_000_000)]
+
+
+def test_what_a_revocation_owes_is_booked_first_where_credits_are_away_and_then_where_there_is_worth() -> None:
+    own = lane("3")
+    own("consume", amount="3")
+    own("revoke", grant=1)
+    own("grant", amount="5", source="pack", purchase="pi_1")
+    own("grant", amount="4", source="pack", purchase="pi_1", priority=1)
+    own("consume", amount="4")
+    assert [lot.available for lot in own.account.grants.values()] == [0, 2_000_000, 0]
+    result = own("revoke", purchase="pi_1", amount="7")
+    assert (uses(result), result["owed"]) == ([(2, "2")], "5")
+    assert booked(own)[1:] == [(3_000_000, 0), (4_000_000, 0)]
+    assert last(own, 2) == [("debt_incurred", 2, 1_000_000), ("debt_incurred", 3, 4_000_000)]
+    assert own("revoke", purchase="pi_1")["owed"] == "2"
+    assert last(own, 1) == [("debt_incurred", 2, 2_000_000)]
+    assert refused(own("revoke", purchase="pi_1"), Code.EXCEEDS_ORIGINAL)
+
+
+def test_a_lot_whose_debt_was_paid_gives_nothing_more_when_its_credits_come_back() -> None:
+    bought = {"amount": "5", "source": "pack", "purchase": "pi_1"}
+    own = lane({**bought, "priority": 9}, {**bought, "priority": 1})
+    own("consume", "c", amount="5")
+    assert own("revoke", grant=2)["owed"] == "5"
+    assert "debt" not in own("grant", amount="5", source="gift")["balance"]
+    own("refund", operation="c")
+    assert [lot.available for lot in own.account.grants.values()] == [5_000_000, 5_000_000, 0]
+    result = own("revoke", purchase="pi_1")
+    assert (uses(result), "owed" in result) == ([(1, "5")], False)
+    assert own.available() == "5"
+
+
+def test_naming_a_lot_that_continues_another_revokes_both() -> None:
+    own = lane({"amount": "5", "source": "pack", "expires_in": 60})
+    own("consume", "c", amount="5")
+    own.wait(seconds=60)
+    own("refund", operation="c", amount="3")
+    assert refused(own("revoke", grant=2, amount="5.000001"), Code.EXCEEDS_ORIGINAL)
+    result = own("revoke", grant=2)
+    assert (uses(result), result["owed"]) == ([(2, "3")], "2")
+    assert booked(own) == [(5_000_000, 0), (0, 0)]
+    assert last(own, 1) == [("debt_incurred", 1, 2_000_000)]
+
+
+def test_what_an_administrator_took_of_a_lot_that_continues_another_is_booked_on_the_first() -> None:
+    own = lane({"amount": "5", "source": "pack", "expires_in": 60, "purchase": "pi_1"})
+    own("consume", "c", amount="5")
+    own.wait(seconds=60)
+    own("refund", operation="c")
+    assert uses(own("adjust", amount="-2", actor="anna", reason="wrong")) == [(2, "2")]
+    assert booked(own) == [(2_000_000, 0), (0, 0)]
+    result = own("revoke", purchase="pi_1")
+    assert (uses(result), "owed" in result) == ([(2, "3")], False)
+
+
+# Sequences that took credits twice, or let them be kept.
+
+BOUGHT = {"amount": "5", "source": "pack", "purchase": "pi_1"}
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_lot_whose_purchase_was_revoked_is_not_revoked_again_by_its_number(number: int) -> None:
+    own = lane(BOUGHT, BOUGHT)
+    own("consume", amount="10")
+    assert own("revoke", purchase="pi_1")["owed"] == "10"
+    assert refused(own("revoke", grant=number), Code.EXCEEDS_ORIGINAL)
+    assert refused(own("revoke", purchase="pi_1"), Code.EXCEEDS_ORIGINAL)
+    assert own.account.debt == 10_000_000
+
+
+def test_what_was_forgiven_of_a_purchase_is_taken_whichever_of_its_lots_it_comes_back_to() -> None:
+    own = lane(BOUGHT, {**BOUGHT, "amount": "2", "priority": 1}, catalog=FORGIVE)
+    assert uses(own("consume", "c", amount="2")) == [(2, "2")]
+    result = own("revoke", purchase="pi_1")
+    assert (uses(result), result["forgiven"]) == ([(1, "5")], "2")
+    assert booked(own) == [(5_000_000, 0), (2_000_000, 2_000_000)]
+    assert own("refund", operation="c")["balance"] == {"available": "0"}
+    assert booked(own) == [(5_000_000, 0), (2_000_000, 0)]
+    assert last(own, 2) == [("restored", 2, 2_000_000), ("revoked", 2, 2_000_000)]
+
+
+def test_what_returns_unspent_to_an_ended_lot_of_a_revoked_purchase_pays_what_is_owed_for_it() -> None:
+    own = lane(BOUGHT, {**BOUGHT, "expires_in": 60})
+    assert uses(own("hold", "h", amount="5")) == [(2, "5")]
+    result = own("revoke", purchase="pi_1")
+    assert (uses(result), result["owed"]) == ([(1, "5")], "5")
+    own.wait(seconds=60)
+    assert own("release", hold="h")["balance"] == {"available": "0"}
+    assert last(own, 2) == [("released", 2, 5_000_000), ("debt_paid", 2, 5_000_000)]
+    assert own.account.debt == 0
+
+
+def test_what_returns_unspent_to_an_ended_lot_that_continues_a_revoked_one_pays_what_is_owed_for_it() -> None:
+    own = lane({**BOUGHT, "expires_in": 20})
+    own("consume", "c", amount="5")
+    own.wait(seconds=60)
+    assert uses(own("refund", operation="c")) == [(2, "5")]
+    own.wait(days=29.75)
+    assert uses(own("hold", "h", amount="5", ttl=86_400)) == [(2, "5")]
+    assert own("revoke", purchase="pi_1")["owed"] == "5"
+    own.wait(days=0.25)
+    assert own("release", hold="h")["balance"] == {"available": "0"}
+    assert last(own, 2) == [("released", 2, 5_000_000), ("debt_paid", 2, 5_000_000)]
+    assert own.account.debt == 0
+
+
+def test_what_was_forgiven_of_a_used_up_lot_is_taken_out_of_what_the_one_that_continues_it_gets_back() -> None:
+    own = lane({**BOUGHT, "amount": "1", "expires_in": 20}, catalog=FORGIVE)
+    own("consume", "c1", amount="1")
+    own.wait(seconds=60)
+    own("refund", operation="c1")
+    assert uses(own("consume", "c2", amount="1")) == [(2, "1")]
+    assert own("revoke", purchase="pi_1")["forgiven"] == "1"
+    assert booked(own) == [(1_000_000, 1_000_000), (0, 0)]
+    assert own("refund", operation="c2")["balance"] == {"available": "0"}
+    assert booked(own) == [(1_000_000, 0), (0, 0)]
+    assert last(own, 2) == [("restored", 2, 1_000_000), ("revoked", 2, 1_000_000)]
+
+
+@pytest.mark.parametrize("how", ["release", "capture", "time"])
+def test_a_tiny_hold_that_ends_pays_no_more_than_itself_of_the_debt(how: str) -> None:
+    own = lane(BOUGHT)
+    own("consume", amount="5")
+    own("grant", amount="9", source="gift")
+    own("hold", "h", amount="0.000001", ttl=60)
+    assert own("revoke", purchase="pi_1")["owed"] == "5"
+    if how == "time":
+        own.wait(seconds=60)
+        result = own("settle")
+    else:
+        result = own(how, hold="h", **({"amount": "0"} if how == "capture" else {}))
+    assert result["balance"] == {"available": "8.999999", "debt": "4.999999", "by_source": {"gift": "8.999999"}}
 
 
 # When it is due next.

@@ -495,7 +495,7 @@ def test_a_purchase_is_revoked_from_its_closed_grants_and_from_what_continues_th
     # One credit of seven came back and is taken from what continues the first lot; six were spent.
     assert (revoked["charged"], revoked["owed"]) == ("1", "6")
     assert all_of(ledger, "SELECT grant_id, available_micro, clawed_back_micro FROM grants ORDER BY 1") == [
-        (1, 0, 6_000_000), (2, 0, 0), (3, 9_000_000, 0), (4, 0, 1_000_000),
+        (1, 0, 4_000_000), (2, 0, 3_000_000), (3, 9_000_000, 0), (4, 0, 0),
     ]  # fmt: skip
     assert one(ledger, "SELECT debt_micro FROM accounts") == 6_000_000
     assert send(ledger, "credits.revoke", "v-2", account="a", purchase="p")["code"] == "exceeds_original"

@@ -46,6 +46,12 @@ class Place(NamedTuple):
         """Put raw payloads into the lane, in order and at once."""
         self.store.lpush(LANE, *payloads)
 
+    def answer(self, identity: str) -> dict[str, Any]:
+        """What a sender without our client reads from Redis."""
+        stored: Any = eventually(lambda: self.store.get(f"celery-task-meta-{identity}"))
+        meta: dict[str, Any] = json.loads(stored)
+        return meta
+
     def counts(self) -> tuple[int, int]:
         """How many operations are answered, and how many messages (redeliveries too) are in quarantine."""
         (found,) = rows(
@@ -384,7 +390,7 @@ def test_a_message_made_by_hand_in_another_language_is_applied_and_its_answer_re
         b'"headers":{"lang":"go","task":"credits.consume","id":"by-hand"},'
         b'"properties":{"body_encoding":"base64","delivery_tag":"1"}}' % content.encode()
     )
-    meta = json.loads(str(eventually(lambda: place.store.get("celery-task-meta-by-hand")), "utf-8"))
+    meta = place.answer("by-hand")
     assert (meta["status"], meta["task_id"]) == ("SUCCESS", "by-hand")
     assert meta["result"]["status"] == "applied"
     assert (meta["result"]["id"], meta["result"]["charged"]) == ("by-hand", "1")
@@ -394,7 +400,7 @@ def test_a_message_made_by_hand_in_another_language_is_applied_and_its_answer_re
 
 def test_a_sender_without_our_client_is_told_why_its_message_was_refused(place: Place) -> None:
     place.push(wrapped(arguments_body('{"account":"alice","amount":1.5}'), {**PACKING, "id": "refused-by-hand"}))
-    meta = json.loads(str(eventually(lambda: place.store.get("celery-task-meta-refused-by-hand")), "utf-8"))
+    meta = place.answer("refused-by-hand")
     assert meta["status"] == "FAILURE"
     assert meta["result"]["exc_type"] == "QuarantinedError"
     assert meta["result"]["exc_message"][0].startswith("invalid_message: ")

@@ -147,7 +147,7 @@ def test_the_consumer_acknowledges_by_the_lane_of_each_message(owners: list[Owne
     push(store, LANE, "1", "2")
     push(store, SECOND, "a")
     owner.take(LANE, SECOND)
-    lanes = RedisLanes(owner.channel, Hub(), lambda: 100)
+    lanes = RedisLanes(owner.channel, Hub(), lambda: 100, lambda step: step())
     lanes.poll()
     lanes.acknowledge(got for got in owner.got if got.body in (b"1", b"a"))
     assert (texts(store, unacked(LANE)), texts(store, unacked(SECOND))) == (["2"], [])
@@ -273,7 +273,7 @@ def test_a_poll_that_finds_nothing_waits_and_brings_what_comes_later(owners: lis
     owner.take(LANE)
     hub = Hub()
     full = False
-    lanes = RedisLanes(owner.channel, hub, lambda: 0 if full else 10)
+    lanes = RedisLanes(owner.channel, hub, lambda: 0 if full else 10, lambda step: step())
     lanes.poll()
     push(store, LANE, "1")
     loop = hub.create_loop()

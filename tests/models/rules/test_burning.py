@@ -385,7 +385,46 @@ def test_a_debt_is_paid_only_as_far_as_the_grant_goes() -> None:
     post(account, spent, "consumed", 9, NOW, "c")
     post(account, spent, "debt_incurred", 9, NOW, "v")
     grant = lot(account, 4)
-    pay_debt(account, grant, NOW, "g")
+    pay_debt(account, grant, 4, NOW, "g")
     assert (account.debt, grant.available, grant.revoked) == (5, 0, 4)
-    pay_debt(account, grant, NOW, "g")
+    pay_debt(account, grant, 0, NOW, "g")
     assert account.debt == 5
+
+
+@pytest.mark.parametrize(
+    ("forgiven", "debt", "taken", "paid"), [(0, 9, 0, 2), (1, 9, 1, 1), (9, 9, 2, 0), (1, 0, 1, 0), (0, 1, 0, 1)]
+)
+def test_no_more_than_what_came_in_is_taken_and_what_lay_there_before_is_left_alone(
+    forgiven: int, debt: int, taken: int, paid: int
+) -> None:
+    account = Account("a")
+    grant = lot(account, 9)
+    grant.forgiven, account.debt = forgiven, debt
+    entries = len(account.entries)
+    pay_debt(account, grant, 2, NOW, "g")
+    assert (grant.forgiven, account.debt) == (forgiven - taken, debt - paid)
+    assert (grant.available, grant.revoked) == (9 - taken - paid, taken + paid)
+    assert [(entry.kind, entry.amount_micro) for entry in account.entries[entries:]] == [
+        (kind, amount) for kind, amount in (("revoked", taken), ("debt_paid", paid)) if amount
+    ]
+
+
+def test_what_comes_back_to_an_ended_lot_lapses_by_what_came_back_and_not_by_what_lay_there() -> None:
+    account = Account("a")
+    root = lot(account, 9, end=10)
+    lines = burn(account, plan_burn(account, 5, None, NOW)[0], "held", NOW, "h")
+    root.clawed_back, account.debt = 1, 2
+    give_back_held(account, lines, 5, at(10), "r", "h")
+    assert (root.available, root.revoked, root.expired, account.debt) == (4, 2, 3, 0)
+
+
+def test_what_comes_back_to_an_ended_successor_of_a_lot_that_was_clawed_back_is_taken_before_it_lapses() -> None:
+    account = Account("a")
+    root = lot(account, 5, end=10)
+    charge = burn(account, plan_burn(account, 5, None, NOW)[0], "consumed", NOW, "c")
+    ((after, _),) = restore_consumed(account, charge, 5, at(10), "r", "c", refund_days=1)
+    lines = burn(account, plan_burn(account, 5, None, at(10))[0], "held", at(10), "h")
+    root.clawed_back, root.forgiven, account.debt = 5, 1, 2
+    give_back_held(account, lines, 5, at(10) + timedelta(days=1), "r2", "h")
+    assert (root.forgiven, account.debt) == (0, 0)
+    assert (after.available, after.revoked, after.expired) == (0, 3, 2)

@@ -1,0 +1,140 @@
+"""Migrations on a real Postgres: they take turns, end where the tables are declared, and guard what is written once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, text
+from sqlalchemy.pool import NullPool
+
+from models.migrate import MIGRATION_LOCK, sqlalchemy_url, upgrade
+from models.tables import Base
+from scripts.embedded import Stack
+from tests.support import ROOT, Ledger, rows, value
+
+
+@pytest.fixture
+def empty_database(stack: Stack) -> Iterator[str]:
+    """A database that was never migrated."""
+    yield stack.create_database("empty")
+    stack.postgres.drop_database("empty")
+
+
+def schema(database: str) -> list[tuple[str, ...]]:
+    """Every table, column, constraint, index, trigger and function, as Postgres describes them."""
+    return rows(
+        database,
+        "SELECT 'column', table_name || '.' || column_name, data_type || is_nullable || coalesce(column_default, '')"
+        " FROM information_schema.columns WHERE table_schema = 'public'"
+        " UNION ALL SELECT 'constraint', conname, pg_get_constraintdef(oid) FROM pg_constraint"
+        " WHERE connamespace = 'public'::regnamespace"
+        " UNION ALL SELECT 'index', indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'"
+        " UNION ALL SELECT 'options', relname, reloptions::text FROM pg_class"
+        " WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'"
+        " UNION ALL SELECT 'trigger', tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal"
+        " UNION ALL SELECT 'function', proname, prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
+        " ORDER BY 1, 2, 3",
+    )
+
+
+def test_upgrading_again_changes_nothing(empty_database: str) -> None:
+    upgrade(empty_database)
+    first = schema(empty_database)
+    assert len(first) > 100
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute("INSERT INTO outbox (account, queue, task, operation, arguments, created_at)"
+                           " VALUES ('a', 'q', 't', 'o', '{}', now())")  # fmt: skip
+    upgrade(empty_database)
+    assert schema(empty_database) == first
+    assert value(empty_database, "SELECT count(*) FROM outbox") == 1
+
+
+def test_several_at_once_take_turns(empty_database: str) -> None:
+    start = threading.Barrier(4)
+    failures: list[BaseException] = []
+
+    def migrate() -> None:
+        start.wait()
+        try:
+            upgrade(empty_database)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=migrate) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert value(empty_database, "SELECT count(*) FROM alembic_version") == 1
+    held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = %s"
+    assert value(empty_database, held, MIGRATION_LOCK) == 0
+
+
+def test_the_command_migrates_the_database_of_the_environment(empty_database: str) -> None:
+    command = subprocess.run(
+        [sys.executable, "-m", "models.migrate"],
+        cwd=ROOT,
+        env={"CREDITLANE_DATABASE_URL": empty_database, "CREDITLANE_BROKER_URL": "redis://127.0.0.1:1/0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert command.stdout == "the database has the present schema\n"
+    assert value(empty_database, "SELECT count(*) FROM accounts") == 0
+
+
+def test_the_migrations_end_at_the_declared_tables(database: str, empty_database: str) -> None:
+    engine = create_engine(sqlalchemy_url(database), poolclass=NullPool)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
+        assert compare_metadata(context, Base.metadata) == []
+    engine.dispose()
+    # What that comparison does not look at (checks, conditions of indexes, storage options), by Postgres itself.
+    engine = create_engine(sqlalchemy_url(empty_database), poolclass=NullPool)
+    with engine.begin() as connection:
+        Base.metadata.create_all(connection)
+        assert connection.execute(text("SELECT count(*) FROM accounts")).scalar() == 0
+    engine.dispose()
+    migrated = [row for row in schema(database) if "alembic_version" not in "".join(map(str, row))]
+    declared = schema(empty_database)
+    assert [row for row in migrated if row[0] not in ("trigger", "function")] == declared
+
+
+@pytest.mark.parametrize("url", ["mysql://localhost/x", "localhost/x", "sqlite:///x", ""])
+def test_another_kind_of_database_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="postgresql://"):
+        sqlalchemy_url(url)
+
+
+@pytest.mark.parametrize("table", ["entries", "operations"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE {} SET account = account",
+        "UPDATE {} SET account = 'x' WHERE false",
+        "DELETE FROM {}",
+        "DELETE FROM {} WHERE false",
+        "TRUNCATE {}",
+        "TRUNCATE accounts, {}, grants",
+        "INSERT INTO {0} SELECT * FROM {0} ON CONFLICT ON CONSTRAINT {0}_pkey DO UPDATE SET account = 'x'",
+        "MERGE INTO {0} USING {0} AS other ON {0}.account = other.account WHEN MATCHED THEN DELETE",
+    ],
+)
+def test_what_is_written_once_is_never_changed(statement: str, table: str, ledger: Ledger) -> None:
+    ledger.apply("credits.open", "open", account="a")
+    before = ledger.writer.connection.execute(f"SELECT * FROM {table}").fetchall()
+    assert before
+    with pytest.raises(psycopg.errors.RestrictViolation, match=f"on {table} refused") as refused:
+        ledger.writer.connection.execute(statement.format(table))
+    assert refused.value.sqlstate == "23001"
+    assert refused.value.diag.message_hint
+    assert ledger.writer.connection.execute(f"SELECT * FROM {table}").fetchall() == before
