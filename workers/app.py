@@ -20,6 +20,7 @@ def common_configuration(config: Settings) -> dict[str, Any]:
         "broker_url": broker,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,  # for ever, and visible in the log
+        "broker_channel_error_retry": True,  # such as a Redis that is full, or read-only while it fails over
         "broker_transport_options": {
             "socket_keepalive": True,
             "socket_connect_timeout": 5,

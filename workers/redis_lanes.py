@@ -97,8 +97,17 @@ def keys_of(lane: str) -> tuple[str, str, str]:
     return lane, f"{lane}:unacked", f"{lane}:epoch"
 
 
+class QoS(kombu_redis.QoS):
+    """Nothing of a lane is ever in kombu's own unacknowledged set, so there is nothing to look for there."""
+
+    def restore_visible(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing; kombu's own would need room on the server for its lock."""
+
+
 class Channel(kombu_redis.Channel):
     """A channel that takes lane queues in bulk; other queues go the ordinary way."""
+
+    QoS = QoS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -37,6 +37,7 @@ COMMON = settings(
 )
 STEPS = settings(COMMON, max_examples=3000 if THOROUGH else 300, stateful_step_count=40)
 SEQUENCES = settings(COMMON, max_examples=2000 if THOROUGH else 200)
+CLAWBACKS = settings(COMMON, max_examples=10_000 if THOROUGH else 1000)
 
 START = datetime(2026, 1, 31, 12, tzinfo=UTC)
 ACCOUNT = "kontó-1"
@@ -714,6 +715,73 @@ def sequences(draw: st.DrawFn) -> list[tuple[float, str, Row]]:
             content = present(operation=draw(st.sampled_from(charged)), amount=draw(some))
         steps.append((wait, f"credits.{kind}", content))
     return steps
+
+
+@st.composite
+def purchases(draw: st.DrawFn) -> list[tuple[float, str, Row]]:
+    """A life in which purchases end, are spent, come back and are revoked; small amounts, so that all of it meets."""
+    steps: list[tuple[float, str, Row]] = [(0, "credits.open", present(kind="pool"))]
+    holds: list[str] = []
+    charged: list[str] = []
+    lots = 0
+    for place in range(1, draw(st.integers(6, 25))):
+        kinds = ["grant", "grant", "grant", "consume", "consume", "consume", "hold", "hold", "hold"]
+        kinds += ["revoke", "revoke", "revoke_grant", "adjust"] if lots else []
+        kinds += ["release", "release", "capture"] if holds else []
+        kinds += ["refund", "refund", "refund", "refund"] if charged else []
+        kind = draw(st.sampled_from(kinds))
+        credits = draw(st.sampled_from(["0.000001", 1, 1, 2, 3, 5]))
+        operation = f"operation-{place}"
+        content: Row
+        if kind == "grant":
+            lots += 1
+            content = present(
+                amount=credits,
+                source=draw(st.sampled_from(["pack", "bonus"])),
+                priority=draw(st.sampled_from([None, None, 1])),
+                purchase=draw(st.sampled_from([None, "purchase-1", "purchase-1", "purchase-2"])),
+                expires_in=draw(st.sampled_from([None, 20, 60, 60, 86_400])),
+            )
+        elif kind == "consume":
+            content = present(amount=credits, partial=True)
+            charged.append(operation)
+        elif kind == "hold":
+            content = present(amount=credits, ttl=draw(st.sampled_from([20, 60, 86_400, 200_000])))
+            holds.append(operation)
+        elif kind in ("revoke", "revoke_grant"):
+            amount = draw(st.sampled_from([None, None, "0.000001", 1, 2, 4]))
+            if kind == "revoke":
+                content = present(purchase=draw(st.sampled_from(["purchase-1", "purchase-2"])), amount=amount)
+            else:
+                kind = "revoke"
+                content = present(grant=draw(st.integers(1, lots + 2)), amount=amount)
+        elif kind == "adjust":
+            content = present(amount=draw(st.sampled_from([1, -1, "-0.5", -2])), actor="admin", reason="a test")
+        elif kind == "refund":
+            amount = draw(st.sampled_from([None, None, 1]))
+            content = present(operation=draw(st.sampled_from(charged[-4:])), amount=amount)
+        else:
+            content = present(hold=draw(st.sampled_from(holds[-3:])))
+            if kind == "capture":
+                content["amount"] = draw(st.sampled_from(["0", 1, 2, 4]))
+                charged.append(operation)
+        steps.append((draw(st.sampled_from([0, 0, 0, 0, 20, 60, 86_400, 172_800])), f"credits.{kind}", content))
+    return steps
+
+
+@pytest.mark.timeout(1800 if THOROUGH else 180)
+@CLAWBACKS
+@given(steps=purchases(), on_spent=st.sampled_from(["debt", "forgive"]))
+def test_purchases_that_are_spent_given_back_and_revoked_are_the_same_in_both_ledgers(
+    steps: list[tuple[float, str, Row]], on_spent: str
+) -> None:
+    both = Both(CATALOGS[on_spent])
+    for place, (wait, name, content) in enumerate(steps):
+        both.now += timedelta(seconds=wait)
+        try:
+            both.do(name, f"operation-{place}", content)
+        except Exception as error:
+            raise AssertionError(reduced(both.catalog, both.script)) from error
 
 
 def buckets(account: Account) -> dict[int, tuple[int, ...]]:

@@ -1100,14 +1100,29 @@ def test_what_a_revocation_owes_is_booked_first_where_credits_are_away_and_then_
 def test_a_lot_whose_debt_was_paid_gives_nothing_more_when_its_credits_come_back() -> None:
     bought = {"amount": "5", "source": "pack", "purchase": "pi_1"}
     own = lane({**bought, "priority": 9}, {**bought, "priority": 1})
-    own("consume", "c", amount="5")
-    assert own("revoke", grant=2)["owed"] == "5"
+    own("consume", "c", amount="10")
+    assert own("revoke", grant=1)["owed"] == "5"
     assert "debt" not in own("grant", amount="5", source="gift")["balance"]
     own("refund", operation="c")
     assert [lot.available for lot in own.account.grants.values()] == [5_000_000, 5_000_000, 0]
     result = own("revoke", purchase="pi_1")
-    assert (uses(result), "owed" in result) == ([(1, "5")], False)
+    assert (uses(result), "owed" in result) == ([(2, "5")], False), "lot 1 would be the first to be taken"
     assert own.available() == "5"
+
+
+def test_what_was_forgiven_of_a_lot_is_not_away_when_the_rest_of_its_purchase_is_owed() -> None:
+    own = lane({"amount": "1", "source": "pack"})
+    own("consume", amount="1")
+    own("revoke", grant=1)
+    bought = {"source": "pack", "purchase": "pi_1"}
+    own("grant", amount="3", **bought)
+    own("grant", amount="2", **bought)
+    assert own("consume", amount="4")["status"] == "applied"
+    own.catalog = FORGIVE
+    assert own("revoke", grant=2, amount="2")["forgiven"] == "2"
+    own.catalog = DEBT
+    assert own("revoke", purchase="pi_1", amount="2")["owed"] == "2"
+    assert booked(own)[1:] == [(2_000_000, 2_000_000), (2_000_000, 0)]
 
 
 def test_naming_a_lot_that_continues_another_revokes_both() -> None:

@@ -300,26 +300,6 @@ def test_lost_broker_connections_lose_and_double_nothing(
     assert not any("taken over by another process" in worker.logged() for worker in workers)
 
 
-def test_a_full_broker_is_drained(spawn: Spawn, database: str, client: CreditClient, broker_url: str) -> None:
-    client.open("alice", id="open")
-    for number in range(200):
-        client.consume("alice", feature="export", id=f"consume-{number}")
-    with redis.Redis.from_url(broker_url) as store:
-        before = store.config_get("maxmemory")["maxmemory"]
-        store.config_set("maxmemory", "1mb")
-        try:
-            with pytest.raises(redis.ResponseError, match="OOM"):
-                store.lpush("full", b"x")
-            worker = spawn("worker")
-            eventually(lambda: done(database) == 201, SETTLED_SECONDS)
-        finally:
-            store.config_set("maxmemory", before)
-    assert worker.running
-    answer = client.consume("alice", feature="context", id="after", wait=20)
-    assert answer is not None
-    assert answer.applied
-
-
 def moves_on(database: str, sent: dict[str, list[str]]) -> None:
     """Wait until more is applied than now, or everything."""
     before = done(database)
