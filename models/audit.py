@@ -70,7 +70,7 @@ SELECT account, seq, operation, kind, grant_id, amount_micro, balance_after_micr
 FROM entries WHERE account = ANY(%s) ORDER BY account, seq
 """
 OPERATIONS = """
-SELECT account, number, operation, status, first_seq, entries FROM operations
+SELECT account, number, operation, name, status, charged_micro, first_seq, entries, applied_at FROM operations
 WHERE account = ANY(%s) ORDER BY account, number
 """
 GRANTS = f"SELECT account, grant_id, {BUCKETS} FROM grants WHERE account = ANY(%s) ORDER BY account, grant_id"
@@ -79,6 +79,19 @@ SELECT h.account, h.hold, h.status, h.amount_micro, h.captured_micro, coalesce(s
 FROM holds h LEFT JOIN receipts r ON r.account = h.account AND r.operation = h.hold
 WHERE h.account = ANY(%s) GROUP BY h.account, h.hold ORDER BY h.account, h.hold
 """
+RECEIPTS = """
+SELECT account, operation, line, grant_id, taken_micro, returned_micro FROM receipts r
+WHERE account = ANY(%s) AND NOT EXISTS (SELECT FROM holds h WHERE h.account = r.account AND h.hold = r.operation)
+ORDER BY account, operation, line
+"""
+CHARGED_BY: dict[str, dict[str, int]] = {
+    "credits.consume": {"consumed": 1},
+    "credits.hold": {"held": 1},
+    "credits.capture": {"consumed": 1, "captured": 1},
+    "credits.refund": {"restored": -1},
+}
+"""Which entries make up what an operation says it charged."""
+
 ORPHANS = """
 SELECT 'entries' AS found_in, e.account, min(e.seq)::text FROM entries e
 WHERE NOT EXISTS (SELECT FROM accounts a WHERE a.account = e.account) GROUP BY e.account
@@ -120,6 +133,7 @@ def audit(
             operations = _grouped(cursor.execute(OPERATIONS, names))
             grants = _grouped(cursor.execute(GRANTS, names))
             holds = _grouped(cursor.execute(HOLDS, names))
+            receipts = _grouped(cursor.execute(RECEIPTS, names))
             for account, *row in page:
                 _audit_account(
                     report,
@@ -130,6 +144,7 @@ def audit(
                     grants.get(account, []),
                     holds.get(account, []),
                 )
+                _audit_receipts(report, account, entries.get(account, []), receipts.get(account, []))
             report.accounts += len(page)
             if progress is not None:
                 progress(report.accounts, max(total, report.accounts))
@@ -251,21 +266,67 @@ def _audit_operations(
     last: int,
 ) -> None:
     wrote: dict[str, list[int]] = {}
-    for seq, operation, *_ in entries:
+    amounts: dict[tuple[str, str], int] = {}
+    for seq, operation, kind, _, amount, *_rest in entries:
         if operation is not None:
             wrote.setdefault(operation, []).append(seq)
-    for expected, (number, operation, status, first_seq, count) in enumerate(operations, 1):
+            amounts[operation, kind] = amounts.get((operation, kind), 0) + amount
+    last_seq, last_applied = 0, None
+    for expected, row in enumerate(operations, 1):
+        number, operation, name, status, charged, first_seq, count, applied_at = row
         if number != expected:
             report.add(account, "operations", operation, f"has number {number}, it stands where {expected} should")
         own = wrote.pop(operation, [])
         if own != list(range(first_seq or 0, (first_seq or 0) + count)):
             report.add(account, "operations", operation, f"says it wrote {count} entries, there are {len(own)}")
+        if (own and own[0] < last_seq) or (last_applied is not None and applied_at < last_applied):
+            report.add(account, "operations", operation, "stands after one that came later")
+        last_seq, last_applied = own[-1] if own else last_seq, applied_at
         if status != "applied" and own:
             report.add(account, "operations", operation, f"was {status} and yet has entries")
+        if status == "applied" and name in CHARGED_BY:
+            sign_by_kind = CHARGED_BY[name].items()
+            counted = sum(sign * amounts.get((operation, kind), 0) for kind, sign in sign_by_kind)
+            if charged != counted:
+                report.add(
+                    account,
+                    "operations",
+                    operation,
+                    f"says it charged {format_amount(charged)}, its entries say {format_amount(counted)}",
+                )
     for operation, own in wrote.items():
         report.add(account, "entries", f"seq {own[0]}", f"belongs to operation {operation!r}, which has no row")
     if len(operations) != last:
         report.add(account, "accounts", "operations", f"is {last}, there are {len(operations)} operations")
+
+
+def _audit_receipts(
+    report: Report, account: str, entries: Sequence[tuple[Any, ...]], receipts: Sequence[tuple[Any, ...]]
+) -> None:
+    """The receipts of charges: what they say was taken, and what went back since."""
+    returned: dict[str, int] = {}
+    taken: dict[str, list[tuple[int, int]]] = {}
+    for _, operation, kind, grant_id, amount, _, _, refers_to, *_rest in entries:
+        if kind == "restored" and refers_to is not None:
+            returned[refers_to] = returned.get(refers_to, 0) + amount
+        elif kind in ("consumed", "captured") and operation is not None:
+            taken.setdefault(operation, []).append((grant_id, amount))
+    lines: dict[str, list[tuple[int, int]]] = {}
+    back: dict[str, int] = {}
+    for operation, _, grant_id, line_taken, line_returned in receipts:
+        lines.setdefault(operation, []).append((grant_id, line_taken))
+        back[operation] = back.get(operation, 0) + line_returned
+    for operation in sorted(lines.keys() | returned.keys()):
+        if lines.get(operation, []) != taken.get(operation, []):
+            report.add(account, "receipts", f"charge {operation}", "does not say what the charge's entries took")
+        elif back[operation] != returned.get(operation, 0):
+            report.add(
+                account,
+                "receipts",
+                f"charge {operation}",
+                f"says {format_amount(back[operation])} went back, the entries say"
+                f" {format_amount(returned.get(operation, 0))}",
+            )
 
 
 def _compare(

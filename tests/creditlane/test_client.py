@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis
 
-from creditlane.client import CreditClient
+from creditlane.client import Buffer, CreditClient
 from creditlane.codes import Code
 from creditlane.contract import MAX_BATCH, MAX_MESSAGE_BYTES, ContractError
 from creditlane.errors import BrokerUnavailableError, NoAnswerError, QuarantinedError, RefusedError, UnsentError
@@ -411,28 +411,34 @@ def test_what_a_buffer_could_not_hand_over_is_named_in_order_and_applies_once_wh
         eventually(lambda: not store.exists(*(keys_of(lane_name(number))[1] for number in range(LANES))))
 
 
-def test_nothing_of_a_buffer_overtakes_what_was_not_confirmed(own_redis: Redis) -> None:
-    expected = [f"c-{number}" for number in range(500)]
-    text = "x" * 3500
+@pytest.mark.parametrize("told_by", ["the next call", "a flush", "the end of the block"])
+def test_nothing_of_a_buffer_overtakes_what_was_not_confirmed(told_by: str, own_redis: Redis) -> None:
+    """The group outgrows a message while the broker is away: what made it overflow must not be sent before it."""
+    size, count = 3500, 0
     again: list[str] = []
     with CreditClient(own_redis.url, lanes=LANES) as client:
-        try:
+
+        def consume(buffer: Buffer) -> None:
+            buffer.consume("alice", feature="export", id=f"c-{count}", metadata={"x": "x" * size})
+
+        def overflow() -> None:
+            nonlocal count
             with client.buffer(linger_ms=60_000) as buffer:
-                # The group outgrows a message while the broker is away: what made it overflow must wait as well.
-                away = False
-                for identity in expected:
-                    if buffer._bytes.get(lane_of("alice", LANES), 0) > MAX_MESSAGE_BYTES - 20_000 and not away:
+                while buffer._failed is None:
+                    if count == MAX_MESSAGE_BYTES // size - 20:
                         own_redis.kill()
-                        away = True
-                    try:
-                        buffer.consume("alice", feature="export", id=identity, metadata={"x": text})
-                    except UnsentError as error:
-                        again += [each for _, each, _ in error.operations]
-                        own_redis.start()
-                        refused = identity
-                        break
-        except UnsentError as error:
-            again += [each for _, each, _ in error.operations]
+                    consume(buffer)
+                    count += 1
+                own_redis.start()
+                if told_by == "the next call":
+                    consume(buffer)
+                elif told_by == "a flush":
+                    buffer.flush()
+
+        with pytest.raises(UnsentError) as unsent:
+            overflow()
+        again = [identity for _, identity, _ in unsent.value.operations]
         with redis.Redis.from_url(own_redis.url) as store:
             arrived = members(store).get("alice", [])
-    assert arrived + again == expected[: expected.index(refused)]
+    assert arrived == []
+    assert again == [f"c-{number}" for number in range(count)]

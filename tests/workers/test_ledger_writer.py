@@ -768,6 +768,39 @@ def test_two_writers_on_the_same_accounts_never_overspend_and_lose_nothing(datab
     assert sum(b'"replayed":true' in (each.result or b"") for each in both) == len(both) // 2
 
 
+def test_two_writers_on_accounts_that_exist_wait_for_each_other_and_never_collide(database: str) -> None:
+    catalog = load_catalog("packs")
+    accounts = [f"shared-{number}" for number in range(3)]
+    with connect(database) as connection:
+        LedgerWriter(connection, lambda: catalog, poison).write(
+            [job("credits.open", "open", account=account) for account in accounts]
+        )
+    start = threading.Barrier(2)
+    failures: list[BaseException] = []
+
+    def produce(number: int) -> None:
+        try:
+            with connect(database) as connection:
+                writer = LedgerWriter(connection, lambda: catalog, poison)
+                for turn in range(60):
+                    start.wait(30)
+                    order = accounts[:: 1 if number else -1]
+                    writer.write([job("credits.consume", f"{number}-{turn}", account=each, amount=1) for each in order])
+        except BaseException as error:
+            failures.append(error)
+            start.abort()
+
+    threads = [threading.Thread(target=produce, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert rows(database, "SELECT DISTINCT available_micro, consumed_micro, operations FROM accounts") == [
+        (0, 50_000_000, 121)
+    ]
+
+
 def test_a_database_clock_that_steps_back_moves_no_accounts_time_back(ledger: Ledger) -> None:
     freeze(ledger, START)
     send(ledger, "credits.open", "open", account="a")
