@@ -67,7 +67,7 @@ def started(place: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     assert process.stdout is not None
     try:
         for line in process.stdout:
-            if line.startswith("Ask the ledger"):
+            if "creditlane --help" in line:
                 break
         else:
             pytest.fail("it ended before it was up")
