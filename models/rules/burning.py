@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 
 from creditlane.codes import Code
@@ -90,6 +91,16 @@ def pay_debt(
         post(account, grant, "debt_paid", payment, now, operation, at=at)
 
 
+def _returning(lines: list[Line], amount_micro: int) -> Iterator[tuple[Line, int]]:
+    """Note on a receipt that so much goes back, in reverse order of taking; gives each line and its share."""
+    for line in reversed(lines):
+        back = min(line.taken - line.returned, amount_micro)
+        if back:
+            amount_micro -= back
+            line.returned += back
+            yield line, back
+
+
 def give_back_held(
     account: Account,
     lines: list[Line],
@@ -107,12 +118,7 @@ def give_back_held(
     :param at: the instant it holds from, for a time-out that is recorded later.
     """
     instant = at or now
-    for line in reversed(lines):
-        back = min(line.taken - line.returned, amount_micro)
-        if not back:
-            continue
-        amount_micro -= back
-        line.returned += back
+    for line, back in _returning(lines, amount_micro):
         grant = account.grants[line.grant]
         before = grant.available
         post(account, grant, "released", back, now, operation, hold, at)
@@ -141,12 +147,7 @@ def restore_consumed(
     :returns: which grants got how many micro-credits.
     """
     given: list[tuple[Grant, int]] = []
-    for line in reversed(lines):
-        back = min(line.taken - line.returned, amount_micro)
-        if not back:
-            continue
-        amount_micro -= back
-        line.returned += back
+    for line, back in _returning(lines, amount_micro):
         grant = account.grants[line.grant]
         if grant.expires_at is not None and grant.expires_at <= now:
             grant = successor(account, grant, now, operation, now + timedelta(days=refund_days))
