@@ -257,7 +257,8 @@ class LaneStep(bootsteps.StartStopStep):
                 logger.warning("stopping with %d messages unapplied, they go back: %r", len(self.buffer), error)
         self.drop_buffer()
         # Celery consumes from what is selected as soon as it is connected again, owned or not.
-        consumer.app.amqp.queues.deselect([lane_name(lane) for lane in self.consuming])
+        selected = consumer.app.amqp.queues
+        selected.deselect(list(selected.consume_from))
         self.consuming.clear()
         self.close_database()
 
