@@ -22,8 +22,8 @@ class Code(StrEnum):
     # Refusals: the message was understood, and this is the answer.
     ID_CONFLICT = "id_conflict"
     UNKNOWN_ACCOUNT = "unknown_account"
-    ACCOUNT_EXISTS = "account_exists"
     ACCOUNT_CLOSED = "account_closed"
+    ACCOUNT_EXISTS = "account_exists"
     INVALID = "invalid"
     UNKNOWN_FEATURE = "unknown_feature"
     UNKNOWN_HOLD = "unknown_hold"
