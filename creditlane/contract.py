@@ -62,7 +62,6 @@ _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME, pattern=_CLEAN)]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TEXT, pattern=_CLEAN)]
 Instant = Annotated[datetime, msgspec.Meta(tz=True)]
-Seconds = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class UnitPrice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -52,8 +52,6 @@ class Settings(BaseSettings):
     max_retry_seconds: float = Field(30.0, gt=0)
     """The longest pause between two attempts at a database that is away."""
 
-    log_level: str = "INFO"
-
     @field_validator("database_url")
     @classmethod
     def _is_a_connection_url(cls, url: SecretStr) -> SecretStr:

@@ -440,8 +440,7 @@ class LaneStep(bootsteps.StartStopStep):
         headers = message.headers
         shown = headers.get("kwargsrepr")
         if not isinstance(shown, str) or not shown:
-            text = bytes(kwargs[:REPR_CHARACTERS] if isinstance(kwargs, bytes) else kwargs)[:REPR_CHARACTERS]
-            headers["kwargsrepr"] = text.decode("utf-8", "replace")
+            headers["kwargsrepr"] = bytes(kwargs)[:REPR_CHARACTERS].decode("utf-8", "replace")
         return Request(
             message,
             app=consumer.app,
@@ -533,7 +532,7 @@ class LaneStep(bootsteps.StartStopStep):
             self.buffer.popleft()
             self.buffered -= len(delivery.members)
         self.broker.acknowledge(delivery.message for delivery in batch)
-        self.results.announce(batch, self.consumer.event_dispatcher, self.consumer.hostname)
+        self.results.announce(batch, self.consumer.event_dispatcher)
         if more:
             self.broker.poll()
         if self.buffer:

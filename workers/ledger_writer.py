@@ -376,10 +376,12 @@ class Loaded:
 
     def _missing_roots(self) -> tuple[str, str] | None:
         """The lots that loaded ones continue and that are not loaded themselves: revocations are booked there."""
-        loaded = {(account, grant[0]) for account, grants in self._grants.items() for grant in grants}
         roots = {
             (account, grant[ORIGIN]) for account, grants in self._grants.items() for grant in grants if grant[ORIGIN]
         }
+        if not roots:
+            return None  # as in nearly every batch
+        loaded = {(account, grant[0]) for account, grants in self._grants.items() for grant in grants}
         missing = sorted(roots - loaded)
         if not missing:
             return None

@@ -72,7 +72,7 @@ class Results:
             assert delivery.result is not None
             self.backend.store_result(reply, msgspec.json.decode(delivery.result), "SUCCESS")
 
-    def announce(self, batch: Sequence[Delivery], dispatcher: Any, hostname: str) -> None:
+    def announce(self, batch: Sequence[Delivery], dispatcher: Any) -> None:
         """Send the events of a batch in one block, and tell Celery's own books that its messages are done."""
         enabled = dispatcher is not None and dispatcher.enabled
         for delivery in batch:
