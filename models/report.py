@@ -31,7 +31,7 @@ class Report:
     replayed: int = 0
     """Operations that were fed to the rules again."""
     not_replayed: dict[str, int] = field(default_factory=dict)
-    """Operations that could not be, by the catalog that was not at hand; they count as faults of no row."""
+    """Operations that could not be, by the catalog that was not at hand."""
     seals: int = 0
     """Seals whose roots were computed again."""
     rows_read: int = 0
@@ -41,8 +41,13 @@ class Report:
 
     @property
     def holds(self) -> bool:
-        """Whether everything is as it should be, and everything that was to be replayed was."""
-        return not self.fault_count and not self.not_replayed
+        """Whether everything that was looked at is as it should be."""
+        return not self.fault_count
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything was looked at that was asked for."""
+        return not self.not_replayed
 
     def add(self, account: str, table: str, key: str, what: str) -> None:
         """Note a fault."""

@@ -19,12 +19,16 @@ from models.audit import audit
 from models.catalog import load_catalog
 from models.migrate import upgrade
 from scripts.embedded import Stack, temporary_stack
+from tasks.replay import Replayer
 from tests.support import Ledger, Worker, eventually, owned_lanes
 from workers.ledger_writer import Job, LedgerWriter, connect
 from workers.quarantine import Quarantined
 
 LANES = 8
 """Few lanes, so that two workers have some each and every lane some accounts."""
+
+CATALOGS = [load_catalog(name) for name in ("packs", "metering")]
+"""What the operations of the tests are replayed with in the end; those of other catalogs are not."""
 
 TEMPLATE = "migrated"
 _numbers = itertools.count(1)
@@ -45,7 +49,7 @@ def database(stack: Stack) -> Iterator[str]:
     url = stack.create_database(name, template=TEMPLATE)
     yield url
     with psycopg.connect(url, autocommit=True) as connection:
-        report = audit(connection)
+        report = audit(connection, replayer=Replayer({catalog.label: catalog for catalog in CATALOGS}))
     stack.postgres.drop_database(name)
     assert report.holds, report.faults
 

@@ -11,6 +11,7 @@ import pytest
 
 from creditlane.contract import decode_message
 from models import audit as audit_module
+from models import report as report_module
 from models.audit import Report, audit
 from models.rules.posting import chain_hash
 from models.rules.state import Entry
@@ -268,7 +269,9 @@ def test_only_the_named_accounts_are_audited(tampered_ledger: Ledger) -> None:
     assert {account for account, _, _ in named(audited(tampered_ledger))} == {"b"}
 
 
-def test_progress_is_told_page_by_page(ledger: Ledger) -> None:
+def test_progress_is_told_page_by_page(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_module, "PAGE", 500)
+    monkeypatch.setattr(audit_module, "ACCOUNTS", audit_module.ACCOUNTS.replace("LIMIT 2000", "LIMIT 500"))
     count = 2 * audit_module.PAGE + 1
     ledger.write(*(job("credits.open", "open", account=f"account-{number}") for number in range(count)))
     told: list[tuple[int, int]] = []
@@ -280,7 +283,7 @@ def test_progress_is_told_page_by_page(ledger: Ledger) -> None:
 def test_faults_over_the_limit_are_counted_but_not_named(
     tampered_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit_module, "MAX_FAULTS", 3)
+    monkeypatch.setattr(report_module, "MAX_FAULTS", 3)
     live(tampered_ledger, "a")
     tamper(tampered_ledger, "UPDATE entries SET hash = sha256(hash) WHERE seq > 2")
     report = audited(tampered_ledger)
