@@ -12,7 +12,7 @@ and that nothing older was changed; a whole audit trusts neither.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -187,9 +187,7 @@ def audit_new(
     return report
 
 
-def _audit_new(
-    connection: Connection[Any], report: Report, cutoff: datetime | None, progress: Progress | None
-) -> None:
+def _audit_new(connection: Connection[Any], report: Report, cutoff: datetime | None, progress: Progress | None) -> None:
     row = connection.execute(LAST_AUDIT).fetchone()
     since = None if row is None else row[0]
     moved = "SELECT account FROM accounts" if since is None else SINCE_THEN

@@ -45,17 +45,16 @@ class Replay(Protocol):
     def feed(self, operation: Row | None, entries: Sequence[Row]) -> None:
         """As :meth:`models.audit_account.AccountAudit.feed`."""
 
-    def finish(
-        self, totals: Totals, grants: Sequence[Row], holds: Sequence[Row], receipts: Sequence[Row]
-    ) -> None:
+    def finish(self, totals: Totals, grants: Sequence[Row], holds: Sequence[Row], receipts: Sequence[Row]) -> None:
         """Compare what came out with the rows of the account."""
 
 
 class Replayer(Protocol):
     """Makes the replay of an account; it is sent to other processes."""
 
-    naming: Sequence[str]
-    """The operations that name an earlier one."""
+    @property
+    def naming(self) -> Sequence[str]:
+        """The operations that name an earlier one."""
 
     def begin(self, report: Report, totals: Totals, named: Iterable[Row] | None) -> Replay:
         """Begin with an account.

@@ -17,6 +17,7 @@ from psycopg.conninfo import make_conninfo
 from models.audit_page import Page, PageAudit, begin_reading
 from models.report import Report
 
+
 class HelperError(RuntimeError):
     """A helper's process ended, or could not go on; the text says why."""
 

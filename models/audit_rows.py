@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -47,7 +46,8 @@ class Totals(NamedTuple):
     def of(cls, row: Row) -> Totals:
         """Make one of a row of :data:`ACCOUNT_COLUMNS`."""
         buckets = 6 + len(COUNTERS)
-        return cls(*row[:6], row[6:buckets], row[buckets], row[buckets + 1], row[buckets + 2 :])
+        first: Any = (*row[:6], row[6:buckets], row[buckets], row[buckets + 1], row[buckets + 2 :])
+        return cls._make(first)
 
 
 GRANT_COLUMNS = ", ".join(
@@ -60,9 +60,7 @@ GRANT_COLUMNS = ", ".join(
 )  # fmt: skip
 GRANT_ID, GRANT_EXPIRES_AT, GRANT_COUNTERS, GRANT_BASE = 1, 6, slice(13, 23), slice(27, None)
 """Where a row has them; the base is what the counters were at the checkpoint."""
-HOLD_COLUMNS = (
-    "account, hold, status, amount_micro, captured_micro, feature, member, created_at, expires_at, closed_at"
-)
+HOLD_COLUMNS = "account, hold, status, amount_micro, captured_micro, feature, member, created_at, expires_at, closed_at"
 ENTRY_COLUMNS = ", ".join(
     f"e.{column}"
     for column in (
@@ -193,5 +191,3 @@ class Stream:
             at += 1
         self._at = at
         return rows[start:at]
-
-

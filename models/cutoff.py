@@ -31,7 +31,9 @@ WRITERS = """
 SELECT l.virtualtransaction, l.pid FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
 WHERE l.locktype = 'virtualxid' AND l.mode = 'ExclusiveLock' AND a.datname = current_database()
   AND l.pid <> pg_backend_pid() AND has_table_privilege(a.usesysid, 'operations', 'INSERT')
-  AND NOT EXISTS (SELECT FROM pg_locks r WHERE r.pid = l.pid AND r.locktype = 'advisory' AND r.classid = %s AND r.objid = 0)
+  AND NOT EXISTS (
+    SELECT FROM pg_locks r WHERE r.pid = l.pid AND r.locktype = 'advisory' AND r.classid = %s AND r.objid = 0
+  )
 """
 """Transactions that run in this database under a role that may write, as any role may see them."""
 

@@ -12,6 +12,7 @@ WORKERS, READERS = "creditlane_workers", "creditlane_readers"
 WORKER, READER = "creditlane_worker", "creditlane_reader"
 """The roles that log in, one of each group; a deployment may have others."""
 
+
 def allow_login(connection: Connection[Any], name: str, password: str, group: str) -> None:
     """Let a role log in as a member of a group; one that is there gets the password.
 

@@ -179,9 +179,10 @@ def _write_leaves(connection: Connection[Any], number: int, progress: Callable[[
                 for row in stream.of(account):
                     digest.update(_encode(row))
                 leaves.append((account, number, seq, head, operations, digest.digest()))
-        with connection.cursor() as cursor, cursor.copy(
-            "COPY seal_leaves (account, seal, seq, head, operations, operations_head) FROM STDIN"
-        ) as copy:
+        with (
+            connection.cursor() as cursor,
+            cursor.copy("COPY seal_leaves (account, seal, seq, head, operations, operations_head) FROM STDIN") as copy,
+        ):
             for leaf in leaves:
                 copy.write_row(leaf)
         count += len(page)

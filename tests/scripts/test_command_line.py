@@ -405,7 +405,8 @@ def test_an_audit_that_holds(run: Run, ledger: Ledger) -> None:
     ledger.apply("credits.open", "o-1", account="bob")
     assert run("audit").stdout.startswith("the audit holds: 2 accounts, 2 operations, 2 entries")
     assert one(run("audit", "alice", "--json")) == {
-        "holds": True, "accounts": 1, "operations": 1, "entries": 1, "fault_count": 0, "faults": [],
+        "holds": True, "accounts": 1, "operations": 1, "entries": 1, "replayed": 0, "not_replayed": {}, "seals": 0,
+        "fault_count": 0, "faults": [],
     }  # fmt: skip
 
 
@@ -424,7 +425,7 @@ def test_an_audit_that_finds_a_row(
 
 
 def test_an_audit_tells_of_faults_that_it_does_not_name(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def audit(*_: object) -> Report:
+    def audit(*_: object, **__: object) -> Report:
         return Report(accounts=1, fault_count=5, faults=[Fault("[bold]x", "grants", "grant 1", "is \x1b[31mwrong")])
 
     monkeypatch.setattr(command_line, "audit_ledger", audit)
@@ -554,6 +555,7 @@ def test_every_help_has_examples() -> None:
                 "settle",
                 "lanes",
                 "audit",
+                "seal",
             ],
         ),
         (["account"], ["open", "show", "history"]),

@@ -110,7 +110,8 @@ END $$;
 GRANT INSERT ON operations, entries, seals, seal_leaves, audits TO creditlane_workers;
 GRANT INSERT, UPDATE ON accounts, grants, holds, receipts, quarantine, checkpoints, checkpoint_grants
     TO creditlane_workers;
-GRANT INSERT, DELETE ON outbox TO creditlane_workers;
+-- UPDATE only to lock its rows while they are published.
+GRANT INSERT, UPDATE, DELETE ON outbox TO creditlane_workers;
 GRANT EXECUTE ON FUNCTION ledger_now() TO creditlane_workers, creditlane_readers;
 """
 
