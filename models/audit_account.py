@@ -111,6 +111,8 @@ class AccountAudit:
     :param receipts: its rows of ``receipts``.
     :param leaves: where the account stood at each seal, oldest first.
     :param cutoffs: the instant of each seal of the ledger, by its number from 1.
+    :param only_new: for an incremental audit, which knows the receipts of open holds alone: what went back lately may
+        be of charges from long ago.
     """
 
     def __init__(
@@ -121,10 +123,12 @@ class AccountAudit:
         receipts: Iterable[Row] = (),
         leaves: Sequence[Leaf] = (),
         cutoffs: Sequence[datetime] = (),
+        only_new: bool = False,
     ) -> None:
         self.report = report
         self.account = account
         self.start = start
+        self._has_receipts = not only_new
         self.sums: dict[int, list[int]] = {}
         """What the entries add up to, by grant; on top of the checkpoint where there is one."""
         self.debt = start.debt
@@ -358,8 +362,8 @@ class AccountAudit:
         if held != expected_micro:
             said, is_now = format_amount(held), format_amount(expected_micro)
             self.fault("holds", "open holds", f"hold {said}, the entries say {is_now}")
-        if self.start.is_checkpoint:
-            return soonest  # what went back since may be of charges before it
+        if not self._has_receipts:
+            return soonest
         for charge in sorted(self._receipts.keys() | self._returned.keys()):
             back = sum(returned for _, _, returned in self._receipts.get(charge, ()))
             went = self._returned.get(charge, 0)

@@ -129,7 +129,7 @@ class PageAudit:
                 for name, query in queries.items()
             }
             for place, totals in enumerate(page.accounts):
-                start = BEGINNING if whole else Start(*page.starts[place])
+                start = None if whole else Start(*page.starts[place])
                 for _ in self._account(connection, streams, report, totals, start):
                     tick(report.operations - told)
                     told = report.operations
@@ -139,13 +139,19 @@ class PageAudit:
         return report
 
     def _account(
-        self, connection: Connection[Any], streams: dict[str, Stream], report: Report, totals: Totals, start: Start
+        self,
+        connection: Connection[Any],
+        streams: dict[str, Stream],
+        report: Report,
+        totals: Totals,
+        start: Start | None,
     ) -> Iterable[None]:
         """Audit one account; pauses now and then so that progress can be told."""
         account = totals.account
+        only_new, start = start is not None, start or BEGINNING
         receipts = list(streams["receipts"].of(account))
         leaves = [Leaf(*row[1:]) for row in streams["leaves"].of(account)] if self.cutoffs else ()
-        check = AccountAudit(report, account, start, receipts, leaves, self.cutoffs)
+        check = AccountAudit(report, account, start, receipts, leaves, self.cutoffs, only_new)
         feeds = [check.feed]
         replay = None
         if self.replayer is not None:
