@@ -168,12 +168,16 @@ def test_a_worker_does_the_work_of_the_ledger_in_its_role(
     worker = spawn("worker", CREDITLANE_DATABASE_URL=worker_url)
     general = spawn("general", kind="general", CREDITLANE_DATABASE_URL=worker_url)
     eventually(lambda: owned_lanes(database) == LANES)
-    assert client.open("alice", id="open", wait=20).applied
-    assert client.grant("alice", 10, source="promo", expires_in=60, id="g", wait=20).applied
-    assert client.consume("alice", amount=1, id="c", wait=20).applied
-    assert client.hold("alice", amount=2, id="h", wait=20).applied
-    assert client.capture("alice", "h", amount=1, id="k", wait=20).applied
-    assert client.refund("alice", "c", id="r", wait=20).applied
+    for answer in (
+        client.open("alice", id="open", wait=20),
+        client.grant("alice", 10, source="promo", expires_in=60, id="g", wait=20),
+        client.consume("alice", amount=1, id="c", wait=20),
+        client.hold("alice", amount=2, id="h", wait=20),
+        client.capture("alice", "h", amount=1, id="k", wait=20),
+        client.refund("alice", "c", id="r", wait=20),
+    ):
+        assert answer is not None
+        assert answer.applied
     with redis.Redis.from_url(broker_url) as store:
         store.lpush(lane_of("alice", LANES), b"no message")
     eventually(lambda: value(database, "SELECT count(*) FROM quarantine") == 1)
@@ -209,9 +213,9 @@ def test_the_read_side_works_in_the_readers_role(
         assert {owner.client for owner in owned.owners.values()} == {None}
         assert audit(connection).holds
         assert audit(connection, ["a"]).accounts == 1
-        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        with pytest.raises((psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction)):
             make_seal(connection, 30)
-        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        with pytest.raises((psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction)):
             audit_new(connection, wait_seconds=30)
 
 
