@@ -73,6 +73,8 @@ def begin_reading(connection: Connection[Any], snapshot: str | None = None) -> N
     if snapshot is not None:
         connection.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(snapshot))
     connection.execute("SET LOCAL cursor_tuple_fraction = 1")  # all rows are wanted, not the first soon
+    connection.execute("SET LOCAL work_mem = '64MB'")  # the rows of a page are put in order in memory
+    connection.execute("SET LOCAL jit = off")
     declare_reader(connection)
 
 

@@ -162,9 +162,9 @@ class Stream:
             yield from self._rows
 
     def chunks_of(self, account: str) -> Iterator[list[Row]]:
-        """The next rows of this account, in pieces."""
+        """The next rows of this account, in pieces as large as an operation's may be."""
         rows = self.of(account)
-        while piece := list(itertools.islice(rows, CHUNK)):
+        while piece := list(itertools.islice(rows, MAX_GROUP)):
             yield piece
 
     def entries_of(self, operation: Row) -> list[Row]:
