@@ -8,7 +8,6 @@ would have written these rows and no others (ledger rules: proof).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -68,9 +67,9 @@ class Replay:
         self.account = Account(totals.account)
         self._totals = totals
         self._catalogs = catalogs
-        self._named: Counter[str] | None = None
+        self._named: set[str] | None = None
         if named is not None:
-            self._named = Counter(key for name, arguments in named for key in _named_by(name, arguments))
+            self._named = {key for name, arguments in named for key in _named_by(name, arguments)}
         self._closed: dict[str, Hold] = {}
         self._over = False
 
@@ -166,16 +165,14 @@ class Replay:
             if key in self._closed:
                 account.holds[key] = self._closed.pop(key)
             return
-        lots: Iterable[Grant] = account.grants.values()
-        if need.kind not in ("grant", "purchase"):
-            known = account.known.get(key)
-            lots = [account.grants[line.grant] for line in (known.lines if known is not None else None) or ()]
-            if self._named is not None:
-                self._named[key] -= 1
+        if need.kind in ("grant", "purchase"):
+            return  # all lots are known; what is taken back of one does not depend on their order
+        known = account.known.get(key)
         at_hand = {lot.id for lot in account.order}
-        missing = {lot.id: lot for lot in lots if lot.id not in at_hand}
-        for lot in missing.values():
-            account.add_grant(lot)
+        for line in (known.lines if known is not None else None) or ():
+            if line.grant not in at_hand:
+                at_hand.add(line.grant)
+                account.add_grant(account.grants[line.grant])
 
     def _put_aside(self) -> None:
         """Lots and holds with nothing left stay known, but out of the way of the rules, which go over all at hand."""
@@ -187,7 +184,7 @@ class Replay:
             account.holds = {key: hold for key, hold in account.holds.items() if hold.status == "open"}
 
     def _other_entries(self, operation: Row | None, entries: Sequence[Row]) -> None:
-        """Name the first entry that is not what the rules write, and go on from what is written."""
+        """Name the first entry that is not what the rules write; what came after it has another beginning."""
         account = self.account
         for mine, theirs in zip(account.entries, entries, strict=False):
             if mine != theirs[1:]:
@@ -203,8 +200,7 @@ class Replay:
                 key,
                 f"has {len(entries)} entries, the rules write {len(account.entries)}",
             )
-        if entries:
-            account.seq, account.head = entries[-1][1], entries[-1][10]
+        self._over = True
 
     def finish(self, totals: Totals, grants: Sequence[Row], holds: Sequence[Row], receipts: Sequence[Row]) -> None:
         """Compare the account, its grants, holds and receipts with what came out."""
