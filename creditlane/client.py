@@ -237,6 +237,24 @@ class Operations:
         }  # fmt: skip
         return self.submit("credits.revoke", id, arguments, wait)
 
+    def transfer(
+        self,
+        account: str,
+        to: str,
+        amount: Amount,
+        *,
+        id: str,
+        message: str | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """Give ``amount`` credits to the account ``to``; the answer says that they are on their way.
+
+        They arrive through the recipient's lane within moments. If the recipient cannot take them they come back,
+        as a ``credits.bounce`` in the sender's history.
+        """
+        arguments = {"account": account, "to": to, "amount": to_wire(amount), "message": message}
+        return self.submit("credits.transfer", id, arguments, wait)
+
     def settle(self, account: str, *, id: str, wait: float | None = None) -> Result | None:
         """Apply what time has made due, nothing else."""
         return self.submit("credits.settle", id, {"account": account}, wait)
