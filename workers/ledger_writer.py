@@ -170,6 +170,11 @@ APPLICATION = "creditlane lanes"
 """How a lane worker's database session calls itself, its host name after it."""
 
 
+FIRST_PLANS = 500
+"""Operations after which the statements are planned anew, and again each time that their number has doubled: a plan
+made for empty tables may scan all operations of an account for each id, and would be kept."""
+
+
 class Job:
     """One operation of a batch on its way through the writer."""
 
@@ -223,6 +228,8 @@ class LedgerWriter:
         self.events = events
         self.outbox: list[OutboxRow] = []
         """Committed to the outbox, and not taken to be published yet."""
+        self._written = 0
+        self._plan_anew_at = FIRST_PLANS
 
     def take_outbox(self) -> list[OutboxRow]:
         """The outbox rows committed since the last call: :meth:`workers.outbox.Outbox.publish` is for them."""
@@ -236,6 +243,10 @@ class LedgerWriter:
 
         :raises psycopg.Error: when nothing was committed, or when that is unknown because the connection broke.
         """
+        if self._written >= self._plan_anew_at:
+            self._plan_anew_at = 2 * self._written
+            self.connection.execute("DISCARD PLANS")
+        self._written += len(jobs)
         try:
             self._write(jobs, quarantined)
         except BaseException:
