@@ -80,4 +80,7 @@ def sweep(self: Any) -> dict[str, int]:
 def left_behind(connection: Connection[Any], last: int) -> list[OutboxRow]:
     """Lock the next page of rows that were left behind, beyond the id ``last``."""
     found = connection.execute(LEFT, (last,)).fetchall()
-    return [OutboxRow(*row[:-2], arguments=row[-2].encode(), created_at=row[-1]) for row in found]
+    return [
+        OutboxRow(id, account, exchange, task, operation, arguments.encode(), created_at)
+        for id, account, exchange, task, operation, arguments, created_at in found
+    ]

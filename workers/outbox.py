@@ -16,6 +16,7 @@ import psycopg
 from celery.utils.log import get_logger
 from psycopg import Connection
 
+from creditlane.client import SHOWN_CHARACTERS, task_message
 from creditlane.errors import BrokerUnavailableError
 from creditlane.events import EXCHANGE, routing_key
 from creditlane.lanes import lane_of
@@ -23,9 +24,6 @@ from creditlane.sending import Outgoing, Sender
 from workers.crash import crash_point
 
 logger = get_logger(__name__)
-
-REPR_CHARACTERS = 400
-"""How much of an operation's arguments Flower shows."""
 
 REST_SECONDS = 10.0
 """How long nothing is published after the broker did not confirm: the sweep does it meanwhile, and a lane does not
@@ -90,13 +88,8 @@ def outgoing(rows: Iterable[OutboxRow], lanes: int) -> list[Outgoing]:
 
 
 def _operation(row: OutboxRow, lanes: int) -> Outgoing:
-    headers = {
-        "lang": "py", "task": row.task, "id": row.operation, "root_id": row.operation, "parent_id": None,
-        "group": None, "argsrepr": "()", "kwargsrepr": row.arguments[:REPR_CHARACTERS].decode("utf-8", "ignore"),
-        "ignore_result": True,
-    }  # fmt: skip
-    body = b"[[]," + row.arguments + b',{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
-    return Outgoing(lane_of(row.account, lanes), body, headers)
+    shown = row.arguments[:SHOWN_CHARACTERS].decode("utf-8", "ignore")
+    return task_message(row.task, row.operation, lane_of(row.account, lanes), row.arguments, shown)
 
 
 def _event(row: OutboxRow, lanes: int) -> Outgoing:
