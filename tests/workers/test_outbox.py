@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any
@@ -16,17 +17,19 @@ import msgspec
 import psycopg
 import pytest
 import redis
-from kombu import Connection, Exchange, Queue
+from kombu import Connection, Exchange, Queue, binding
 
 from creditlane.client import CreditClient
 from creditlane.codes import Code
 from creditlane.contract import concluding_id, decode_message, receiving_id
 from creditlane.events import EXCHANGE, TYPES, Event, matching, routing_key
 from creditlane.lanes import lane_of
+from creditlane.rabbitmq import declare_lane
 from creditlane.sending import Sender, make_sender
 from models.rules.state import Account
 from scripts.embedded import Redis, free_port, temporary_directory
 from tasks.ledger import Answer, apply, encode
+from tests.broker import Broker, RabbitBroker, on_both_brokers
 from tests.conftest import LANES
 from tests.support import ROOT, Ledger, rows, value
 from workers.ledger_writer import Job
@@ -83,12 +86,23 @@ def buckets(database: str, account: str) -> dict[str, int]:
     return {name: amount // 1_000_000 for name, amount in zip(names, found, strict=True) if amount}
 
 
-def lane_messages(broker_url: str, account: str) -> list[tuple[dict[str, Any], bytes]]:
-    """Takes everything out of an account's lane: headers and body of each message, the oldest first."""
-    with redis.Redis.from_url(broker_url) as plain:
-        lane = lane_of(account, LANES)
+def lane_messages(broker: Broker, account: str, count: int) -> list[tuple[dict[str, Any], bytes]]:
+    """Takes everything out of an account's lane: headers and body of each of ``count`` messages, the oldest first."""
+    lane = lane_of(account, LANES)
+    if isinstance(broker, RabbitBroker):
+        found: list[Any] = []
+        with closing(broker.connect()) as connection:
+            channel = connection.channel()
+            declare_lane(channel, lane)
+            channel.basic_consume(lane, no_ack=True, callback=found.append)
+            while len(found) < count:
+                connection.drain_events(timeout=20)
+        bodies = [each.body.encode() if isinstance(each.body, str) else each.body for each in found]
+        return [(each.headers, body) for each, body in zip(found, bodies, strict=True)]
+    with redis.Redis.from_url(broker.url) as plain:
         payloads = [msgspec.json.decode(payload) for payload in reversed(plain.lrange(lane, 0, -1))]
         plain.delete(lane)
+    assert len(payloads) == count
     return [(payload["headers"], base64.b64decode(payload["body"])) for payload in payloads]
 
 
@@ -278,8 +292,9 @@ def test_transfers_in_batches_are_what_the_rules_say_of_each(ledger: Ledger, dat
 # Publishing.
 
 
+@on_both_brokers
 def test_what_is_published_is_what_a_client_sends_and_is_deleted(
-    ledger: Ledger, outbox: Outbox, client: CreditClient, broker_url: str, database: str
+    ledger: Ledger, outbox: Outbox, client: CreditClient, broker: Broker, database: str
 ) -> None:
     opened(ledger, "anna", "bert")
     ledger.apply("credits.transfer", "gift", account="anna", to="bert", amount=4)
@@ -287,7 +302,7 @@ def test_what_is_published_is_what_a_client_sends_and_is_deleted(
     outbox.publish(committed)
     assert value(database, "SELECT count(*) FROM outbox") == 0
     client.settle("bert", id="example")
-    (headers, body), (example, example_body) = lane_messages(broker_url, "bert")
+    (headers, body), (example, example_body) = lane_messages(broker, "bert", 2)
     assert headers.keys() == example.keys()
     assert (headers["task"], headers["id"], headers["root_id"]) == ("credits.receive", row.operation, row.operation)
     same = set(headers) - {"task", "id", "root_id", "kwargsrepr"}
@@ -297,11 +312,12 @@ def test_what_is_published_is_what_a_client_sends_and_is_deleted(
     assert kwargs == msgspec.json.decode(row.arguments)
 
 
-def test_follow_ups_are_published_in_order(ledger: Ledger, outbox: Outbox, broker_url: str) -> None:
+@on_both_brokers
+def test_follow_ups_are_published_in_order(ledger: Ledger, outbox: Outbox, broker: Broker) -> None:
     opened(ledger, "anna", "bert")
     ledger.write(*(ledger.job("credits.transfer", f"{n}", account="anna", to="bert", amount="0.1") for n in range(20)))
     outbox.publish(ledger.writer.take_outbox())
-    ids = [headers["id"] for headers, _ in lane_messages(broker_url, "bert")]
+    ids = [headers["id"] for headers, _ in lane_messages(broker, "bert", 20)]
     assert ids == [receiving_id("anna", f"{n}") for n in range(20)]
 
 
@@ -324,7 +340,7 @@ def test_without_a_broker_nothing_is_raised_and_the_rows_stay(
 
 
 def test_without_the_database_nothing_is_raised_and_the_rows_are_sent(
-    ledger: Ledger, database: str, sender: Sender, broker_url: str, caplog: pytest.LogCaptureFixture
+    ledger: Ledger, database: str, sender: Sender, broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
     opened(ledger, "anna", "bert")
     ledger.apply("credits.transfer", "gift", account="anna", to="bert", amount=4)
@@ -333,7 +349,7 @@ def test_without_the_database_nothing_is_raised_and_the_rows_are_sent(
     outbox.publish(ledger.writer.take_outbox())
     assert "were sent and not deleted" in caplog.text
     assert value(database, "SELECT count(*) FROM outbox") == 1
-    assert len(lane_messages(broker_url, "bert")) == 1
+    assert len(lane_messages(broker, "bert", 1)) == 1
 
 
 WORK = """
@@ -353,11 +369,11 @@ Outbox(ledger.writer.connection, sender, config.lanes).publish(ledger.writer.tak
 
 @pytest.mark.parametrize(("crash", "sent"), [("after-commit", 0), ("before-publish", 0), ("after-publish", 1), ("", 1)])
 def test_a_row_outlives_a_crash_until_it_was_published(
-    ledger: Ledger, database: str, broker_url: str, crash: str, sent: int
+    ledger: Ledger, database: str, broker: Broker, crash: str, sent: int
 ) -> None:
     opened(ledger, "anna", "bert")
     settings = {
-        "CREDITLANE_DATABASE_URL": database, "CREDITLANE_BROKER_URL": broker_url, "CREDITLANE_LANES": str(LANES),
+        "CREDITLANE_DATABASE_URL": database, "CREDITLANE_BROKER_URL": broker.url, "CREDITLANE_LANES": str(LANES),
         "CREDITLANE_CRASH_AT": crash,
     }  # fmt: skip
     ended = subprocess.run(
@@ -365,7 +381,7 @@ def test_a_row_outlives_a_crash_until_it_was_published(
     )
     assert ended.returncode == (-signal.SIGKILL if crash else 0), ended.stderr.decode()
     assert value(database, "SELECT count(*) FROM outbox") == (1 if crash else 0)
-    assert len(lane_messages(broker_url, "bert")) == sent
+    assert len(lane_messages(broker, "bert", sent)) == sent
 
 
 # Events out.
@@ -375,8 +391,6 @@ def listen(broker_url: str, *keys: str) -> tuple[Connection, Any]:
     """A listener of the exchange, with kombu alone: a connection, and a queue bound by routing keys."""
     connection = Connection(broker_url)
     exchange = Exchange(EXCHANGE, type="topic")
-    from kombu import binding
-
     queue = Queue("listener", bindings=[binding(exchange, routing_key=key) for key in keys])
     bound = queue(connection.channel())
     bound.declare()
@@ -405,6 +419,7 @@ def live(ledger: Ledger) -> None:
     ledger.apply("credits.transfer", "lost", account="anna", to="nobody", amount=1)
 
 
+@on_both_brokers
 def test_a_listener_hears_of_everything_once_and_in_order(
     ledger: Ledger, outbox: Outbox, broker_url: str, database: str
 ) -> None:
@@ -446,6 +461,7 @@ def test_a_listener_hears_of_everything_once_and_in_order(
         assert key == routing_key(event.type, event.account, LANES)
 
 
+@on_both_brokers
 def test_an_event_says_what_happened(ledger: Ledger, outbox: Outbox, broker_url: str) -> None:
     ledger.writer.events = matching("credits.consumed,balance.*")
     connection, queue = listen(broker_url, f"*.*.{lane_of('anna', LANES)}")
