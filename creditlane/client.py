@@ -25,6 +25,7 @@ from creditlane.answers import Outcome, make_answers
 from creditlane.codes import Code
 from creditlane.contract import (
     BATCH,
+    INTERNAL,
     MAX_BATCH,
     MAX_MESSAGE_BYTES,
     Balance,
@@ -547,6 +548,10 @@ def checked(name: str, id: str, arguments: dict[str, Any]) -> bytes:
     :raises ContractError: naming the field that does not fit.
     """
     check_id(id)
+    if name in INTERNAL:
+        raise ContractError(
+            Code.UNKNOWN_OPERATION, f"{name} is sent by the ledger itself, as what follows from a transfer"
+        )
     try:
         encoded = _encode({key: value for key, value in arguments.items() if value is not None})
     except (TypeError, ValueError) as error:

@@ -128,7 +128,7 @@ COPY_HOLDS = (
     " closed_at) FROM STDIN"
 )
 COPY_OUTBOX = "COPY outbox (id, account, exchange, task, operation, arguments, created_at) FROM STDIN"
-OUTBOX_IDS = "SELECT nextval(pg_get_serial_sequence('outbox', 'id')) FROM generate_series(1, %s)"
+OUTBOX_IDS = "SELECT nextval('outbox_id_seq') FROM generate_series(1, %s)"
 """Taken before the rows are written, since COPY does not tell which it gave them; the accounts are locked by then, so
 the rows of one account have ascending ids."""
 
