@@ -44,29 +44,23 @@ def scrape(port: int) -> dict[tuple[str, str], float]:
 def watched(broker_url: str) -> Iterator[list[dict[str, Any]]]:
     """The events that a watcher such as Flower receives meanwhile."""
     found: list[dict[str, Any]] = []
-    stop = threading.Event()
     app = Celery("watcher", broker=broker_url, set_as_current=False)
-
-    def listen() -> None:
-        with app.connection_for_read() as connection:
-            receiver = app.events.Receiver(connection, handlers={"*": found.append})
-            with receiver.consumer_context():
-                listening.set()
-                while not stop.is_set():
-                    try:
-                        connection.drain_events(timeout=0.2)
-                    except TimeoutError:
-                        pass
-
     listening = threading.Event()
-    thread = threading.Thread(target=listen)
-    thread.start()
-    assert listening.wait(10)
-    try:
-        yield found
-    finally:
-        stop.set()
-        thread.join()
+    with app.connection_for_read() as connection:
+        receiver = app.events.Receiver(connection, handlers={"*": found.append})
+        receiver.on_consume_ready = lambda *_args, **_kwargs: listening.set()
+
+        def listen() -> None:
+            receiver.capture(limit=None, timeout=None, wakeup=False)
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        assert listening.wait(10)
+        try:
+            yield found
+        finally:
+            receiver.should_stop = True
+            thread.join()
 
 
 def test_a_database_that_refuses_is_seen_everywhere_and_refuses_nobody(
