@@ -40,7 +40,7 @@ from models.catalog import load_catalog
 from models.settings import settings
 from workers import metrics
 from workers.crash import crash_point
-from workers.ledger_writer import APPLICATION, Job, LedgerWriter, connect
+from workers.ledger_writer import APPLICATION, SILENT_SECONDS, Job, LedgerWriter, connect
 from workers.ownership import Ownership, check_session
 from workers.quarantine import Quarantined, printable
 from workers.rabbit_lanes import RabbitLanes
@@ -55,6 +55,9 @@ FIRST_RETRY_SECONDS = 0.1
 FAILURES_PER_CONNECTION = 8
 """Attempts at a batch over one connection; after that the lanes are let go and a new one is made, in case it is the
 connection that is at fault (a statement prepared before a migration, say)."""
+
+SILENT_BALANCES = 3
+"""Looks at the lanes that a worker may miss before the database takes it for gone."""
 
 REPR_CHARACTERS = 400
 """How much of an operation's arguments Flower shows."""
@@ -344,7 +347,8 @@ class LaneStep(bootsteps.StartStopStep):
         :raises psycopg.Error: when it is away.
         """
         application = f"{APPLICATION} {self.consumer.hostname}"[:63]
-        connection = connect(self.settings.database_url.get_secret_value(), application)
+        silent_seconds = max(SILENT_SECONDS, SILENT_BALANCES * self.settings.balance_seconds)
+        connection = connect(self.settings.database_url.get_secret_value(), application, silent_seconds)
         check_session(connection)
         self.ownership = Ownership(connection, self.settings.lanes)
         self.writer = LedgerWriter(connection, lambda: self.catalog, poison_of_job)
