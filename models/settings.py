@@ -53,6 +53,12 @@ class Settings(BaseSettings):
     max_retry_seconds: float = Field(30.0, gt=0)
     """The longest pause between two attempts at a database that is away."""
 
+    metrics_port: int = Field(0, ge=0, le=65535)
+    """Where a lane worker serves its metrics to Prometheus; 0: nowhere. Each worker of a host needs its own."""
+
+    metrics_address: str = "127.0.0.1"
+    """The address it serves them on. They hold no secrets and ask for no password: keep them in your network."""
+
     events: str = ""
     """Which events are published to the topic exchange ``credits.events``: a comma list of types or patterns, such as
     ``balance.changed,credits.*``; ``*`` for all, none unless given. Each costs a row in the outbox, its publication

@@ -70,7 +70,7 @@ class Outbox:
             return
         crash_point("before-publish")
         try:
-            self._sender.send(outgoing(rows, self._lanes))
+            self._sender.send(outgoing(rows, self._lanes), retry=False)
             crash_point("after-publish")
             self._connection.execute(DELETE, ([row.id for row in rows],))
         except BrokerUnavailableError as error:
