@@ -13,6 +13,7 @@ from celery import shared_task
 from celery.utils.log import get_task_logger
 from psycopg import Connection
 
+from creditlane.errors import BrokerUnavailableError
 from creditlane.sending import Sender, make_sender
 from models.settings import settings
 from workers.outbox import OutboxRow, outgoing
@@ -24,6 +25,10 @@ PAGE = 500
 
 MAX_PAGES = 100
 """Pages of one run; the next one goes on where it ended."""
+
+MAX_FAILURES = 3
+"""Pages that the broker may refuse before a run ends: one lane that takes nothing does not stop the others, and a
+broker that is away is not asked a hundred times."""
 
 AGE_SECONDS = 10
 """How old a row is before it counts as left behind: a lane worker is done with it by then."""
@@ -50,23 +55,30 @@ def sweep(self: Any) -> dict[str, int]:
     """Publish the rows that were left behind, the oldest first, and delete those that the broker confirmed.
 
     :returns: how many were published.
-    :raises BrokerUnavailableError: when the broker did not confirm; the rows stay for the next run.
+    :raises BrokerUnavailableError: when the broker did not confirm a page; its rows stay for the next run.
     """
     config = settings()
     published = 0
+    failures: list[BrokerUnavailableError] = []
     sender: Sender | None = None
     with psycopg.connect(config.database_url.get_secret_value(), autocommit=True) as connection:
         try:
             last = 0
             for _ in range(MAX_PAGES):
-                with connection.transaction():
-                    rows = left_behind(connection, last)
-                    if not rows:
+                try:
+                    with connection.transaction():
+                        rows = left_behind(connection, last)
+                        if not rows:
+                            break
+                        last = rows[-1].id
+                        sender = sender or make_sender(config.broker_url.get_secret_value())
+                        sender.send(outgoing(rows, config.lanes), retry=not failures)
+                        connection.execute("DELETE FROM outbox WHERE id = ANY(%s)", ([row.id for row in rows],))
+                except BrokerUnavailableError as error:
+                    failures.append(error)
+                    if len(failures) == MAX_FAILURES:
                         break
-                    sender = sender or make_sender(config.broker_url.get_secret_value())
-                    sender.send(outgoing(rows, config.lanes))
-                    connection.execute("DELETE FROM outbox WHERE id = ANY(%s)", ([row.id for row in rows],))
-                last = rows[-1].id
+                    continue
                 published += len(rows)
                 self.update_state(state="PROGRESS", meta={"published": published})
         finally:
@@ -74,6 +86,8 @@ def sweep(self: Any) -> dict[str, int]:
                 sender.close()
             if published:
                 logger.warning("outbox: published %d messages that were left behind", published)
+    if failures:
+        raise failures[0]
     return {"published": published}
 
 
