@@ -34,13 +34,16 @@ from creditlane.contract import (
     decode_batch,
     decode_message,
 )
+from creditlane.events import matching
 from creditlane.lanes import lane_name
 from creditlane.rabbitmq import is_rabbitmq
+from creditlane.sending import make_sender
 from models.catalog import load_catalog
 from models.settings import settings
 from workers import metrics
 from workers.crash import crash_point
 from workers.ledger_writer import APPLICATION, SILENT_SECONDS, Job, LedgerWriter, connect
+from workers.outbox import Outbox
 from workers.ownership import Ownership, check_session
 from workers.quarantine import Quarantined, printable
 from workers.rabbit_lanes import RabbitLanes
@@ -253,6 +256,9 @@ class LaneStep(bootsteps.StartStopStep):
         """Attempts in a row at the present batch that the database refused."""
         self.buffered = 0
         """Operations in the buffer."""
+        self.events = matching(self.settings.events)
+        self.sender = make_sender(self.settings.broker_url.get_secret_value())
+        self.outbox: Outbox | None = None
         self.hub: Any = None
         self.doorbell = Doorbell()
         self.outage = metrics.Outage()
@@ -304,7 +310,7 @@ class LaneStep(bootsteps.StartStopStep):
         """Close the connection, and with it give every lane up."""
         if self.writer is not None:
             self.writer.connection.close()
-        self.writer = self.ownership = None
+        self.writer = self.ownership = self.outbox = None
 
     # Lanes
 
@@ -351,7 +357,8 @@ class LaneStep(bootsteps.StartStopStep):
         connection = connect(self.settings.database_url.get_secret_value(), application, silent_seconds)
         check_session(connection)
         self.ownership = Ownership(connection, self.settings.lanes)
-        self.writer = LedgerWriter(connection, lambda: self.catalog, poison_of_job)
+        self.writer = LedgerWriter(connection, lambda: self.catalog, poison_of_job, self.events)
+        self.outbox = Outbox(connection, self.sender, self.settings.lanes)
         self.pause_seconds = 0.0
 
     def consume(self, lane: int) -> None:
@@ -576,6 +583,8 @@ class LaneStep(bootsteps.StartStopStep):
             self.buffer.popleft()
             self.buffered -= len(delivery.members)
         self.broker.acknowledge(delivery.message for delivery in batch)
+        assert self.outbox is not None
+        self.outbox.publish(self.writer.take_outbox())
         self.results.announce(batch, self.consumer.event_dispatcher)
         self.measure(batch, time.time() - started)
         if more:
