@@ -11,7 +11,7 @@ import gc
 import socket
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from itertools import islice
@@ -42,7 +42,7 @@ from models.catalog import load_catalog
 from models.settings import settings
 from workers import metrics
 from workers.crash import crash_point
-from workers.ledger_writer import APPLICATION, SILENT_SECONDS, Job, LedgerWriter, connect
+from workers.ledger_writer import APPLICATION, CONFLICT, SILENT_SECONDS, Job, LedgerWriter, connect
 from workers.outbox import Outbox
 from workers.ownership import Ownership, check_session
 from workers.quarantine import Quarantined, printable
@@ -614,7 +614,7 @@ class LaneStep(bootsteps.StartStopStep):
         quarantined += [member for delivery in batch for member in delivery.members if isinstance(member, Quarantined)]
         write_around(self.writer, jobs, quarantined)
         for job in jobs:
-            if job.conflict:
+            if job.status == CONFLICT:
                 logger.warning("id conflict: %s %s of %s", job.name, shown(job.operation), shown(job.account))
             elif job.quarantined is not None:
                 log_quarantined(job.quarantined)
@@ -655,6 +655,9 @@ class LaneStep(bootsteps.StartStopStep):
         """Count a batch that is done."""
         metrics.BATCH_SECONDS.observe(seconds)
         metrics.BATCH_OPERATIONS.observe(sum(len(delivery.members) for delivery in batch))
+        jobs = [job for delivery in batch if not delivery.revoked for job in delivery.jobs()]
+        for status, count in Counter(job.status for job in jobs if job.quarantined is None).items():
+            metrics.OPERATIONS.labels(status).inc(count)
         sent = batch[0].message.properties.get("timestamp")
         if isinstance(sent, datetime):  # RabbitMQ's own type, in UTC
             sent = sent.replace(tzinfo=UTC).timestamp()

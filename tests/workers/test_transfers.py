@@ -61,7 +61,7 @@ def sweep(database: str, broker_url: str, spawn: Spawn) -> None:
         eventually(sent)
 
 
-@pytest.mark.parametrize("crash", ["after-load", "after-commit", "before-publish", "after-publish", "after-results"])
+@pytest.mark.parametrize("crash", ["after-commit", "before-publish", "after-publish"])
 def test_a_worker_killed_on_the_way_of_transfers_loses_and_doubles_no_credit(
     crash: str, spawn: Spawn, database: str, client: CreditClient, broker_url: str
 ) -> None:
