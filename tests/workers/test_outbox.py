@@ -32,6 +32,7 @@ from tasks.ledger import Answer, apply, encode
 from tests.broker import Broker, RabbitBroker, on_both_brokers
 from tests.conftest import LANES
 from tests.support import ROOT, Ledger, rows, value
+from workers.crash import OUTBOX_POINTS
 from workers.ledger_writer import Job
 from workers.outbox import Outbox, OutboxRow
 
@@ -367,7 +368,7 @@ Outbox(ledger.writer.connection, sender, config.lanes).publish(ledger.writer.tak
 """
 
 
-@pytest.mark.parametrize(("crash", "sent"), [("after-commit", 0), ("before-publish", 0), ("after-publish", 1), ("", 1)])
+@pytest.mark.parametrize(("crash", "sent"), [("after-commit", 0), *zip(OUTBOX_POINTS, (0, 1), strict=True), ("", 1)])
 def test_a_row_outlives_a_crash_until_it_was_published(
     ledger: Ledger, database: str, broker: Broker, crash: str, sent: int
 ) -> None:
