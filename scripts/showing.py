@@ -16,6 +16,7 @@ from rich.text import Text
 
 from creditlane.amounts import to_wire
 from creditlane.contract import Result
+from creditlane.rabbitmq import DEAD
 from models.reading import (
     AccountSummary,
     EntryLine,
@@ -140,6 +141,8 @@ def _deed(result: Result) -> str:
             return f"release: the hold went back to {account}"
         case "hold":
             return f"hold: {credits(amount)} set aside on {account}"
+        case "transfer":
+            return f"transfer: {credits(amount)} on their way from {account} to [bold]{said(result.to)}[/]"
         case "refund":
             return f"refund: {credits(-amount)} given back to {account}"
         case "grant" | "adjust" if not amount:
@@ -155,10 +158,10 @@ def _balance_words(result: Result) -> str:
     balance = result.balance
     assert balance is not None
     words = [f"[bold]{to_wire(balance.available)}[/] available"]
-    for name in ("held", "debt", "upcoming"):
+    for name in ("held", "in_transit", "debt", "upcoming"):
         amount = getattr(balance, name)
         if amount:
-            words.append(f"{to_wire(amount)} {name}")
+            words.append(f"{to_wire(amount)} {name.replace('_', ' ')}")
     return ", ".join(words)
 
 
@@ -187,7 +190,10 @@ def summary_lines(summary: AccountSummary) -> RenderableType:
         ("account", f"[bold]{said(summary.account)}[/]  {said(summary.kind)}, [{colour}]{said(summary.status)}[/]"),
         ("available", f"[bold]{balance.available}[/]"),
     ]
-    for name, amount in (("held", balance.held), ("debt", balance.debt), ("upcoming", balance.upcoming)):
+    others = {
+        "held": balance.held, "in transit": balance.in_transit, "debt": balance.debt, "upcoming": balance.upcoming,
+    }  # fmt: skip
+    for name, amount in others.items():
         if amount != "0":
             facts.append((name, f"[red]{amount}[/]" if name == "debt" else amount))
     if len(balance.by_source) > 1:
@@ -302,6 +308,12 @@ def _what(line: HistoryLine) -> str:
         what = f"of hold {line.subject}"
         if name == "capture" and line.status == "applied":
             what = f"took {line.charged} {what}"
+    elif name == "transfer":
+        what = f"of {line.charged} to {line.subject}" if line.status == "applied" else f"to {line.subject}"
+    elif name == "receive":
+        what = f"from {line.subject}"
+    elif name in ("confirm", "bounce"):
+        what = f"of transfer {line.subject}"
     elif name in ("refund", "revoke"):
         what = f"of {line.subject}"
     else:
@@ -385,12 +397,15 @@ def lanes_view(states: LaneStates, *, every: bool, rows: int | None = None) -> R
     :param rows: how many lanes at most; None for no limit.
     """
     ready = sum(lane.ready for lane in states.lanes)
-    taken = sum(lane.unacknowledged for lane in states.lanes)
+    known = [lane.unacknowledged for lane in states.lanes if lane.unacknowledged is not None]
+    taken = f", {sum(known):,} are being applied" if known else ""
     orphans = sum(1 for lane in states.lanes if lane.owner is None)
     workers = "1 worker" if states.workers == 1 else f"{states.workers} workers"
-    head = f"[bold]{len(states.lanes)} lanes, {workers}[/]: {ready:,} messages wait, {taken:,} are being applied"
+    head = f"[bold]{len(states.lanes)} lanes, {workers}[/]: {ready:,} messages wait{taken}"
     head += f", [red]{orphans} lanes have no owner[/]" if orphans else ", every lane has its owner"
     parts: list[RenderableType] = [head]
+    if states.dead:
+        parts.append(f"[red]{states.dead:,} messages were delivered too often and lie in {DEAD}[/]: look at them there")
     if states.lanes and orphans < len(states.lanes):
         parts += ["", _workers_table(states)]
     chosen = [
@@ -431,7 +446,7 @@ def _workers_table(states: LaneStates) -> Table:
         if lane.owner is not None:
             lanes[lane.owner] += 1
             ready[lane.owner] += lane.ready
-            taken[lane.owner] += lane.unacknowledged
+            taken[lane.owner] += lane.unacknowledged or 0
     for owner in sorted(lanes, key=lambda owner: owner.pid):
         table.add_row(owner_words(owner), str(lanes[owner]), f"{ready[owner]:,}", f"{taken[owner]:,}")
     return table
@@ -443,5 +458,6 @@ def _lanes_table(lanes: Iterable[LaneState]) -> Table:
     )
     for lane in lanes:
         lag = "" if not lane.ready else "unknown" if lane.lag_seconds is None else span(lane.lag_seconds)
-        table.add_row(lane.lane, f"{lane.ready:,}", f"{lane.unacknowledged:,}", lag, owner_words(lane.owner))
+        taken = "" if lane.unacknowledged is None else f"{lane.unacknowledged:,}"
+        table.add_row(lane.lane, f"{lane.ready:,}", taken, lag, owner_words(lane.owner))
     return table

@@ -11,9 +11,11 @@ import gc
 import socket
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any, Protocol
 
 import msgspec
 import psycopg
@@ -22,7 +24,6 @@ from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request
-from kombu import Exchange, Queue
 
 from creditlane.codes import Code
 from creditlane.contract import (
@@ -33,13 +34,19 @@ from creditlane.contract import (
     decode_batch,
     decode_message,
 )
+from creditlane.events import matching
 from creditlane.lanes import lane_name
+from creditlane.rabbitmq import is_rabbitmq
+from creditlane.sending import make_sender
 from models.catalog import load_catalog
 from models.settings import settings
+from workers import metrics
 from workers.crash import crash_point
-from workers.ledger_writer import APPLICATION, Job, LedgerWriter, connect
+from workers.ledger_writer import APPLICATION, CONFLICT, SILENT_SECONDS, Job, LedgerWriter, connect
+from workers.outbox import Outbox
 from workers.ownership import Ownership, check_session
 from workers.quarantine import Quarantined, printable
+from workers.rabbit_lanes import RabbitLanes
 from workers.redis_lanes import UNREADABLE, RedisLanes
 from workers.results import Results
 
@@ -51,6 +58,9 @@ FIRST_RETRY_SECONDS = 0.1
 FAILURES_PER_CONNECTION = 8
 """Attempts at a batch over one connection; after that the lanes are let go and a new one is made, in case it is the
 connection that is at fault (a statement prepared before a migration, say)."""
+
+SILENT_BALANCES = 3
+"""Looks at the lanes that a worker may miss before the database takes it for gone."""
 
 REPR_CHARACTERS = 400
 """How much of an operation's arguments Flower shows."""
@@ -201,6 +211,28 @@ class Doorbell:
         answer()
 
 
+class LaneBroker(Protocol):
+    """What a broker does for the lane consumer."""
+
+    def take(self, lane: str) -> None:
+        """Begin to consume a lane; what its last owner left unacknowledged comes first."""
+
+    def forget(self, lanes: Sequence[str]) -> None:
+        """Stop consuming lanes; what is unacknowledged of them is for their next owner."""
+
+    def poll(self) -> None:
+        """Bring what is waiting into the buffer, as far as there is room, and have more brought when it comes."""
+
+    def acknowledge(self, messages: Iterable[Any]) -> None:
+        """Acknowledge messages, which are the oldest of their lanes."""
+
+    def check(self) -> None:
+        """Raise a connection error when the lanes are consumed no longer, though nobody said so."""
+
+    def close(self) -> None:
+        """Stop consuming everything."""
+
+
 class LaneStep(bootsteps.StartStopStep):
     """Owns the buffer, the lanes and the flushing of one lane worker."""
 
@@ -215,7 +247,7 @@ class LaneStep(bootsteps.StartStopStep):
         self.buffer: deque[Delivery] = deque()
         self.writer: LedgerWriter | None = None
         self.ownership: Ownership | None = None
-        self.broker: RedisLanes | None = None
+        self.broker: LaneBroker | None = None
         self.results: Results | None = None
         self.consuming: set[int] = set()
         self.flush_armed = False
@@ -224,8 +256,15 @@ class LaneStep(bootsteps.StartStopStep):
         """Attempts in a row at the present batch that the database refused."""
         self.buffered = 0
         """Operations in the buffer."""
+        self.events = matching(self.settings.events)
+        self.sender = make_sender(self.settings.broker_url.get_secret_value())
+        self.outbox: Outbox | None = None
         self.hub: Any = None
         self.doorbell = Doorbell()
+        self.outage = metrics.Outage()
+        metrics.LANES.set_function(lambda: len(self.consuming))
+        metrics.BUFFERED.set_function(lambda: self.buffered)
+        metrics.serve(self.settings)
 
     # Celery's life cycle
 
@@ -238,12 +277,18 @@ class LaneStep(bootsteps.StartStopStep):
         self.drop_buffer()
         self.flush_armed = False
         self.doorbell.hang(hub, lambda: self.guarded(self.flush))
-        self.broker = RedisLanes(consumer.task_consumer.channel, hub, self.room, self.guarded)
+        self.broker = self.connect_broker(consumer, hub)
         self.results = Results(consumer.app)
         if consumer.event_dispatcher is not None:
             consumer.event_dispatcher.buffer_limit = 1 << 30  # flushed once per batch, in one block
         self.guarded(self.balance)
         hub.call_repeatedly(self.settings.balance_seconds, self.guarded, self.balance)
+
+    def connect_broker(self, consumer: LaneConsumer, hub: Any) -> LaneBroker:
+        """The adapter for the broker that the consumer is connected to."""
+        if is_rabbitmq(self.settings.broker_url.get_secret_value()):
+            return RabbitLanes(consumer, hub, self.room, self.guarded, self.settings.batch_messages)
+        return RedisLanes(consumer, hub, self.room, self.guarded)
 
     def stop(self, consumer: LaneConsumer) -> None:
         """Warm shutdown: apply what is buffered, then let the lanes go. After a lost broker connection: only
@@ -255,10 +300,9 @@ class LaneStep(bootsteps.StartStopStep):
                     self.flush(more=False)
             except Exception as error:
                 logger.warning("stopping with %d messages unapplied, they go back: %r", len(self.buffer), error)
+        if self.broker is not None:
+            self.broker.close()
         self.drop_buffer()
-        # Celery consumes from what is selected as soon as it is connected again, owned or not.
-        selected = consumer.app.amqp.queues
-        selected.deselect(list(selected.consume_from))
         self.consuming.clear()
         self.close_database()
 
@@ -266,7 +310,7 @@ class LaneStep(bootsteps.StartStopStep):
         """Close the connection, and with it give every lane up."""
         if self.writer is not None:
             self.writer.connection.close()
-        self.writer = self.ownership = None
+        self.writer = self.ownership = self.outbox = None
 
     # Lanes
 
@@ -275,6 +319,8 @@ class LaneStep(bootsteps.StartStopStep):
 
         Runs every ``balance_seconds``; also looks for messages that no wake-up told of.
         """
+        assert self.broker is not None
+        self.broker.check()
         try:
             if self.ownership is None:
                 self.open_database()
@@ -292,12 +338,13 @@ class LaneStep(bootsteps.StartStopStep):
         except psycopg.Error as error:
             self.lose_database(error)
             return
+        if not self.failures:
+            self.recover()
         if found.taken or found.excess:
             logger.info(
                 "lanes: took %d, gave %d, have %d of %d among %d workers",
                 len(found.taken), len(found.excess), len(self.consuming), self.settings.lanes, found.workers,
             )  # fmt: skip
-        assert self.broker is not None
         self.broker.poll()
 
     def open_database(self) -> None:
@@ -306,19 +353,18 @@ class LaneStep(bootsteps.StartStopStep):
         :raises psycopg.Error: when it is away.
         """
         application = f"{APPLICATION} {self.consumer.hostname}"[:63]
-        connection = connect(self.settings.database_url.get_secret_value(), application)
+        silent_seconds = max(SILENT_SECONDS, SILENT_BALANCES * self.settings.balance_seconds)
+        connection = connect(self.settings.database_url.get_secret_value(), application, silent_seconds)
         check_session(connection)
         self.ownership = Ownership(connection, self.settings.lanes)
-        self.writer = LedgerWriter(connection, lambda: self.catalog, poison_of_job)
+        self.writer = LedgerWriter(connection, lambda: self.catalog, poison_of_job, self.events)
+        self.outbox = Outbox(connection, self.sender, self.settings.lanes)
         self.pause_seconds = 0.0
 
     def consume(self, lane: int) -> None:
         """Begin to consume a lane that this worker owns; what its last owner left unacknowledged comes first."""
-        queue = Queue(lane_name(lane), exchange=Exchange(""), routing_key=lane_name(lane))
-        self.consumer.app.amqp.queues.select_add(queue)
-        tasks = self.consumer.task_consumer
-        tasks.add_queue(queue)
-        tasks.consume()
+        assert self.broker is not None
+        self.broker.take(lane_name(lane))
         self.consuming.add(lane)
 
     def give_up(self, lanes: Sequence[int]) -> None:
@@ -327,15 +373,17 @@ class LaneStep(bootsteps.StartStopStep):
             self.flush(more=False)
         if self.buffer or self.ownership is None:
             return
-        for lane in lanes:
-            self.forget(lane)
+        self.forget(lanes)
         self.ownership.give(list(lanes))
 
-    def forget(self, lane: int) -> None:
-        """Stop consuming a lane."""
-        self.consumer.app.amqp.queues.deselect([lane_name(lane)])
-        self.consumer.task_consumer.cancel_by_queue(lane_name(lane))
-        self.consuming.discard(lane)
+    def forget(self, lanes: Iterable[int]) -> None:
+        """Stop consuming lanes. What of them is buffered was not acknowledged: it is for their next owner."""
+        assert self.broker is not None
+        numbers = list(lanes)
+        names = [lane_name(number) for number in numbers]
+        self.broker.forget(names)
+        self.consuming.difference_update(numbers)
+        self.drop_buffer(names)
 
     def lose_database(self, error: Exception) -> None:
         """The connection is gone, and with it every lane: drop the buffer, begin anew at the next balance.
@@ -343,17 +391,18 @@ class LaneStep(bootsteps.StartStopStep):
         What was buffered was not acknowledged; the lanes' next owner (maybe this worker) gets it again, in
         order, and the operation ids tell what of it had been committed.
         """
+        self.outage.begin(getattr(error, "sqlstate", None))
         logger.error(
-            "database away (%s): %d lanes let go, %d messages go back; trying again every %.0f s",
-            describe(error), len(self.consuming), len(self.buffer), self.settings.balance_seconds,
+            "database away for %.0f s (%s): %d lanes let go, %d messages go back; trying again every %.0f s",
+            self.outage.seconds, describe(error), len(self.consuming), len(self.buffer), self.settings.balance_seconds,
         )  # fmt: skip
+        self.tell_waiting(self.buffer, f"{describe(error)}; the message went back to its lane")
         self.close_database()
         self.drop_buffer()
         self.flush_armed = False
         self.failures = 0
         self.pause_seconds = 0.0
-        for lane in list(self.consuming):
-            self.forget(lane)
+        self.forget(self.consuming)
 
     # Messages
 
@@ -470,13 +519,14 @@ class LaneStep(bootsteps.StartStopStep):
         self.buffered += len(delivery.members)
         self.arm(0)
 
-    def drop_buffer(self) -> None:
-        """Forget what is buffered; it was not acknowledged, so the broker still has it."""
+    def drop_buffer(self, lanes: Sequence[str] | None = None) -> None:
+        """Forget what is buffered, of all lanes or some; it was not acknowledged, so the broker still has it."""
+        kept = deque(delivery for delivery in self.buffer if lanes is not None and delivery.lane not in lanes)
         for delivery in self.buffer:
-            if delivery.request is not None:
+            if delivery.request is not None and (lanes is None or delivery.lane in lanes):
                 state.task_ready(delivery.request)
-        self.buffer.clear()
-        self.buffered = 0
+        self.buffer = kept
+        self.buffered = sum(len(delivery.members) for delivery in kept)
 
     def arm(self, seconds: float) -> None:
         """Have the buffer flushed after so many seconds, unless that is under way."""
@@ -522,6 +572,7 @@ class LaneStep(bootsteps.StartStopStep):
             return
         self.pause_seconds = 0.0
         self.failures = 0
+        self.recover()
         assert self.results is not None
         assert self.broker is not None
         for delivery in batch:
@@ -532,7 +583,10 @@ class LaneStep(bootsteps.StartStopStep):
             self.buffer.popleft()
             self.buffered -= len(delivery.members)
         self.broker.acknowledge(delivery.message for delivery in batch)
+        assert self.outbox is not None
+        self.outbox.publish(self.writer.take_outbox())
         self.results.announce(batch, self.consumer.event_dispatcher)
+        self.measure(batch, time.time() - started)
         if more:
             self.broker.poll()
         if self.buffer:
@@ -560,7 +614,7 @@ class LaneStep(bootsteps.StartStopStep):
         quarantined += [member for delivery in batch for member in delivery.members if isinstance(member, Quarantined)]
         write_around(self.writer, jobs, quarantined)
         for job in jobs:
-            if job.conflict:
+            if job.status == CONFLICT:
                 logger.warning("id conflict: %s %s of %s", job.name, shown(job.operation), shown(job.account))
             elif job.quarantined is not None:
                 log_quarantined(job.quarantined)
@@ -574,19 +628,50 @@ class LaneStep(bootsteps.StartStopStep):
         if self.writer.connection.closed or self.failures > FAILURES_PER_CONNECTION:
             self.lose_database(error)
             return
+        self.outage.begin(error.sqlstate)
         self.pause_seconds = min(
             self.settings.max_retry_seconds,
             self.pause_seconds * 2 if self.pause_seconds else FIRST_RETRY_SECONDS,
         )
         logger.error(
-            "the database refused a batch (%s): %d messages wait, next attempt in %.1f s",
-            describe(error), len(self.buffer), self.pause_seconds,
+            "the database refused a batch for %.0f s now (%s): %d messages wait, next attempt in %.1f s",
+            self.outage.seconds, describe(error), len(self.buffer), self.pause_seconds,
         )  # fmt: skip
+        self.tell_waiting(self.buffer, f"{describe(error)}; next attempt in {self.pause_seconds:.1f} s")
         self.arm(self.pause_seconds)
+
+    def tell_waiting(self, deliveries: Iterable[Delivery], reason: str) -> None:
+        """Have Flower show what waits for the database, and why: as tasks that are tried again."""
+        assert self.results is not None
+        self.results.announce_waiting(islice(deliveries, SHOWN_WAITING), reason, self.consumer.event_dispatcher)
+
+    def recover(self) -> None:
+        """The database works: say so, if it did not."""
+        lasted = self.outage.end()
+        if lasted:
+            logger.warning("the database is back after %.0f s", lasted)
+
+    def measure(self, batch: Sequence[Delivery], seconds: float) -> None:
+        """Count a batch that is done."""
+        metrics.BATCH_SECONDS.observe(seconds)
+        metrics.BATCH_OPERATIONS.observe(sum(len(delivery.members) for delivery in batch))
+        jobs = [job for delivery in batch if not delivery.revoked for job in delivery.jobs()]
+        for status, count in Counter(job.status for job in jobs if job.quarantined is None).items():
+            metrics.OPERATIONS.labels(status).inc(count)
+        sent = batch[0].message.properties.get("timestamp")
+        if isinstance(sent, datetime):  # RabbitMQ's own type, in UTC
+            sent = sent.replace(tzinfo=UTC).timestamp()
+        if isinstance(sent, int | float):
+            metrics.WAITED_SECONDS.set(max(0.0, time.time() - sent))
+
+
+SHOWN_WAITING = 1000
+"""How many of the messages that wait for the database are told of in Flower at the most."""
 
 
 def log_quarantined(row: Quarantined) -> None:
     """Say in the log what was quarantined and why; what came from outside is escaped and cut."""
+    metrics.QUARANTINED.labels(str(row.code)).inc()
     logger.error("quarantined as %s: %s %s: %s", row.code, shown(row.task), shown(row.operation), shown(row.reason))
 
 
