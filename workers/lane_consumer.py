@@ -205,8 +205,11 @@ class Doorbell:
 class LaneBroker(Protocol):
     """What a broker does for the lane consumer."""
 
-    def take(self, lane: str) -> None:
-        """Begin to consume a lane; what its last owner left unacknowledged comes first."""
+    def take(self, lanes: Sequence[str]) -> list[str]:
+        """Begin to consume lanes; what their last owners left unacknowledged comes first.
+
+        :returns: those that are consumed now; the broker may refuse some, which is told in the log.
+        """
 
     def forget(self, lanes: Sequence[str]) -> None:
         """Stop consuming lanes; what is unacknowledged of them is for their next owner."""
@@ -284,11 +287,13 @@ class LaneStep(bootsteps.StartStopStep):
                     self.flush(more=False)
             except Exception as error:
                 logger.warning("stopping with %d messages unapplied, they go back: %r", len(self.buffer), error)
-        if self.broker is not None:
-            self.broker.close()
-        self.drop_buffer()
-        self.consuming.clear()
-        self.close_database()
+        try:
+            if self.broker is not None:
+                self.broker.close()
+        finally:
+            self.drop_buffer()
+            self.consuming.clear()
+            self.close_database()
 
     def close_database(self) -> None:
         """Close the connection, and with it give every lane up."""
@@ -314,11 +319,8 @@ class LaneStep(bootsteps.StartStopStep):
                 self.give_up(found.excess)
                 if self.ownership is None:
                     return  # the database was lost meanwhile
-            for lane in found.taken:
-                self.consume(lane)
-            # A lane may be held without being consumed: when giving it up failed half way.
-            for lane in self.ownership.mine - self.consuming:
-                self.consume(lane)
+            # A lane may be held without being consumed: when giving it up failed half way, or the broker refused.
+            self.consume(sorted(self.ownership.mine - self.consuming))
         except psycopg.Error as error:
             self.lose_database(error)
             return
@@ -341,11 +343,11 @@ class LaneStep(bootsteps.StartStopStep):
         self.writer = LedgerWriter(connection, lambda: self.catalog, poison_of_job)
         self.pause_seconds = 0.0
 
-    def consume(self, lane: int) -> None:
-        """Begin to consume a lane that this worker owns; what its last owner left unacknowledged comes first."""
+    def consume(self, lanes: Sequence[int]) -> None:
+        """Begin to consume lanes that this worker owns; what their last owners left unacknowledged comes first."""
         assert self.broker is not None
-        self.broker.take(lane_name(lane))
-        self.consuming.add(lane)
+        taken = set(self.broker.take([lane_name(lane) for lane in lanes]))
+        self.consuming.update(lane for lane in lanes if lane_name(lane) in taken)
 
     def give_up(self, lanes: Sequence[int]) -> None:
         """Give lanes to other workers, once everything that is buffered is applied."""
@@ -410,7 +412,7 @@ class LaneStep(bootsteps.StartStopStep):
         delivery.name = name if isinstance(name, str) else None
         delivery.id = identity if isinstance(identity, str) else None
         if message.content_type == UNREADABLE:
-            reason = "what stood in the lane is no message of kombu's: not JSON, or without properties"
+            reason = "what stood in the lane is no message of kombu's: its properties or headers cannot be read"
         self.refuse(delivery, code, reason)
         self.append(delivery)
 
