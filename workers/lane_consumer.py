@@ -62,6 +62,7 @@ that it does not search the middle of each."""
 
 _body = msgspec.json.Decoder(tuple[list[Any], msgspec.Raw, msgspec.Raw])
 _json = msgspec.json.Encoder(enc_hook=repr)
+_sorted = msgspec.json.Encoder(enc_hook=repr, order="deterministic")
 
 
 class LedgerTask(Task):
@@ -696,9 +697,12 @@ def lane_of_message(message: Any) -> str:
 
 
 def envelope(message: Any) -> bytes:
-    """A message's headers and properties as JSON; as text where they are more than JSON can say."""
+    """A message's headers and properties as JSON; as text where they are more than JSON can say.
+
+    Sorted: RabbitMQ gives the headers back in another order when it delivers again.
+    """
     try:
-        return _json.encode({"headers": message.headers, "properties": message.properties})
+        return _sorted.encode({"headers": message.headers, "properties": message.properties})
     except Exception:
         return _json.encode(printable(repr((message.headers, message.properties)), MAX_MESSAGE_BYTES))
 

@@ -55,7 +55,8 @@ def tolerant_frames(connection: Any, callback: Any) -> Any:
     """py-amqp's handler of frames; a message whose properties it cannot decode comes with its content type and one
     header that say so, instead of ending the connection, again and again.
 
-    The broker takes any bytes for a text, and any number for a time.
+    The broker takes any bytes for a text, and any number for a time. (Such a message is not recognised when it comes
+    again: it makes another row in quarantine.)
     """
     handle = frame_handler(connection, callback)
 

@@ -7,20 +7,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from datetime import UTC, datetime
+from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import amqp
 import pytest
-from kombu import Connection
+from celery import Celery
+from kombu import Connection, Queue
 from kombu.asynchronous import Hub
 
-from creditlane.lanes import lane_name
+from creditlane.client import CreditClient
+from creditlane.errors import BrokerUnavailableError
+from creditlane.lanes import lane_name, lane_of
 from creditlane.rabbitmq import DEAD, LANE, connect
+from scripts.embedded import temporary_directory
 from scripts.rabbitmq import RabbitMQ
 from tests.broker import RabbitBroker
-from tests.support import eventually
+from tests.brokers import need_rabbitmq
+from tests.conftest import LANES, Spawn
+from tests.support import Worker, eventually, owned_lanes, rows, value
 from workers import rabbit_lanes
 from workers.lane_consumer import envelope
 from workers.rabbit_lanes import RabbitLanes, ReplacedError, tolerant_frames
@@ -145,7 +153,8 @@ def test_acknowledging_touches_no_other_lane_and_nothing_newer(rabbit: RabbitBro
 
 def test_a_message_looks_alike_when_it_comes_again(rabbit: RabbitBroker, begin: Begin) -> None:
     """Its quarantine row is known by its headers: delivered twice it must not be two."""
-    rabbit.publish(LANE_0, amqp.Message("bare"), amqp.Message("with headers", application_headers={"id": "1"}))
+    many = amqp.Message("with headers", application_headers={"task": "1", "id": {"z": 1, "a": [2]}, "b": 3})
+    rabbit.publish(LANE_0, amqp.Message("bare"), many)
     seen = []
     for _ in range(3):
         owner = begin()
@@ -422,3 +431,164 @@ def test_an_expired_message_is_kept_among_the_dead(rabbit: RabbitBroker, begin: 
     rabbit.publish(LANE_0, amqp.Message("late", expiration="1", delivery_mode=2))
     eventually(lambda: rabbit.depth(DEAD) == 1)
     assert rabbit.depth(LANE_0) == 0
+
+
+# With workers
+
+
+@pytest.fixture
+def broker_kind() -> str:
+    """What follows starts workers on RabbitMQ."""
+    return "rabbitmq"
+
+
+def done(database: str) -> int:
+    """How many operations the ledger has answered."""
+    return int(value(database, "SELECT count(*) FROM operations"))
+
+
+def test_a_lane_that_is_deleted_is_made_again_and_one_with_other_arguments_stops_nobody(
+    spawn: Spawn, database: str, client: CreditClient, broker: RabbitBroker
+) -> None:
+    accounts = {lane_of(account, LANES): account for account in map(str, range(100))}
+    wrong, gone, *_ = sorted(accounts)
+    with closing(broker.connect()) as connection:
+        other = {**LANE, "x-max-length": 1000}
+        connection.channel().queue_declare(wrong, durable=True, auto_delete=False, arguments=other)
+    worker = spawn("worker")
+    eventually(lambda: owned_lanes(database) == LANES)
+    for lane, account in accounts.items():
+        client.open(account, id="open", wait=None if lane == wrong else 20)
+    assert worker.logged().count(f"{wrong} is not consumed") == 1
+    assert "Connection to broker lost" not in worker.logged()
+    with closing(broker.connect()) as connection:
+        connection.channel().queue_delete(gone)
+    client.settle(accounts[gone], id="after", wait=20)
+    assert done(database) == len(accounts)
+    assert worker.running
+
+
+POISON = {
+    "no headers": amqp.Message(b"[[],{},{}]", content_type="application/json"),
+    "headers of every kind": amqp.Message(
+        b"[[],{},{}]",
+        content_type="application/json",
+        application_headers={
+            "task": "credits.consume", "id": datetime(2026, 1, 1, tzinfo=UTC), "a": Decimal("1.5"),
+            "b": [1, {"c": None}], "d": {"e": b"\xff"}, "f": 1.5, "g": True, "h": 2**62, "compression": {"x": 1},
+        },
+    ),
+    "a task that is a table": amqp.Message(b"x", application_headers={"task": {"a": 1}, "id": "i"}),
+    "a name that is no text": amqp.Message(b"x", application_headers={"task": b"\xff\xfe", "id": b"\xff"}),
+    "a content type of another kind": amqp.Message(
+        b"\x80\x04}", content_type="application/x-python-serialize", application_headers={"task": "credits.consume"}
+    ),
+    "bytes": amqp.Message(bytes(range(256)), content_type="application/octet-stream"),
+    "utf-16": amqp.Message('{"a":1}'.encode("utf-16"), content_type="application/json", content_encoding="utf-16"),
+    "an answer to nowhere": amqp.Message(
+        b"[[],{},{}]", content_type="application/json", reply_to="\x00 no such queue", correlation_id="é" * 100,
+        priority=255, application_headers={"task": "credits.consume", "id": "nowhere"},
+    ),
+    "every other property": amqp.Message(b"", type="x", app_id="y", message_id="z", timestamp=2**63),
+}  # fmt: skip
+
+
+def test_poison_of_amqps_own_is_kept_once_and_its_neighbours_are_applied_in_order(
+    spawn: Spawn, database: str, client: CreditClient, broker: RabbitBroker
+) -> None:
+    lane = lane_of("alice", LANES)
+    client.open("alice", id="open")
+    for number, poison in enumerate(POISON.values()):
+        broker.publish(lane, poison)
+        client.consume("alice", feature="export", id=f"consume-{number}")
+    undecodable = [*UNDECODABLE.values()]
+    broker.publish(lane, *undecodable)
+    # The first worker commits, and dies before it acknowledges: all of it comes again.
+    doomed = spawn("doomed", CREDITLANE_CRASH_AT="after-commit")
+    eventually(lambda: not doomed.running)
+    worker = spawn("worker")
+    client.settle("alice", id="last", wait=20)
+    assert rows(database, "SELECT operation FROM operations ORDER BY number") == [
+        ("open",), *((f"consume-{number}",) for number in range(len(POISON))), ("last",)
+    ]  # fmt: skip
+    kept = rows(database, "SELECT body, times_seen FROM quarantine WHERE body <> 'kept' ORDER BY id")
+    assert kept == [(poison.body, 2) for poison in POISON.values()]
+    # What cannot be decoded is not recognised.
+    assert value(database, "SELECT count(*) FROM quarantine WHERE body = 'kept'") == 2 * len(undecodable)
+    assert "Traceback" not in worker.logged()
+    assert worker.running
+
+
+def test_a_client_of_celerys_own_reads_its_answers_through_its_queue(
+    lane_worker: Worker, spawn: Spawn, broker: RabbitBroker
+) -> None:
+    spawn("general", kind="general")
+    with Celery("elsewhere", broker=broker.url, backend="rpc://") as app:
+        sent = [
+            app.send_task(name, kwargs=arguments, queue=Queue(lane_of("alice", LANES), no_declare=True))
+            for name, arguments in [
+                ("credits.open", {"account": "alice"}),
+                ("credits.consume", {"account": "alice", "feature": "image", "quantity": 8}),
+                ("credits.consume", {"account": "alice", "amount": 1.5}),
+            ]
+        ]
+        assert sent[0].get(timeout=20)["status"] == "applied"
+        assert sent[1].get(timeout=20)["charged"] == "1"
+        with pytest.raises(Exception, match="invalid_message"):
+            sent[2].get(timeout=20)
+        asked = app.send_task("queries.balance", kwargs={"account": "alice"}, queue="queries")
+        assert asked.get(timeout=30)["available"] == "49"
+
+
+@pytest.mark.timeout(180)
+def test_a_node_killed_under_load_loses_nothing_that_it_confirmed(spawn: Spawn, database: str) -> None:
+    need_rabbitmq()
+    with temporary_directory() as directory:
+        node = RabbitMQ(directory / "rabbitmq").start()
+        sent: dict[str, list[str]] = {f"account-{number}": [] for number in range(8)}
+        with CreditClient(node.url, lanes=LANES) as client:
+            worker = spawn("worker", CREDITLANE_BROKER_URL=node.url, CREDITLANE_BATCH_MESSAGES="20")
+            eventually(lambda: owned_lanes(database) == LANES)
+            for account in sent:
+                client.open(account, id="open", wait=30)
+                sent[account].append("open")
+            for lane in {lane_of(account, LANES) for account in sent}:
+                assert node.await_queue_on_disk(lane)
+            stop = threading.Event()
+
+            def produce() -> None:
+                number = 0
+                while not stop.is_set():
+                    for account, identities in sent.items():
+                        while not stop.is_set():
+                            try:
+                                client.consume(account, feature="export", id=f"c-{number}")
+                            except BrokerUnavailableError:
+                                continue
+                            identities.append(f"c-{number}")
+                            break
+                    number += 1
+
+            producer = threading.Thread(target=produce)
+            producer.start()
+            try:
+                eventually(lambda: done(database) > 200, 60)
+                node.kill()
+                node.start()
+                before = done(database)
+                eventually(lambda: done(database) > before + 200, 90)
+            finally:
+                stop.set()
+                producer.join()
+            last = {account: identities[-1] for account, identities in sent.items()}
+            eventually(lambda: all(
+                rows(database, "SELECT 1 FROM operations WHERE account = %s AND operation = %s", account, identity)
+                for account, identity in last.items()
+            ), 60)  # fmt: skip
+            assert worker.running
+        found: dict[str, list[str]] = {}
+        for account, operation in rows(database, "SELECT account, operation FROM operations ORDER BY account, number"):
+            found.setdefault(account, []).append(operation)
+        # The last attempt of a stopped producer may have arrived unconfirmed.
+        assert {account: ids[: len(sent[account])] for account, ids in found.items()} == sent
+        node.stop()
