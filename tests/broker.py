@@ -45,6 +45,10 @@ class Broker(ABC):
     def messages(self, lane: str) -> list[Message]:
         """What stands in a lane, the oldest first; it stays there."""
 
+    def has_queue(self, queue: str) -> bool:
+        """Whether what is sent to a queue is kept there."""
+        return True
+
     @abstractmethod
     def close(self) -> None:
         """Leave what was looked at to others."""
@@ -66,9 +70,11 @@ class RedisBroker(Broker):
 
     kind = "redis"
 
-    def __init__(self, server: Redis) -> None:
-        self.url = server.url_of(next(_numbers) % 15 + 1)
-        self.remove()
+    def __init__(self, server: Redis, database: int | None = None) -> None:
+        """Look at a database as it is; at a new one unless it is named."""
+        self.url = server.url_of(next(_numbers) % 15 + 1 if database is None else database)
+        if database is None:
+            self.remove()
 
     def push(self, lane: str, body: bytes, headers: dict[str, Any] | None = None) -> None:
         """Push bytes as they are: kombu's envelope would be part of them."""
@@ -158,6 +164,10 @@ class RabbitBroker(Broker):
         if self._reader is not None:
             self._reader.close()
         self._reader, self._read = None, {}
+
+    def has_queue(self, queue: str) -> bool:
+        """Whether somebody has made it: what is sent before comes back."""
+        return self.depth(queue) is not None
 
     def depth(self, queue: str) -> int | None:
         """How many messages of a queue nobody has; None when there is no such queue."""
