@@ -99,9 +99,10 @@ class Sender(ABC):
         """
         if not messages:
             return
-        name = messages[0].headers.get("id")
+        first = messages[0]
+        name = first.headers.get("id") or f"a message for {first.queue}"
         what = repr(name) if len(messages) == 1 else f"{len(messages)} messages"
-        with self._unavailable(what):
+        with self._unavailable(f"did not confirm {what}", "send it again, with its id"):
             self._send(messages, retry)
 
     @abstractmethod
@@ -117,7 +118,7 @@ class Sender(ABC):
 
         :raises BrokerUnavailableError: when the broker is away.
         """
-        with self._unavailable(f"a look at {queue}"):
+        with self._unavailable(f"does not tell what waits in {queue}", "ask again later"):
             return self._depth(queue)
 
     def close(self) -> None:
@@ -126,13 +127,11 @@ class Sender(ABC):
         self._connection.release()
 
     @contextmanager
-    def _unavailable(self, what: str) -> Iterator[None]:
+    def _unavailable(self, what: str, advice: str) -> Iterator[None]:
         try:
             yield
         except self.errors as error:
-            raise BrokerUnavailableError(
-                f"the broker did not confirm {what} ({type(error).__name__}: {error}); send it again, with its id"
-            ) from error
+            raise BrokerUnavailableError(f"the broker {what} ({type(error).__name__}: {error}); {advice}") from error
 
 
 class RedisSender(Sender):

@@ -442,13 +442,15 @@ def _workers_table(states: LaneStates) -> Table:
     lanes: Counter[Owner] = Counter()
     ready: Counter[Owner] = Counter()
     taken: Counter[Owner] = Counter()
+    told = any(lane.unacknowledged is not None for lane in states.lanes)
     for lane in states.lanes:
         if lane.owner is not None:
             lanes[lane.owner] += 1
             ready[lane.owner] += lane.ready
             taken[lane.owner] += lane.unacknowledged or 0
     for owner in sorted(lanes, key=lambda owner: owner.pid):
-        table.add_row(owner_words(owner), str(lanes[owner]), f"{ready[owner]:,}", f"{taken[owner]:,}")
+        being_applied = f"{taken[owner]:,}" if told else ""
+        table.add_row(owner_words(owner), str(lanes[owner]), f"{ready[owner]:,}", being_applied)
     return table
 
 
