@@ -28,8 +28,11 @@ def common_configuration(config: Settings) -> dict[str, Any]:
         results = config.result_url.get_secret_value()
     else:
         results = "rpc://" if is_rabbitmq(broker) else broker
+    broker_tls = config.tls(config.broker_url)
+    result_tls = config.tls(config.result_url) if config.result_url is not None else broker_tls
     return {
         "broker_url": broker,
+        "broker_use_ssl": broker_tls,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,  # for ever, and visible in the log
         "broker_channel_error_retry": True,  # such as a Redis that is full, or read-only while it fails over
@@ -37,6 +40,7 @@ def common_configuration(config: Settings) -> dict[str, Any]:
         "broker_connection_timeout": 5,
         "broker_heartbeat": 60,
         "result_backend": results,
+        "redis_backend_use_ssl": result_tls,
         "result_expires": config.result_expires_seconds,
         "redis_socket_timeout": 30,
         "redis_socket_connect_timeout": 5,
@@ -59,6 +63,7 @@ def common_configuration(config: Settings) -> dict[str, Any]:
         "beat_scheduler": "celery.beat:Scheduler" if is_rabbitmq(broker) else "redbeat.RedBeatScheduler",
         "beat_max_loop_interval": 5,
         "redbeat_redis_url": broker,
+        "redbeat_redis_use_ssl": broker_tls,
         "redbeat_lock_timeout": 30,
     }
 
