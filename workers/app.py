@@ -8,6 +8,10 @@ from celery import Celery
 
 from creditlane.rabbitmq import is_rabbitmq
 from models.settings import Settings, settings
+from workers.flower_guard import install
+
+HEARTBEAT_SECONDS = 6
+"""RabbitMQ takes a worker that is silent for two of them for gone, and gives its messages to the next."""
 
 REDIS_OPTIONS = {
     "socket_keepalive": True,
@@ -38,7 +42,7 @@ def common_configuration(config: Settings) -> dict[str, Any]:
         "broker_channel_error_retry": True,  # such as a Redis that is full, or read-only while it fails over
         "broker_transport_options": {} if is_rabbitmq(broker) else REDIS_OPTIONS,
         "broker_connection_timeout": 5,
-        "broker_heartbeat": 60,
+        "broker_heartbeat": HEARTBEAT_SECONDS,
         "result_backend": results,
         "redis_backend_use_ssl": result_tls,
         "result_expires": config.result_expires_seconds,
@@ -76,4 +80,5 @@ def make_app(name: str, config: Settings | None = None) -> Celery:
 
 
 app = make_app("creditlane")
+install(app)
 app.conf.imports = ("tasks.queries", "schedules.expiry", "schedules.audit")
