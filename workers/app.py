@@ -9,7 +9,7 @@ from celery import Celery
 
 from creditlane.rabbitmq import is_rabbitmq
 from models.settings import Settings, settings
-from workers.flower_guard import install
+from workers import flower_guard, unpacking
 
 HEARTBEAT_SECONDS = 6
 """RabbitMQ takes a worker that is silent for two of them for gone, and gives its messages to the next."""
@@ -93,11 +93,12 @@ def _redbeat(url: str, tls: dict[str, Any] | None) -> dict[str, Any]:
 
 def make_app(name: str, config: Settings | None = None) -> Celery:
     """A Celery app with the common configuration."""
+    unpacking.install()
     app = Celery(name)
     app.conf.update(common_configuration(config or settings()))
     return app
 
 
 app = make_app("creditlane")
-install(app)
+flower_guard.install(app)
 app.conf.imports = ("tasks.queries", "schedules.expiry", "schedules.audit")
