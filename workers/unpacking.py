@@ -18,7 +18,7 @@ from kombu import compression
 from creditlane.contract import MAX_MESSAGE_BYTES
 
 LZMA_BYTES = 32 << 20
-"""Memory that unpacking of this kind may take: a message says itself how much it wants. Enough for the usual presets."""
+"""Memory that unpacking of this kind may take: a message says how much it wants. Enough for usual presets."""
 
 KNOWN: dict[str, tuple[Callable[[bytes], bytes], Callable[[], Any], list[str]]] = {
     "application/x-gzip": (zlib.compress, zlib.decompressobj, ["gzip", "zlib"]),

@@ -10,6 +10,7 @@ import pickle
 import zlib
 from collections.abc import Callable
 from contextlib import closing
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,8 @@ EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 MORE_MEMORY_BYTES = 150 << 20
 """How much memory a worker may need for all of these at the most; the bombs alone would unpack to far more."""
 
-BOMB_BYTES = 1 << 30
+LZMA = partial(lzma.LZMACompressor, preset=0)
+BOMB_BYTES = 300 << 20
 
 
 class Strange(NamedTuple):
@@ -57,8 +59,9 @@ def good(**arguments: Any) -> bytes:
     return json.dumps([[], {"account": ACCOUNT, "feature": "export", **arguments}, EMBED]).encode()
 
 
+@cache
 def bomb(kind: Any) -> bytes:
-    """A gigabyte of blanks, packed by pieces."""
+    """Blanks, packed by pieces."""
     packer = kind()
     piece = b" " * (1 << 20)
     return b"".join([*(packer.compress(piece) for _ in range(BOMB_BYTES >> 20)), packer.flush()])
@@ -76,14 +79,10 @@ def strange(canary: Path) -> dict[str, Strange]:
         "YAML called JSON": Strange(yaml),
         "msgpack": Strange(b"\x93\x90\x81\xa7account\xa5alice\x80", "application/x-msgpack", "binary"),
         "text": Strange(good(), "text/plain"),
-        "an encoding of Python's": Strange(good(), "application/json", "unicode_escape"),
-        "an encoding that is none": Strange(good(), "application/json", "no-such-encoding"),
         "5 MiB": Strange(good(metadata={"x": "y" * (5 * MAX_MESSAGE_BYTES)})),
         "a gzip bomb": Strange(bomb(zlib.compressobj), headers={"compression": "application/x-gzip"}),
         "a bzip2 bomb": Strange(bomb(bz2.BZ2Compressor), headers={"compression": "application/x-bz2"}),
-        "an xz bomb": Strange(
-            lzma.compress(b" " * (200 << 20), preset=0), headers={"compression": "application/x-lzma"}
-        ),
+        "an xz bomb": Strange(bomb(LZMA), headers={"compression": "application/x-lzma"}),
         "half of a gzip": Strange(zlib.compress(good())[:40], headers={"compression": "application/x-gzip"}),
         "thousands of headers, and no sense": Strange(b"{}", headers={f"x-{number}": "y" for number in range(5000)}),
         "nesting without end": Strange(good(metadata={}).replace(b"{}", b'{"a":' * 5000 + b"1" + b"}" * 5000, 1)),
@@ -134,6 +133,10 @@ def has_lane(broker: Broker) -> bool:
         return True
 
 
+def is_applied(database: str, identity: str) -> bool:
+    return bool(value(database, "SELECT count(*) FROM operations WHERE operation = %s", identity))
+
+
 @on_both_brokers
 def test_what_is_no_plain_json_is_kept_and_nothing_else_happens(
     broker: Broker, database: str, lane_worker: Worker, tmp_path: Path
@@ -147,9 +150,8 @@ def test_what_is_no_plain_json_is_kept_and_nothing_else_happens(
     for number, (what, message) in enumerate(messages.items()):
         send(broker, message, f"strange-{number}")
         send(broker, Strange(good()), f"good-{number}")
-        eventually(
-            lambda count=number + 2: value(database, "SELECT count(*) FROM operations") == count, 60, f"after {what}"
-        )
+        eventually(partial(is_applied, database, f"good-{number}"), 60, f"after {what}")
+    assert value(database, "SELECT count(*) FROM operations") == len(messages) + 1
     kept = dict(rows(database, "SELECT operation, code FROM quarantine"))
     assert kept.keys() == {f"strange-{number}" for number in range(len(messages))}
     assert set(kept.values()) <= {Code.MALFORMED, Code.INVALID_MESSAGE}

@@ -10,6 +10,8 @@ import sys
 from base64 import b64encode
 from collections.abc import Mapping
 from contextlib import closing
+from functools import partial
+from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
@@ -66,7 +68,12 @@ def test_what_runs_shows_no_password(broker: Broker, database: str, run: Run) ->
     eventually(lambda: owned_lanes(database) == LANES, what="the worker takes all lanes")
     with Celery("asks", broker=broker.url) as app:
         control = app.control
-        conf = eventually(lambda: len(found := control.inspect(timeout=2).conf() or {}) == 2 and found, what="answers")
+
+        def settings() -> dict[str, Any]:
+            found: dict[str, Any] = control.inspect(timeout=2).conf() or {}
+            return found if len(found) == 2 else {}
+
+        conf = eventually(settings, what="both workers answer")
         told = {
             "conf": conf,
             "conf with defaults": control.inspect(timeout=2)._request("conf", with_defaults=True),
@@ -78,7 +85,7 @@ def test_what_runs_shows_no_password(broker: Broker, database: str, run: Run) ->
     texts = {name: json.dumps(answers) for name, answers in told.items()}
     assert "broker_url" in texts["conf"]
     paths = ["/workers", "/api/workers?refresh=1", "/tasks", "/broker", *(f"/worker/{name}" for name in conf)]
-    texts |= {path: eventually(lambda path=path: page(port, path), what=path) for path in paths}
+    texts |= {path: eventually(partial(page, port, path), what=path) for path in paths}
 
     # What a broker and a database that go away make them say.
     broker.cut()
@@ -97,7 +104,13 @@ def test_what_runs_shows_no_password(broker: Broker, database: str, run: Run) ->
 
 
 NOBODY = f"{HOST}:1"
+REFUSED = ("ACCESS_REFUSED", "invalid username")
 UNREACHABLE = ("refused", "Traceback", "Cannot connect")
+
+
+def says(process: Worker, words: tuple[str, ...]) -> bool:
+    """Whether a process has logged one of these."""
+    return any(word in process.logged() for word in words)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +124,7 @@ UNREACHABLE = ("refused", "Traceback", "Cannot connect")
 def test_what_finds_no_broker_shows_no_password(broker_url: str, database: str, run: Run) -> None:
     processes, _ = start(run, broker_url, database)
     for kind, process in processes.items():
-        eventually(lambda p=process: any(word in p.logged() for word in UNREACHABLE), 60, f"{kind} says so")
+        eventually(partial(says, process, UNREACHABLE), 60, f"{kind} says so")
     texts = {kind: process.logged() for kind, process in processes.items()}
     assert_shown_nowhere([SECRET, password_of(database), FLOWER], texts | command_line(broker_url, database))
 
@@ -122,7 +135,7 @@ def test_what_is_refused_by_a_broker_shows_no_password(broker: Broker, database:
     wrong = broker.url.replace(known, SECRET)
     processes, _ = start(run, wrong, database)
     for kind, process in processes.items():
-        eventually(lambda p=process: "ACCESS_REFUSED" in p.logged() or "invalid username" in p.logged(), 60, kind)
+        eventually(partial(says, process, REFUSED), 60, kind)
     texts = {kind: process.logged() for kind, process in processes.items()}
     assert_shown_nowhere([SECRET, known, password_of(database), FLOWER], texts | command_line(wrong, database))
 
@@ -135,8 +148,8 @@ def test_what_finds_no_database_shows_no_password(what: str, stack: Stack, broke
         "no URL": f"postgresql//creditlane:{SECRET}@{HOST}/creditlane",
     }[what]
     process = run("lanes", broker_url, database, "--loglevel=DEBUG")
-    says = {"no URL": "not a connection URL", "wrong password": "password authentication failed"}.get(what, "port")
-    eventually(lambda: says in process.logged(), 60, "it says so")
+    word = {"no URL": "not a connection URL", "wrong password": "password authentication failed"}.get(what, "port")
+    eventually(lambda: word in process.logged(), 60, "it says so")
     texts = {"lanes": process.logged()} | command_line(broker_url, database)
     assert_shown_nowhere([SECRET, password_of(broker_url)], texts)
 
