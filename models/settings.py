@@ -77,7 +77,11 @@ class Settings(BaseSettings):
     metrics_address: str = "127.0.0.1"
     """The address it serves them on. They hold no secrets and ask for no password: keep them in your network."""
 
-<<<<<<< HEAD
+    events: str = ""
+    """Which events are published to the topic exchange ``credits.events``: a comma list of types or patterns, such as
+    ``balance.changed,credits.*``; ``*`` for all, none unless given. Each costs a row in the outbox, its publication
+    and its deletion, so ask for those that somebody listens to. The types are in ``creditlane/events.py``."""
+
     @field_validator("broker_ca", "broker_certificate", "broker_key", mode="before")
     @classmethod
     def _empty_is_none(cls, path: Any) -> Any:
@@ -101,11 +105,6 @@ class Settings(BaseSettings):
                 "with anything but letters and digits in the password percent-encoded"
             )
         return url
-=======
-    events: str = ""
-    """Which events are published to the topic exchange ``credits.events``: a comma list of types or patterns, such as
-    ``balance.changed,credits.*``; ``*`` for all, none unless given. Each costs a row in the outbox, its publication
-    and its deletion, so ask for those that somebody listens to. The types are in ``creditlane/events.py``."""
 
     @field_validator("events")
     @classmethod
@@ -113,7 +112,6 @@ class Settings(BaseSettings):
         """Refuse a mistyped pattern at the start, rather than never to publish what it was meant for."""
         matching(patterns)
         return patterns
->>>>>>> main
 
     @field_validator("database_url")
     @classmethod
