@@ -101,4 +101,4 @@ def make_app(name: str, config: Settings | None = None) -> Celery:
 
 app = make_app("creditlane")
 flower_guard.install(app)
-app.conf.imports = ("tasks.queries", "schedules.expiry", "schedules.audit", "schedules.outbox")
+app.conf.imports = ("tasks.queries", "schedules.expiry", "schedules.audit", "schedules.outbox", "schedules.seal")
