@@ -6,15 +6,21 @@ Secrets (the passwords in the URLs) come from the environment only, and no defau
 from __future__ import annotations
 
 from functools import cache
+from typing import Any, Self
+from urllib.parse import urlsplit
 
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, FilePath, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from creditlane.contract import MAX_BATCH
 from creditlane.events import matching
 from creditlane.lanes import LANES
+from creditlane.tls import tls_options
+
+BROKERS = ("redis", "rediss", "amqp", "amqps", "pyamqp")
+"""The schemes of a broker's URL; the second and the fourth with TLS."""
 
 
 class Settings(BaseSettings):
@@ -23,11 +29,13 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="CREDITLANE_", extra="ignore", hide_input_in_errors=True)
 
     broker_url: SecretStr
-    """Where messages come from: ``redis://:password@host:port/0``."""
+    """Where messages come from: ``redis://user:password@host:port/0`` or ``amqp://user:password@host:port/vhost``; with
+    TLS ``rediss://`` or ``amqps://``."""
 
     database_url: SecretStr
     """The ledger, in the process's own role: ``postgresql://user:password@host:port/name``. A direct connection or
-    session pooling: a lane is owned by a session's advisory lock."""
+    session pooling: a lane is owned by a session's advisory lock. With TLS add
+    ``?sslmode=verify-full&sslrootcert=/path/ca.pem`` (and ``sslcert``, ``sslkey`` where the server asks for them)."""
 
     owner_url: SecretStr | None = None
     """The same database for who owns its tables and migrates it; ``database_url`` unless given."""
@@ -39,7 +47,17 @@ class Settings(BaseSettings):
     """The same for the role ``creditlane_reader``."""
 
     result_url: SecretStr | None = None
-    """Where results for waiting senders go; the broker unless given."""
+    """A Redis for the results for waiting senders; the broker unless given."""
+
+    broker_ca: FilePath | None = None
+    """Whose certificates broker and result backend have to have, a PEM file: for ``rediss://`` and ``amqps://``. The
+    system's authorities unless given. There is no way to leave the check out."""
+
+    broker_certificate: FilePath | None = None
+    """Our own certificate, a PEM file, for a broker that asks for one."""
+
+    broker_key: FilePath | None = None
+    """The key of that certificate, unless it is in the same file."""
 
     lanes: int = Field(LANES, ge=1, le=4096)
     """How many lanes; the same for all producers and workers of a deployment."""
@@ -82,6 +100,30 @@ class Settings(BaseSettings):
     ``balance.changed,credits.*``; ``*`` for all, none unless given. Each costs a row in the outbox, its publication
     and its deletion, so ask for those that somebody listens to. The types are in ``creditlane/events.py``."""
 
+    @field_validator("broker_ca", "broker_certificate", "broker_key", mode="before")
+    @classmethod
+    def _empty_is_none(cls, path: Any) -> Any:
+        """What is passed on unset, as by docker-compose.yml, is not set."""
+        return path or None
+
+    @field_validator("broker_url", "result_url")
+    @classmethod
+    def _is_a_broker_url(cls, url: SecretStr | None) -> SecretStr | None:
+        """Refuse a mistyped URL here, in words of ours: a library's would quote it, with its password."""
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url.get_secret_value())
+            good = parts.scheme in BROKERS and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError(
+                "not a broker URL; write redis://user:password@host:port/0 or amqp://user:password@host:port/vhost, "
+                "with anything but letters and digits in the password percent-encoded"
+            )
+        return url
+
     @field_validator("events")
     @classmethod
     def _are_types_of_events(cls, patterns: str) -> str:
@@ -96,10 +138,31 @@ class Settings(BaseSettings):
         if url is None:
             return None
         try:
-            conninfo_to_dict(url.get_secret_value())
+            given = conninfo_to_dict(url.get_secret_value())
         except ProgrammingError:
             raise ValueError("not a connection URL; write postgresql://user:password@host:port/name") from None
+        mode = given.get("sslmode")
+        if mode in ("allow", "prefer") or (mode == "require" and "sslrootcert" not in given):
+            raise ValueError(
+                f"sslmode={mode} checks no certificate; write sslmode=verify-full&sslrootcert=/path/ca.pem"
+            )
         return url
+
+    @model_validator(mode="after")
+    def _tls_makes_sense(self) -> Self:
+        for url in (self.broker_url, self.result_url):
+            if url is not None:
+                self.tls(url)
+        return self
+
+    def tls(self, url: SecretStr) -> dict[str, Any] | None:
+        """The TLS options of a connection to the broker or the result backend; see :func:`creditlane.tls.tls_options`.
+
+        :raises ValueError: when the files and the URL do not fit together.
+        """
+        return tls_options(
+            url.get_secret_value(), ca=self.broker_ca, certificate=self.broker_certificate, key=self.broker_key
+        )
 
 
 @cache

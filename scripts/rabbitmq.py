@@ -296,21 +296,20 @@ class RabbitMQ(_Server):
             self._process.kill()  # without its port mapper the node would wait, or start another one
             return False
         try:
-            status, _ = self._request("GET", "/api/whoami", None)
-        except StackError:
-            return False
-        if status == http.client.UNAUTHORIZED:
-            raise StackError(
-                f"The password in {self.directory / 'password'} is not that of the data beside it; "
-                "put the right file back, or choose another data directory with --data."
-            )
-        try:
+            # Listened for last of all, when whoever may come is known.
             with amqp.Connection(
                 f"{HOST}:{self.port}", userid=USER, password=self._password, virtual_host=VHOST, connect_timeout=5
             ):
-                return True
-        except (OSError, amqp.AMQPError):
+                pass
+            status, _ = self._request("GET", "/api/whoami", None)
+        except amqp.AccessRefused:
+            raise StackError(
+                f"The password in {self.directory / 'password'} is not that of the data beside it; "
+                "put the right file back, or choose another data directory with --data."
+            ) from None
+        except (OSError, amqp.AMQPError, StackError):
             return False
+        return status == http.client.OK
 
     def _leftover(self) -> int | None:
         return next(iter(_workers_in(self._home(), "beam.smp")), None)

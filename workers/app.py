@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from celery import Celery
 
 from creditlane.rabbitmq import is_rabbitmq
 from models.settings import Settings, settings
+from workers import flower_guard, unpacking
 
 HEARTBEAT_SECONDS = 6
 """RabbitMQ takes a worker that is silent for two of them for gone, and gives its messages to the next."""
@@ -31,8 +33,11 @@ def common_configuration(config: Settings) -> dict[str, Any]:
         results = config.result_url.get_secret_value()
     else:
         results = "rpc://" if is_rabbitmq(broker) else broker
+    broker_tls = config.tls(config.broker_url)
+    result_tls = config.tls(config.result_url) if config.result_url is not None else broker_tls
     return {
         "broker_url": broker,
+        "broker_use_ssl": broker_tls,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,  # for ever, and visible in the log
         "broker_channel_error_retry": True,  # such as a Redis that is full, or read-only while it fails over
@@ -40,6 +45,7 @@ def common_configuration(config: Settings) -> dict[str, Any]:
         "broker_connection_timeout": 5,
         "broker_heartbeat": HEARTBEAT_SECONDS,
         "result_backend": results,
+        "redis_backend_use_ssl": result_tls,
         "result_expires": config.result_expires_seconds,
         "redis_socket_timeout": 30,
         "redis_socket_connect_timeout": 5,
@@ -61,17 +67,38 @@ def common_configuration(config: Settings) -> dict[str, Any]:
         "worker_redirect_stdouts": False,
         "beat_scheduler": "celery.beat:Scheduler" if is_rabbitmq(broker) else "redbeat.RedBeatScheduler",
         "beat_max_loop_interval": 5,
-        "redbeat_redis_url": broker,
+        **({} if is_rabbitmq(broker) else _redbeat(broker, broker_tls)),
+    }
+
+
+def _redbeat(url: str, tls: dict[str, Any] | None) -> dict[str, Any]:
+    """Where beat keeps its schedule and its lock.
+
+    Celery shows a worker's settings to whoever asks (``inspect conf``, Flower) and hides the passwords in the URLs that
+    it knows. This one it does not know; but it does hide what is called a password.
+    """
+    parts = urlsplit(url)
+    given = {"username": parts.username, "password": parts.password}
+    return {
+        "redbeat_redis_url": parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(),
+        "redbeat_redis_options": {
+            "socket_connect_timeout": 5,
+            "socket_timeout": 30,
+            **{name: unquote(value) for name, value in given.items() if value},
+        },
+        "redbeat_redis_use_ssl": tls,
         "redbeat_lock_timeout": 30,
     }
 
 
 def make_app(name: str, config: Settings | None = None) -> Celery:
     """A Celery app with the common configuration."""
+    unpacking.install()
     app = Celery(name)
     app.conf.update(common_configuration(config or settings()))
     return app
 
 
 app = make_app("creditlane")
+flower_guard.install(app)
 app.conf.imports = ("tasks.queries", "schedules.expiry", "schedules.audit", "schedules.outbox", "schedules.seal")

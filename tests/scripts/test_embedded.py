@@ -434,6 +434,15 @@ def test_an_old_redis_on_the_path_is_passed_over(place: Path, monkeypatch: pytes
     assert embedded.redis_program() == fake.resolve()
 
 
+def test_a_redis_that_is_a_link_is_called_by_its_name(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    several = place / "redis-check-rdb"
+    several.write_text("#!/bin/sh\n[ \"${0##*/}\" = redis-server ] && echo 'Redis server v=7.0.15 sha=0'\n")
+    several.chmod(0o755)
+    (place / "redis-server").symlink_to(several)
+    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
+    assert embedded.redis_program() == place / "redis-server"
+
+
 def test_a_stopped_server_has_no_process(place: Path) -> None:
     with pytest.raises(StackError, match="Redis is not running"):
         _ = Redis(place / "data").pid
