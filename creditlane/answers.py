@@ -1,21 +1,30 @@
 """Waiting for answers: one connection listens for all threads of a client.
 
-A worker writes an answer under a key of its own and announces it on the channel of the same name. Whoever waits
-subscribes first and sends after; when the subscription is confirmed the key is read once as well, so an answer that
-was quicker than the subscription is not missed, and neither is one that came while the connection was down.
+On Redis a worker writes an answer under a key of its own and announces it on the channel of the same name. Whoever
+waits subscribes first and sends after; when the subscription is confirmed the key is read once as well, so an answer
+that was quicker than the subscription is not missed, and neither is one that came while the connection was down.
+
+On RabbitMQ a client has a queue of its own that ends with its connection, and each message names it. An answer that
+was on its way when the connection broke is lost: whoever waited asks again, with the same id.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import amqp
 import msgspec
 import redis
+from kombu import Connection
+
+from creditlane.errors import BrokerUnavailableError
+from creditlane.rabbitmq import is_rabbitmq
 
 KEY = "celery-task-meta-"
 """What Celery's result backends put before an id."""
@@ -27,6 +36,12 @@ POLL_SECONDS = 1.0
 """How often the listener looks whether it is still wanted."""
 
 RECONNECT_SECONDS = 0.2
+
+HEARTBEAT_SECONDS = 30
+"""After two of them without a word the broker is taken for gone."""
+
+CONNECT_SECONDS = 5
+"""How long a client's queue for answers may take to be there."""
 
 READY = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
 """The states in which a task is done; those before it, such as that it has started, are no answer."""
@@ -43,38 +58,91 @@ Answer = Future[Outcome]
 _decode = msgspec.json.Decoder(Outcome).decode
 
 
-class RedisAnswers:
-    """The answers to one client's messages, from a Redis result backend. Safe to share among threads.
+def _deaf(fault: BaseException | None) -> BrokerUnavailableError:
+    why = "no word of the broker yet" if fault is None else f"{type(fault).__name__}: {fault}"
+    return BrokerUnavailableError(f"no answer can be waited for ({why}); nothing was sent, send it again")
 
-    :param url: the result backend.
-    """
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._client = self._connect()
-        self._pubsub = self._client.pubsub()
+class Expected(NamedTuple):
+    """What is waited for."""
+
+    answer: Answer
+    reply_to: str | None = None
+    """The queue that it comes through, where answers travel by queue: the message names it."""
+
+
+class Answers(ABC):
+    """The answers to one client's messages. Safe to share among threads."""
+
+    def __init__(self) -> None:
         self._waiting: dict[str, Answer] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._process: int | None = None
 
+    @abstractmethod
     @contextmanager
-    def expect(self, id: str) -> Iterator[Answer]:
+    def expect(self, id: str) -> Iterator[Expected]:
         """Listen for the answer that comes under ``id`` while the block sends and waits.
 
         :param id: unlike any other's: what is waited for is removed when the block ends.
-        :returns: a future of the answer.
-        :raises redis.RedisError: when the backend is away.
+        :raises BrokerUnavailableError: when nothing can be listened to.
         """
+        yield NotImplemented
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop listening."""
+
+    def _listening(self) -> bool:
+        """Whether this process has a listening thread; a fork inherits none."""
+        return self._process == os.getpid() and self._thread is not None and self._thread.is_alive()
+
+    def _start(self, listen: Any) -> None:
+        self._process = os.getpid()
+        self._thread = threading.Thread(target=listen, name="creditlane answers", daemon=True)
+        self._thread.start()
+
+    def _end(self) -> None:
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join(2 * POLL_SECONDS)
+
+    def _resolve(self, key: str, data: bytes) -> None:
+        outcome = _decode(data)
+        with self._lock:
+            answer = self._waiting.get(key)
+            if answer is not None and outcome.status in READY and not answer.done():
+                answer.set_result(outcome)
+
+
+class RedisAnswers(Answers):
+    """Answers from a Redis result backend.
+
+    :param url: the result backend.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url = url
+        self._client = self._connect()
+        self._pubsub = self._client.pubsub()
+
+    @contextmanager
+    def expect(self, id: str) -> Iterator[Expected]:
+        """Subscribe to the answer's key while the block sends and waits."""
         key = KEY + id
         answer: Answer = Future()
         try:
             with self._lock:
                 self._waiting[key] = answer
-                self._begin()
-                self._pubsub.subscribe(key)
-            yield answer
+                try:
+                    self._begin()
+                    self._pubsub.subscribe(key)
+                except redis.RedisError as error:
+                    raise _deaf(error) from error
+            yield Expected(answer)
         finally:
             with self._lock:
                 del self._waiting[key]
@@ -85,17 +153,15 @@ class RedisAnswers:
                     pass  # the connection is gone, and its subscriptions with it; the key has a time limit
 
     def _begin(self) -> None:
-        """Have a listening thread in this process; a fork inherits none."""
-        if self._process == os.getpid() and self._thread is not None and self._thread.is_alive():
+        """Have a listening thread in this process."""
+        if self._listening():
             return
         if self._process not in (None, os.getpid()):
             self._client = self._connect()
             self._pubsub = self._client.pubsub()
-        self._process = os.getpid()
         # Never without any subscription: the library stops reading then, and may miss that there is one again.
         self._pubsub.subscribe(IDLE_CHANNEL)
-        self._thread = threading.Thread(target=self._listen, name="creditlane answers", daemon=True)
-        self._thread.start()
+        self._start(self._listen)
 
     def _connect(self) -> Any:
         return redis.Redis.from_url(
@@ -104,9 +170,7 @@ class RedisAnswers:
 
     def close(self) -> None:
         """Stop listening."""
-        self._closed.set()
-        if self._thread is not None:
-            self._thread.join(2 * POLL_SECONDS)
+        self._end()
         self._pubsub.close()
         self._client.close()
 
@@ -127,9 +191,81 @@ class RedisAnswers:
                 # Whoever waits has a time limit of its own; the next read connects and subscribes anew.
                 self._closed.wait(RECONNECT_SECONDS)
 
-    def _resolve(self, key: str, data: bytes) -> None:
-        outcome = _decode(data)
-        with self._lock:
-            answer = self._waiting.get(key)
-            if answer is not None and outcome.status in READY and not answer.done():
-                answer.set_result(outcome)
+
+class RabbitAnswers(Answers):
+    """Answers through a queue that only this client can read, and that ends with its connection.
+
+    :param url: the broker.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url = url
+        self._queue: str | None = None
+        self._ready = threading.Condition(self._lock)
+        self._fault: BaseException | None = None
+
+    @contextmanager
+    def expect(self, id: str) -> Iterator[Expected]:
+        """Have the client's queue, and note who waits, while the block sends and waits."""
+        answer: Answer = Future()
+        with self._ready:
+            if not self._listening():
+                self._queue = self._fault = None
+                self._start(self._listen)
+            self._ready.wait_for(lambda: self._queue is not None or self._fault is not None, CONNECT_SECONDS)
+            if self._queue is None:
+                raise _deaf(self._fault)
+            self._waiting[id] = answer
+            queue = self._queue
+        try:
+            yield Expected(answer, queue)
+        finally:
+            with self._lock:
+                del self._waiting[id]
+
+    def close(self) -> None:
+        """Stop listening; the queue ends."""
+        self._end()
+
+    def _listen(self) -> None:
+        while not self._closed.is_set():
+            connection = Connection(self._url, connect_timeout=CONNECT_SECONDS, heartbeat=HEARTBEAT_SECONDS)
+            try:
+                connection.connect()
+                self._read(connection)
+            except Exception as error:
+                # Whoever waits has a time limit of its own.
+                with self._ready:
+                    self._queue, self._fault = None, error
+                    self._ready.notify_all()
+                self._closed.wait(RECONNECT_SECONDS)
+            finally:
+                connection.release()
+
+    def _read(self, connection: Connection) -> None:
+        channel = connection.default_channel
+        queue = channel.queue_declare("", exclusive=True, auto_delete=True).queue
+        channel.basic_consume(queue, no_ack=True, callback=self._received)
+        with self._ready:
+            self._queue, self._fault = queue, None
+            self._ready.notify_all()
+        while not self._closed.is_set():
+            try:
+                connection.drain_events(timeout=POLL_SECONDS)
+            except TimeoutError:
+                connection.heartbeat_check()
+
+    def _received(self, message: amqp.Message) -> None:
+        body = message.body
+        try:
+            self._resolve(
+                str(message.properties.get("correlation_id")), body.encode() if isinstance(body, str) else bytes(body)
+            )
+        except msgspec.MsgspecError:
+            return  # nothing of ours
+
+
+def make_answers(url: str) -> Answers:
+    """The answers that come from a result backend: a Redis, or RabbitMQ."""
+    return RabbitAnswers(url) if is_rabbitmq(url) else RedisAnswers(url)

@@ -14,20 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from decimal import Decimal
-from time import time
 from types import TracebackType
 from typing import Any, Literal, Self
 from uuid import uuid4
 
 import msgspec
-from kombu import Connection, Producer
-from kombu.connection import ConnectionPool
-from kombu.exceptions import KombuError
-from kombu.pools import ProducerPool
-from redis.exceptions import RedisError
 
 from creditlane.amounts import to_wire
-from creditlane.answers import Outcome, RedisAnswers
+from creditlane.answers import Outcome, make_answers
 from creditlane.codes import Code
 from creditlane.contract import (
     BATCH,
@@ -50,18 +44,13 @@ from creditlane.errors import (
     UnsentError,
 )
 from creditlane.lanes import LANES, lane_of
+from creditlane.sending import Outgoing, make_sender
 
 Amount = int | str | Decimal
 """Credits (or units of a feature), exactly: an integer, a decimal string or a Decimal; never a float."""
 
 QUERIES = "queries"
 """The queue of the read-only tasks."""
-
-CONNECTIONS = 10
-"""Broker connections that one client opens at the most."""
-
-RETRIES = {"max_retries": 5, "interval_start": 0.05, "interval_step": 0.2, "interval_max": 1.0}
-"""How long the client tries to reach a broker that is away: six attempts within about three seconds."""
 
 NOT_SHOWN = ("email", "metadata", "occurred_at")
 """Arguments that are not for every watcher's eyes, or only take room."""
@@ -245,22 +234,15 @@ class Operations:
 class CreditClient(Operations):
     """Sends operations to their lanes and, where asked to, waits for the answers. Safe to share among threads.
 
-    :param broker_url: where the lanes are, such as ``redis://:password@host:6379/0``.
+    :param broker_url: where the lanes are, such as ``redis://:password@host:6379/0`` or ``amqp://user:password@host//``.
     :param lanes: how many lanes the deployment has: the workers' number.
-    :param result_url: where answers come from; the broker unless given.
+    :param result_url: a Redis that answers come from; the broker unless given.
     """
 
     def __init__(self, broker_url: str, *, lanes: int = LANES, result_url: str | None = None) -> None:
         self.lanes = lanes
-        options = {
-            "socket_keepalive": True, "socket_connect_timeout": 5, "socket_timeout": 30, "confirm_publish": True,
-        }  # fmt: skip
-        transport = "creditlane.redis_transport:Transport" if broker_url.startswith("redis") else None
-        self._connection = Connection(broker_url, transport=transport, transport_options=options)
-        self._connections = ConnectionPool(self._connection, limit=CONNECTIONS)
-        self._producers = ProducerPool(self._connections, limit=CONNECTIONS)
-        self._errors: tuple[type[BaseException], ...] = (KombuError, RedisError, *self._connection.connection_errors)
-        self._answers = RedisAnswers(result_url or broker_url)
+        self._sender = make_sender(broker_url)
+        self._answers = make_answers(result_url or broker_url)
 
     def __enter__(self) -> Self:
         return self
@@ -270,9 +252,7 @@ class CreditClient(Operations):
 
     def close(self) -> None:
         """Close the connections; everything that was sent stays sent."""
-        self._producers.force_close_all()
-        self._connections.force_close_all()
-        self._connection.release()
+        self._sender.close()
         self._answers.close()
 
     def submit(self, name: str, id: str, arguments: dict[str, Any], wait: float | None = None) -> Result | None:
@@ -280,7 +260,7 @@ class CreditClient(Operations):
         encoded = checked(name, id, arguments)
         lane = lane_of(arguments["account"], self.lanes)
         if wait is None:
-            self._publish(name, id, lane, encoded, _shown(arguments))
+            self._sender.send([task_message(name, id, lane, encoded, _shown(arguments))])
             return None
         return msgspec.convert(self._ask(name, id, lane, encoded, _shown(arguments), wait), Result)
 
@@ -365,11 +345,7 @@ class CreditClient(Operations):
 
         :raises BrokerUnavailableError: when the broker is away.
         """
-        with self._confirmed(lane), self._producers.acquire(block=True, timeout=30) as producer:
-            try:
-                return int(producer.channel.queue_declare(queue=lane, passive=True).message_count)
-            except self._connection.channel_errors:
-                return 0  # a queue that nothing was ever sent to
+        return self._sender.depth(lane)
 
     def balance(self, account: str, *, wait: float = 10.0) -> Balance | None:
         """The account's balance as last committed; ``None`` for an account that was never opened.
@@ -385,8 +361,9 @@ class CreditClient(Operations):
         # Operation ids are unique per account only, and one id may be sent twice at a time: each sending is answered
         # under a name of its own.
         reply = uuid4().hex
-        with self._confirmed(id), self._answers.expect(reply) as answer:
-            self._publish(name, id if queue != QUERIES else reply, queue, arguments, shown, reply)
+        with self._answers.expect(reply) as (answer, reply_to):
+            identity = id if queue != QUERIES else reply
+            self._sender.send([task_message(name, identity, queue, arguments, shown, reply, reply_to)])
             try:
                 outcome = answer.result(wait)
             except TimeoutError:
@@ -396,19 +373,6 @@ class CreditClient(Operations):
         if outcome.status == "SUCCESS":
             return outcome.result
         raise _failure(outcome)
-
-    def _publish(self, name: str, id: str, queue: str, arguments: bytes, shown: str, reply: str | None = None) -> None:
-        with self._confirmed(id), self._producers.acquire(block=True, timeout=30) as producer:
-            _send(producer, name, id, queue, arguments, shown, reply)
-
-    @contextmanager
-    def _confirmed(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except self._errors as error:
-            raise BrokerUnavailableError(
-                f"the broker did not confirm {what!r} ({type(error).__name__}: {error}); send it again, with its id"
-            ) from error
 
 
 class Reservation:
@@ -518,13 +482,12 @@ class Buffer(Operations):
             self._failed.operations.extend(members)
             return
         try:
-            with (
-                self._client._confirmed("a batch"),
-                self._client._producers.acquire(block=True, timeout=30) as producer,
-                producer.batch(max_size=len(groups)),
-            ):
-                for lane, group in groups:
-                    _send(producer, BATCH, str(uuid4()), lane, _batch_arguments(group), _counted(group))
+            self._client._sender.send(
+                [
+                    task_message(BATCH, str(uuid4()), lane, _batch_arguments(group), _counted(group))
+                    for lane, group in groups
+                ]
+            )
         except BrokerUnavailableError as error:
             self._failed = UnsentError(members, str(error))
         else:
@@ -578,12 +541,22 @@ def _wire(amount: Amount | None) -> str | None:
     return None if amount is None else to_wire(amount)
 
 
-def _send(
-    producer: Producer, name: str, id: str, queue: str, arguments: bytes, shown: str, reply: str | None = None
-) -> None:
-    """Publish one task to a queue through the default exchange, and have the broker confirm it.
+def task_message(
+    name: str,
+    id: str,
+    queue: str,
+    arguments: bytes,
+    shown: str,
+    reply: str | None = None,
+    reply_to: str | None = None,
+) -> Outgoing:
+    """One task as it goes to the broker (messages: an operation is a Celery task).
 
+    :param arguments: the keyword arguments, as JSON.
+    :param shown: what Flower shows of them.
     :param reply: the name under which an answer is wanted; none is without.
+    :param reply_to: the queue that the answer goes to, where answers travel by queue.
+    :raises ContractError: when it is longer than a message may be.
     """
     body = b"[[]," + arguments + _EMBED
     if len(body) > MAX_MESSAGE_BYTES:
@@ -594,19 +567,7 @@ def _send(
     }  # fmt: skip
     if reply is not None:
         headers["reply"] = reply
-    producer.publish(
-        body.decode(),
-        exchange="",
-        routing_key=queue,
-        headers=headers,
-        content_type="application/json",
-        content_encoding="utf-8",
-        correlation_id=id,
-        timestamp=int(time()),
-        delivery_mode=2,
-        retry=True,
-        retry_policy=RETRIES,
-    )
+    return Outgoing(queue, body, headers, reply_to=reply_to)
 
 
 def _batch_arguments(members: Sequence[Member]) -> bytes:

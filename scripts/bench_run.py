@@ -41,11 +41,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from creditlane.amounts import format_amount
-from creditlane.client import CreditClient, _send, _shown, checked
+from creditlane.client import CreditClient, _shown, checked, task_message
 from creditlane.codes import Code
 from creditlane.contract import decode_message
 from creditlane.errors import CreditlaneError
 from creditlane.lanes import LANES, lane_name, lane_of
+from creditlane.sending import Outgoing
 from models.audit import audit
 from models.catalog import load_catalog
 from models.migrate import upgrade
@@ -615,16 +616,21 @@ class Lanes(Side):
 
     def fill(self, operations: list[Operation]) -> None:
         """As :meth:`CreditClient.consume` with ``wait`` sends them, many in one round trip, and nobody waits."""
-        with self.client._producers.acquire(block=True) as producer:
-            for start in range(0, len(operations), FILL):
-                with producer.batch(max_size=FILL):
-                    for account, operation, member in operations[start : start + FILL]:
-                        arguments = {"account": account, "feature": FEATURE, "quantity": str(QUANTITY)}
-                        if member is not None:
-                            arguments["member"] = member
-                        encoded = checked("credits.consume", operation, arguments)
-                        lane = lane_of(account, self.client.lanes)
-                        _send(producer, "credits.consume", operation, lane, encoded, _shown(arguments), uuid4().hex)
+        for start in range(0, len(operations), FILL):
+            self.client._sender.send([self._message(*operation) for operation in operations[start : start + FILL]])
+
+    def _message(self, account: str, operation: str, member: str | None) -> Outgoing:
+        arguments = {"account": account, "feature": FEATURE, "quantity": str(QUANTITY)}
+        if member is not None:
+            arguments["member"] = member
+        return task_message(
+            "credits.consume",
+            operation,
+            lane_of(account, self.client.lanes),
+            checked("credits.consume", operation, arguments),
+            _shown(arguments),
+            uuid4().hex,
+        )
 
     def waiting(self) -> int:
         """Of all lanes."""

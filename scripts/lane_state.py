@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
@@ -11,6 +12,8 @@ import redis
 from psycopg import Connection
 
 from creditlane.lanes import lane_name
+from creditlane.rabbitmq import DEAD, is_rabbitmq
+from creditlane.sending import make_sender
 from models.reading import Owner, lane_owners
 from workers.ownership import LANE_CLASS, PRESENCE_CLASS
 from workers.redis_lanes import keys_of
@@ -40,10 +43,11 @@ class LaneState(msgspec.Struct, kw_only=True, frozen=True):
     lane: str
     ready: int
     """Messages that wait."""
-    unacknowledged: int
-    """Messages that its owner took and has not finished."""
+    unacknowledged: int | None
+    """Messages that its owner took and has not finished; None where the broker does not tell."""
     lag_seconds: float | None
-    """The age of the oldest message that waits; None when none does, or when its sender put no time on it."""
+    """The age of the oldest message that waits; None when none does, when its sender put no time on it, and where the
+    broker does not show a message without delivering it."""
     owner: Owner | None
 
 
@@ -52,24 +56,32 @@ class LaneStates(msgspec.Struct, kw_only=True, frozen=True):
 
     workers: int
     lanes: list[LaneState]
+    dead: int = 0
+    """Messages that RabbitMQ gave up delivering: they are in its queue ``lanes.dead``."""
+
+
+Depth = tuple[int, int | None, float | None]
+"""Messages that wait in a lane, those taken and not finished, and when the oldest was sent."""
 
 
 def lane_states(connection: Connection[Any], broker_url: str, lanes: int) -> LaneStates:
-    """Look at all lanes, in one round trip to each server.
+    """Look at all lanes: on Redis in one round trip, on RabbitMQ in one for each.
 
-    :param broker_url: ``redis://…``.
+    :param broker_url: ``redis://…`` or ``amqp://…``.
     :param lanes: how many lanes the deployment has, at most :data:`MAX_LANES`.
-    :raises ValueError: for a broker that is no Redis.
-    :raises redis.RedisError: when the broker is away; ``psycopg.Error`` when the database is.
+    :raises redis.RedisError: when a Redis is away, ``BrokerUnavailableError`` when a RabbitMQ is, ``psycopg.Error``
+        when the database is.
     """
-    if not broker_url.startswith(("redis://", "rediss://")):
-        raise ValueError("the lanes of a Redis broker can be looked at, others by their own tools")
     if not 1 <= lanes <= MAX_LANES:
         raise ValueError(f"there are 1 to {MAX_LANES} lanes, not {lanes}")
     names = [lane_name(number) for number in range(lanes)]
-    with closing(redis.Redis.from_url(broker_url, socket_timeout=5, socket_connect_timeout=5)) as client:
-        keys = [key for name in names for key in keys_of(name)[:2]]
-        found: Any = client.eval(LOOK, len(keys), *keys)
+    dead = 0
+    if is_rabbitmq(broker_url):
+        with closing(make_sender(broker_url)) as sender:
+            depths: list[Depth] = [(sender.depth(name), None, None) for name in names]
+            dead = sender.depth(DEAD)
+    else:
+        depths = _redis_depths(broker_url, names)
     now = time.time()
     owned = lane_owners(connection, LANE_CLASS, PRESENCE_CLASS)
     return LaneStates(
@@ -79,9 +91,17 @@ def lane_states(connection: Connection[Any], broker_url: str, lanes: int) -> Lan
                 lane=name,
                 ready=ready,
                 unacknowledged=unacknowledged,
-                lag_seconds=None if sent is None else max(0.0, round(now - int(sent), 3)),
+                lag_seconds=None if sent is None else max(0.0, round(now - sent, 3)),
                 owner=owned.owners.get(number),
             )
-            for number, (name, (ready, unacknowledged, sent)) in enumerate(zip(names, found, strict=True))
+            for number, (name, (ready, unacknowledged, sent)) in enumerate(zip(names, depths, strict=True))
         ],
+        dead=dead,
     )
+
+
+def _redis_depths(url: str, names: Sequence[str]) -> list[Depth]:
+    with closing(redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5)) as client:
+        keys = [key for name in names for key in keys_of(name)[:2]]
+        found: Any = client.eval(LOOK, len(keys), *keys)
+    return [(ready, unacknowledged, None if sent is None else int(sent)) for ready, unacknowledged, sent in found]

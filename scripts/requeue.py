@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import msgspec
-from kombu import Connection as Broker
-from kombu.exceptions import KombuError
 from psycopg import Connection
 
-from creditlane.client import RETRIES
 from creditlane.contract import BATCH, MAX_MESSAGE_BYTES, check_id, decode_batch, decode_message
-from creditlane.errors import BrokerUnavailableError
 from creditlane.lanes import lane_of
+from creditlane.sending import Outgoing, make_sender
 from models.reading import QuarantinedMessage, quarantined_message
 from workers.redis_lanes import UNREADABLE
 
@@ -175,23 +173,15 @@ def _resolve(connection: Connection[Any], id: int, status: str, who: str) -> Non
 
 
 def _publish(broker_url: str, ready: Ready) -> None:
-    options = {"socket_connect_timeout": 5, "socket_timeout": 30, "confirm_publish": True}
-    with Broker(broker_url, transport_options=options) as broker:
-        try:
-            with broker.Producer() as producer:
-                producer.publish(
+    with closing(make_sender(broker_url)) as sender:
+        sender.send(
+            [
+                Outgoing(
+                    ready.queue,
                     ready.body,
-                    exchange="",
-                    routing_key=ready.queue,
-                    headers=ready.headers,
+                    ready.headers,
                     content_type=ready.content_type,
-                    content_encoding="utf-8",
-                    delivery_mode=2,
-                    retry=True,
-                    retry_policy=RETRIES,
-                    **ready.properties,
+                    properties=ready.properties,
                 )
-        except (KombuError, *broker.connection_errors) as error:
-            raise BrokerUnavailableError(
-                f"the broker did not take the message ({type(error).__name__}); it is still open"
-            ) from error
+            ]
+        )

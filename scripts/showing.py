@@ -16,6 +16,7 @@ from rich.text import Text
 
 from creditlane.amounts import to_wire
 from creditlane.contract import Result
+from creditlane.rabbitmq import DEAD
 from models.reading import (
     AccountSummary,
     EntryLine,
@@ -385,12 +386,15 @@ def lanes_view(states: LaneStates, *, every: bool, rows: int | None = None) -> R
     :param rows: how many lanes at most; None for no limit.
     """
     ready = sum(lane.ready for lane in states.lanes)
-    taken = sum(lane.unacknowledged for lane in states.lanes)
+    known = [lane.unacknowledged for lane in states.lanes if lane.unacknowledged is not None]
+    taken = f", {sum(known):,} are being applied" if known else ""
     orphans = sum(1 for lane in states.lanes if lane.owner is None)
     workers = "1 worker" if states.workers == 1 else f"{states.workers} workers"
-    head = f"[bold]{len(states.lanes)} lanes, {workers}[/]: {ready:,} messages wait, {taken:,} are being applied"
+    head = f"[bold]{len(states.lanes)} lanes, {workers}[/]: {ready:,} messages wait{taken}"
     head += f", [red]{orphans} lanes have no owner[/]" if orphans else ", every lane has its owner"
     parts: list[RenderableType] = [head]
+    if states.dead:
+        parts.append(f"[red]{states.dead:,} messages were delivered too often and lie in {DEAD}[/]: look at them there")
     if states.lanes and orphans < len(states.lanes):
         parts += ["", _workers_table(states)]
     chosen = [
@@ -431,7 +435,7 @@ def _workers_table(states: LaneStates) -> Table:
         if lane.owner is not None:
             lanes[lane.owner] += 1
             ready[lane.owner] += lane.ready
-            taken[lane.owner] += lane.unacknowledged
+            taken[lane.owner] += lane.unacknowledged or 0
     for owner in sorted(lanes, key=lambda owner: owner.pid):
         table.add_row(owner_words(owner), str(lanes[owner]), f"{ready[owner]:,}", f"{taken[owner]:,}")
     return table
@@ -443,5 +447,6 @@ def _lanes_table(lanes: Iterable[LaneState]) -> Table:
     )
     for lane in lanes:
         lag = "" if not lane.ready else "unknown" if lane.lag_seconds is None else span(lane.lag_seconds)
-        table.add_row(lane.lane, f"{lane.ready:,}", f"{lane.unacknowledged:,}", lag, owner_words(lane.owner))
+        taken = "" if lane.unacknowledged is None else f"{lane.unacknowledged:,}"
+        table.add_row(lane.lane, f"{lane.ready:,}", taken, lag, owner_words(lane.owner))
     return table

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import psycopg
 import pytest
-import redis
 
 from creditlane.client import CreditClient
 from creditlane.codes import Code
 from models.audit import audit
 from models.catalog import load_catalog
 from models.migrate import upgrade
-from scripts.embedded import Stack, temporary_stack
+from scripts.embedded import Stack, temporary_directory, temporary_stack
+from scripts.rabbitmq import RabbitMQ
+from tests.broker import Broker, RabbitBroker, RedisBroker
+from tests.brokers import need_rabbitmq
 from tests.support import Ledger, Worker, eventually, owned_lanes
 from workers.ledger_writer import Job, LedgerWriter, connect
 from workers.quarantine import Quarantined
@@ -58,13 +60,37 @@ def tampered_database(stack: Stack) -> Iterator[str]:
     stack.postgres.drop_database(name)
 
 
+@pytest.fixture(scope="session")
+def rabbitmq() -> Iterator[RabbitMQ]:
+    """The RabbitMQ of this test process."""
+    need_rabbitmq()
+    with temporary_directory() as directory:
+        node = RabbitMQ(directory / "rabbitmq").start()
+        yield node
+        node.stop()
+
+
 @pytest.fixture
-def broker_url(stack: Stack) -> str:
-    """The URL of an empty Redis database."""
-    url = stack.redis.url_of(next(_numbers) % 15 + 1)
-    with redis.Redis.from_url(url) as client:
-        client.flushdb()
-    return url
+def broker_kind(request: pytest.FixtureRequest) -> str:
+    """Which broker the test runs on: see :data:`tests.broker.on_both_brokers`."""
+    return str(getattr(request, "param", "redis"))
+
+
+@pytest.fixture
+def broker(broker_kind: str, request: pytest.FixtureRequest) -> Iterator[Broker]:
+    """An empty broker."""
+    if broker_kind == "redis":
+        yield RedisBroker(request.getfixturevalue("stack").redis)
+        return
+    rabbit = RabbitBroker(request.getfixturevalue("rabbitmq"))
+    yield rabbit
+    rabbit.remove()
+
+
+@pytest.fixture
+def broker_url(broker: Broker) -> str:
+    """The URL of an empty broker."""
+    return broker.url
 
 
 @pytest.fixture

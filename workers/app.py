@@ -6,7 +6,16 @@ from typing import Any
 
 from celery import Celery
 
+from creditlane.rabbitmq import is_rabbitmq
 from models.settings import Settings, settings
+
+REDIS_OPTIONS = {
+    "socket_keepalive": True,
+    "socket_connect_timeout": 5,
+    "socket_timeout": 30,
+    "visibility_timeout": 12 * 3600,  # of the queues that are no lanes
+    "global_keyprefix": "",
+}
 
 QUERIES, MAINTENANCE = "queries", "maintenance"
 """The queues of the general worker."""
@@ -15,19 +24,18 @@ QUERIES, MAINTENANCE = "queries", "maintenance"
 def common_configuration(config: Settings) -> dict[str, Any]:
     """What every app of the project has in common."""
     broker = config.broker_url.get_secret_value()
-    results = config.result_url.get_secret_value() if config.result_url is not None else broker
+    if config.result_url is not None:
+        results = config.result_url.get_secret_value()
+    else:
+        results = "rpc://" if is_rabbitmq(broker) else broker
     return {
         "broker_url": broker,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,  # for ever, and visible in the log
         "broker_channel_error_retry": True,  # such as a Redis that is full, or read-only while it fails over
-        "broker_transport_options": {
-            "socket_keepalive": True,
-            "socket_connect_timeout": 5,
-            "socket_timeout": 30,
-            "visibility_timeout": 12 * 3600,  # of the queues that are no lanes
-            "global_keyprefix": "",
-        },
+        "broker_transport_options": {} if is_rabbitmq(broker) else REDIS_OPTIONS,
+        "broker_connection_timeout": 5,
+        "broker_heartbeat": 60,
         "result_backend": results,
         "result_expires": config.result_expires_seconds,
         "redis_socket_timeout": 30,
@@ -48,7 +56,7 @@ def common_configuration(config: Settings) -> dict[str, Any]:
         "enable_utc": True,
         "timezone": "UTC",
         "worker_redirect_stdouts": False,
-        "beat_scheduler": "redbeat.RedBeatScheduler" if broker.startswith("redis") else "celery.beat:Scheduler",
+        "beat_scheduler": "celery.beat:Scheduler" if is_rabbitmq(broker) else "redbeat.RedBeatScheduler",
         "beat_max_loop_interval": 5,
         "redbeat_redis_url": broker,
         "redbeat_lock_timeout": 30,

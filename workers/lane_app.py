@@ -5,6 +5,7 @@ from __future__ import annotations
 from celery import Celery
 
 from creditlane.contract import BATCH, OPERATIONS
+from creditlane.rabbitmq import is_rabbitmq
 from models.settings import settings
 from workers.app import make_app
 from workers.lane_consumer import LaneStep, LedgerTask
@@ -25,7 +26,7 @@ def make_lane_app() -> Celery:
         worker_enable_prefetch_count_reduction=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,
     )
-    if app.conf.broker_url.startswith("redis"):
+    if not is_rabbitmq(app.conf.broker_url):
         app.conf.broker_transport = "workers.redis_lanes:Transport"
     for name in (*OPERATIONS, BATCH):
         app.register_task(type(name, (LedgerTask,), {"name": name, "__module__": __name__})())

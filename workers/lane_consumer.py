@@ -12,8 +12,8 @@ import socket
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import msgspec
 import psycopg
@@ -22,7 +22,6 @@ from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request
-from kombu import Exchange, Queue
 
 from creditlane.codes import Code
 from creditlane.contract import (
@@ -34,12 +33,14 @@ from creditlane.contract import (
     decode_message,
 )
 from creditlane.lanes import lane_name
+from creditlane.rabbitmq import is_rabbitmq
 from models.catalog import load_catalog
 from models.settings import settings
 from workers.crash import crash_point
 from workers.ledger_writer import APPLICATION, Job, LedgerWriter, connect
 from workers.ownership import Ownership, check_session
 from workers.quarantine import Quarantined, printable
+from workers.rabbit_lanes import RabbitLanes
 from workers.redis_lanes import UNREADABLE, RedisLanes
 from workers.results import Results
 
@@ -201,6 +202,28 @@ class Doorbell:
         answer()
 
 
+class LaneBroker(Protocol):
+    """What a broker does for the lane consumer."""
+
+    def take(self, lane: str) -> None:
+        """Begin to consume a lane; what its last owner left unacknowledged comes first."""
+
+    def forget(self, lanes: Sequence[str]) -> None:
+        """Stop consuming lanes; what is unacknowledged of them is for their next owner."""
+
+    def poll(self) -> None:
+        """Bring what is waiting into the buffer, as far as there is room, and have more brought when it comes."""
+
+    def acknowledge(self, messages: Iterable[Any]) -> None:
+        """Acknowledge messages, which are the oldest of their lanes."""
+
+    def check(self) -> None:
+        """Raise a connection error when the lanes are consumed no longer, though nobody said so."""
+
+    def close(self) -> None:
+        """Stop consuming everything."""
+
+
 class LaneStep(bootsteps.StartStopStep):
     """Owns the buffer, the lanes and the flushing of one lane worker."""
 
@@ -215,7 +238,7 @@ class LaneStep(bootsteps.StartStopStep):
         self.buffer: deque[Delivery] = deque()
         self.writer: LedgerWriter | None = None
         self.ownership: Ownership | None = None
-        self.broker: RedisLanes | None = None
+        self.broker: LaneBroker | None = None
         self.results: Results | None = None
         self.consuming: set[int] = set()
         self.flush_armed = False
@@ -238,12 +261,18 @@ class LaneStep(bootsteps.StartStopStep):
         self.drop_buffer()
         self.flush_armed = False
         self.doorbell.hang(hub, lambda: self.guarded(self.flush))
-        self.broker = RedisLanes(consumer.task_consumer.channel, hub, self.room, self.guarded)
+        self.broker = self.connect_broker(consumer, hub)
         self.results = Results(consumer.app)
         if consumer.event_dispatcher is not None:
             consumer.event_dispatcher.buffer_limit = 1 << 30  # flushed once per batch, in one block
         self.guarded(self.balance)
         hub.call_repeatedly(self.settings.balance_seconds, self.guarded, self.balance)
+
+    def connect_broker(self, consumer: LaneConsumer, hub: Any) -> LaneBroker:
+        """The adapter for the broker that the consumer is connected to."""
+        if is_rabbitmq(self.settings.broker_url.get_secret_value()):
+            return RabbitLanes(consumer, hub, self.room, self.guarded, self.settings.batch_messages)
+        return RedisLanes(consumer, hub, self.room, self.guarded)
 
     def stop(self, consumer: LaneConsumer) -> None:
         """Warm shutdown: apply what is buffered, then let the lanes go. After a lost broker connection: only
@@ -255,10 +284,9 @@ class LaneStep(bootsteps.StartStopStep):
                     self.flush(more=False)
             except Exception as error:
                 logger.warning("stopping with %d messages unapplied, they go back: %r", len(self.buffer), error)
+        if self.broker is not None:
+            self.broker.close()
         self.drop_buffer()
-        # Celery consumes from what is selected as soon as it is connected again, owned or not.
-        selected = consumer.app.amqp.queues
-        selected.deselect(list(selected.consume_from))
         self.consuming.clear()
         self.close_database()
 
@@ -275,6 +303,8 @@ class LaneStep(bootsteps.StartStopStep):
 
         Runs every ``balance_seconds``; also looks for messages that no wake-up told of.
         """
+        assert self.broker is not None
+        self.broker.check()
         try:
             if self.ownership is None:
                 self.open_database()
@@ -297,7 +327,6 @@ class LaneStep(bootsteps.StartStopStep):
                 "lanes: took %d, gave %d, have %d of %d among %d workers",
                 len(found.taken), len(found.excess), len(self.consuming), self.settings.lanes, found.workers,
             )  # fmt: skip
-        assert self.broker is not None
         self.broker.poll()
 
     def open_database(self) -> None:
@@ -314,11 +343,8 @@ class LaneStep(bootsteps.StartStopStep):
 
     def consume(self, lane: int) -> None:
         """Begin to consume a lane that this worker owns; what its last owner left unacknowledged comes first."""
-        queue = Queue(lane_name(lane), exchange=Exchange(""), routing_key=lane_name(lane))
-        self.consumer.app.amqp.queues.select_add(queue)
-        tasks = self.consumer.task_consumer
-        tasks.add_queue(queue)
-        tasks.consume()
+        assert self.broker is not None
+        self.broker.take(lane_name(lane))
         self.consuming.add(lane)
 
     def give_up(self, lanes: Sequence[int]) -> None:
@@ -327,15 +353,17 @@ class LaneStep(bootsteps.StartStopStep):
             self.flush(more=False)
         if self.buffer or self.ownership is None:
             return
-        for lane in lanes:
-            self.forget(lane)
+        self.forget(lanes)
         self.ownership.give(list(lanes))
 
-    def forget(self, lane: int) -> None:
-        """Stop consuming a lane."""
-        self.consumer.app.amqp.queues.deselect([lane_name(lane)])
-        self.consumer.task_consumer.cancel_by_queue(lane_name(lane))
-        self.consuming.discard(lane)
+    def forget(self, lanes: Iterable[int]) -> None:
+        """Stop consuming lanes. What of them is buffered was not acknowledged: it is for their next owner."""
+        assert self.broker is not None
+        numbers = list(lanes)
+        names = [lane_name(number) for number in numbers]
+        self.broker.forget(names)
+        self.consuming.difference_update(numbers)
+        self.drop_buffer(names)
 
     def lose_database(self, error: Exception) -> None:
         """The connection is gone, and with it every lane: drop the buffer, begin anew at the next balance.
@@ -352,8 +380,7 @@ class LaneStep(bootsteps.StartStopStep):
         self.flush_armed = False
         self.failures = 0
         self.pause_seconds = 0.0
-        for lane in list(self.consuming):
-            self.forget(lane)
+        self.forget(self.consuming)
 
     # Messages
 
@@ -470,13 +497,14 @@ class LaneStep(bootsteps.StartStopStep):
         self.buffered += len(delivery.members)
         self.arm(0)
 
-    def drop_buffer(self) -> None:
-        """Forget what is buffered; it was not acknowledged, so the broker still has it."""
+    def drop_buffer(self, lanes: Sequence[str] | None = None) -> None:
+        """Forget what is buffered, of all lanes or some; it was not acknowledged, so the broker still has it."""
+        kept = deque(delivery for delivery in self.buffer if lanes is not None and delivery.lane not in lanes)
         for delivery in self.buffer:
-            if delivery.request is not None:
+            if delivery.request is not None and (lanes is None or delivery.lane in lanes):
                 state.task_ready(delivery.request)
-        self.buffer.clear()
-        self.buffered = 0
+        self.buffer = kept
+        self.buffered = sum(len(delivery.members) for delivery in kept)
 
     def arm(self, seconds: float) -> None:
         """Have the buffer flushed after so many seconds, unless that is under way."""

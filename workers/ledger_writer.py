@@ -155,6 +155,11 @@ APPLICATION = "creditlane lanes"
 """How a lane worker's database session calls itself, its host name after it."""
 
 
+FIRST_PLANS = 500
+"""Operations after which the statements are planned anew, and again each time that their number has doubled: a plan
+made for empty tables may scan all operations of an account for each id, and would be kept."""
+
+
 class Job:
     """One operation of a batch on its way through the writer."""
 
@@ -198,6 +203,8 @@ class LedgerWriter:
         self.connection = connection
         self.catalog = catalog
         self.poison = poison
+        self._written = 0
+        self._plan_anew_at = FIRST_PLANS
 
     def write(self, jobs: Sequence[Job], quarantined: Sequence[Quarantined] = ()) -> None:
         """Apply jobs in order and store quarantine rows, in one transaction.
@@ -206,6 +213,10 @@ class LedgerWriter:
 
         :raises psycopg.Error: when nothing was committed, or when that is unknown because the connection broke.
         """
+        if self._written >= self._plan_anew_at:
+            self._plan_anew_at = 2 * self._written
+            self.connection.execute("DISCARD PLANS")
+        self._written += len(jobs)
         try:
             self._write(jobs, quarantined)
         except BaseException:

@@ -16,12 +16,13 @@ Keys beside ``lane.NNN``: ``lane.NNN:unacked`` (a list, oldest right) and ``lane
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
 import msgspec
 import redis
+from kombu import Exchange, Queue
 from kombu.transport import redis as kombu_redis
 from kombu.utils.encoding import bytes_to_str
 from redis.backoff import NoBackoff
@@ -301,19 +302,42 @@ class Transport(kombu_redis.Transport):
 class RedisLanes:
     """The broker's side of the lane consumer, on Redis.
 
-    :param channel: the consumer's channel.
+    :param consumer: Celery's consumer, connected.
     :param loop: kombu's event loop.
     :param room: how many messages the consumer's buffer has room for.
     :param guard: runs a step that the loop calls, and begins the consumer anew if it fails.
     """
 
     def __init__(
-        self, channel: Channel, loop: Any, room: Callable[[], int], guard: Callable[[Callable[[], None]], None]
+        self, consumer: Any, loop: Any, room: Callable[[], int], guard: Callable[[Callable[[], None]], None]
     ) -> None:
-        self.channel = channel
+        self.consumer = consumer
+        self.channel: Channel = consumer.task_consumer.channel
         self.loop = loop
         self.room = room
         self.guard = guard
+
+    def take(self, lane: str) -> None:
+        """Begin to consume a lane; what its last owner left unacknowledged comes first."""
+        queue = Queue(lane, exchange=Exchange(""), routing_key=lane)
+        self.consumer.app.amqp.queues.select_add(queue)
+        tasks = self.consumer.task_consumer
+        tasks.add_queue(queue)
+        tasks.consume()
+
+    def forget(self, lanes: Sequence[str]) -> None:
+        """Stop consuming lanes; what is unacknowledged of them stays there for their next owner."""
+        self.consumer.app.amqp.queues.deselect(lanes)
+        for lane in lanes:
+            self.consumer.task_consumer.cancel_by_queue(lane)
+
+    def check(self) -> None:
+        """Nothing to look for: a connection that broke is found by the next fetch."""
+
+    def close(self) -> None:
+        """Select no queue: Celery consumes from what is selected as soon as it is connected again, owned or not."""
+        selected = self.consumer.app.amqp.queues
+        selected.deselect(list(selected.consume_from))
 
     def poll(self) -> None:
         """Bring what is waiting into the buffer, or wait for something to come."""

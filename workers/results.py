@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from time import time
 from typing import TYPE_CHECKING, Any
 
+import amqp
 import msgspec
 from celery.utils.log import get_logger
 from celery.worker import state
+from kombu import Connection
 
 from creditlane.contract import BATCH, ContractError, check_id
 from creditlane.errors import QuarantinedError
@@ -26,6 +28,47 @@ REPLY_SECONDS = 600
 _encode = msgspec.json.Encoder().encode
 
 
+BY_QUEUE = "rpc://"
+"""Celery's name for results that go to a queue of the sender's."""
+
+REPLY_TIMEOUT_SECONDS = 5
+"""How long a broker that takes no answers may hold a batch up."""
+
+
+class QueueReplies:
+    """Answers over RabbitMQ, to the queue that each message names, as Celery's ``rpc`` backend sends them.
+
+    Not confirmed: an answer that is lost is asked for again, with the same id.
+
+    :param broker_url: where the queues are.
+    """
+
+    def __init__(self, broker_url: str) -> None:
+        options = {"read_timeout": REPLY_TIMEOUT_SECONDS, "write_timeout": REPLY_TIMEOUT_SECONDS}
+        self._connection = Connection(broker_url, connect_timeout=REPLY_TIMEOUT_SECONDS, transport_options=options)
+
+    def send(self, answers: Iterable[tuple[str, Any, bytes]]) -> None:
+        """Send answers.
+
+        :param answers: of each, the name it is waited for under, the message that it answers, and the answer.
+        """
+        wanted = [(reply, to, meta) for reply, message, meta in answers if (to := message.properties.get("reply_to"))]
+        if not wanted:
+            return
+        try:
+            if not self._connection.connected:
+                self._connection.connect()
+            channel = self._connection.default_channel
+            for reply, to, meta in wanted:
+                answer = amqp.Message(
+                    meta, correlation_id=reply, content_type="application/json", content_encoding="utf-8"
+                )
+                channel.basic_publish(answer, "", to)
+        except BaseException:
+            self._connection.collect()
+            raise
+
+
 class Results:
     """Tells senders that wait, and watchers, what became of messages.
 
@@ -35,7 +78,7 @@ class Results:
     def __init__(self, app: Any) -> None:
         self.backend = app.backend
         self.expires = int(app.conf.result_expires)
-        self.is_redis = hasattr(self.backend, "client") and hasattr(self.backend, "result_consumer")
+        self.replies = QueueReplies(app.conf.broker_url) if app.conf.result_backend == BY_QUEUE else None
 
     def store(self, batch: Sequence[Delivery]) -> None:
         """Write the results that somebody waits for, in one round trip.
@@ -48,7 +91,9 @@ class Results:
             return
         now = datetime.now(UTC).isoformat().encode()
         try:
-            if self.is_redis:
+            if self.replies is not None:
+                self.replies.send([(reply, delivery.message, result_meta(delivery, now)) for reply, delivery in waited])
+            else:
                 with self.backend.client.pipeline(transaction=False) as pipe:
                     for reply, delivery in waited:
                         key = self.backend.get_key_for_task(reply)
@@ -56,21 +101,8 @@ class Results:
                         pipe.set(key, meta, ex=self.expires if reply == delivery.id else REPLY_SECONDS)
                         pipe.publish(key, meta)
                     pipe.execute()
-            else:
-                for reply, delivery in waited:
-                    self._store_one(reply, delivery)
         except Exception as error:
             logger.warning("%d results could not be sent to their waiting senders: %r", len(waited), error)
-
-    def _store_one(self, reply: str, delivery: Delivery) -> None:
-        if delivery.revoked:
-            self.backend.mark_as_revoked(reply, "revoked", request=delivery.request)
-        elif delivery.quarantined is not None:
-            error = QuarantinedError(f"{delivery.quarantined.code}: {delivery.quarantined.reason}")
-            self.backend.mark_as_failure(reply, error, request=delivery.request)
-        else:
-            assert delivery.result is not None
-            self.backend.store_result(reply, msgspec.json.decode(delivery.result), "SUCCESS")
 
     def announce(self, batch: Sequence[Delivery], dispatcher: Any) -> None:
         """Send the events of a batch in one block, and tell Celery's own books that its messages are done."""

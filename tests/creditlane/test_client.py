@@ -341,7 +341,7 @@ def test_a_closed_port_is_told_after_a_few_attempts() -> None:
         began = time.monotonic()
         with pytest.raises(BrokerUnavailableError, match="'c-1'"):
             client.consume("alice", feature="image", id="c-1")
-        with pytest.raises(BrokerUnavailableError, match="'c-2'"):
+        with pytest.raises(BrokerUnavailableError, match="nothing was sent"):
             client.consume("alice", feature="image", id="c-2", wait=1)
         assert time.monotonic() - began < 20
         with pytest.raises(UnsentError) as unsent, client.buffer(linger_ms=60_000) as buffer:

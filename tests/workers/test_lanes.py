@@ -6,16 +6,17 @@ import threading
 from datetime import timedelta
 
 import pytest
-import redis
 
 from creditlane.client import CreditClient
 from creditlane.contract import Result
 from creditlane.errors import QuarantinedError
 from creditlane.lanes import lane_of
+from tests.broker import Broker, RedisBroker, on_both_brokers
 from tests.conftest import LANES, Spawn
 from tests.support import Worker, eventually, execute, owned_lanes, rows, travel, value
 from workers.crash import POINTS
-from workers.redis_lanes import keys_of
+
+pytestmark = on_both_brokers
 
 SETTLED_SECONDS = 60
 
@@ -161,15 +162,15 @@ def test_another_worker_takes_the_lanes_over_within_ten_seconds_and_order_is_kep
 
 
 def test_a_terminated_worker_applies_what_it_took_and_leaves_the_rest_in_order(
-    spawn: Spawn, database: str, client: CreditClient, broker_url: str
+    spawn: Spawn, database: str, client: CreditClient, broker: Broker
 ) -> None:
     leaving = spawn("leaving", CREDITLANE_BATCH_MESSAGES="25")
     eventually(lambda: owned_lanes(database) == LANES)
     sent = send_mixed(client, accounts=12, rounds=10)
     eventually(lambda: done(database) > 50)
     assert leaving.stop() == 0
-    with redis.Redis.from_url(broker_url) as store:
-        assert sum(store.llen(keys_of(lane_of(account, LANES))[1]) for account in sent) == 0
+    if isinstance(broker, RedisBroker):
+        assert sum(broker.unacknowledged(lane_of(account, LANES)) for account in sent) == 0
     spawn("next")
     eventually(lambda: done(database) == total(sent), SETTLED_SECONDS)
     assert order(database) == sent
@@ -190,16 +191,15 @@ def test_expired_credits_are_not_spendable_though_no_sweep_ran(
 
 
 def test_poison_in_the_middle_of_five_hundred_messages_stops_nobody(
-    spawn: Spawn, database: str, client: CreditClient, broker_url: str
+    spawn: Spawn, database: str, client: CreditClient, broker: Broker
 ) -> None:
     client.open("alice", id="open")
     lane = lane_of("alice", LANES)
-    with redis.Redis.from_url(broker_url) as store:
-        for number in range(500):
-            if number == 250:
-                store.lpush(lane, b'{"body": "no task at all"')
-            else:
-                client.consume("alice", feature="export", id=f"consume-{number}")
+    for number in range(500):
+        if number == 250:
+            broker.push(lane, b'{"body": "no task at all"')
+        else:
+            client.consume("alice", feature="export", id=f"consume-{number}")
     spawn("worker")
     eventually(lambda: done(database) == 500, SETTLED_SECONDS)
     assert rows(database, "SELECT code, body FROM quarantine") == [("malformed", b'{"body": "no task at all"')]
@@ -279,20 +279,18 @@ def test_a_lost_database_connection_loses_and_doubles_nothing(
 
 
 def test_lost_broker_connections_lose_and_double_nothing(
-    spawn: Spawn, database: str, client: CreditClient, broker_url: str
+    spawn: Spawn, database: str, client: CreditClient, broker: Broker
 ) -> None:
     workers = [spawn("first"), spawn("second")]
     eventually(lambda: owned_lanes(database) == LANES)
     sent = send_mixed(client, accounts=12, rounds=4)
-    with redis.Redis.from_url(broker_url) as store:
-        for turn in range(4):
-            # Among them those that wait for messages and those that are about to acknowledge.
-            store.client_kill_filter(_type="normal", skipme=True)
-            for account, identities in sent.items():
-                identities.append(f"after-{turn}")
-                client.consume(account, feature="export", id=identities[-1])
-            moves_on(database, sent)
-            eventually(lambda: owned_lanes(database) == LANES, 10)
+    for turn in range(4):
+        broker.cut()
+        for account, identities in sent.items():
+            identities.append(f"after-{turn}")
+            client.consume(account, feature="export", id=identities[-1])
+        moves_on(database, sent)
+        eventually(lambda: owned_lanes(database) == LANES, 10)
     eventually(lambda: done(database) == total(sent), SETTLED_SECONDS)
     assert order(database) == sent
     assert all(worker.running for worker in workers)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,12 +143,17 @@ def test_acknowledging_drops_exactly_the_oldest_of_each_lane(owners: list[Owner]
     assert store.exists(unacked(LANE), unacked(SECOND), LANE, SECOND) == 0
 
 
+def consumer_of(owner: Owner) -> Any:
+    """As much of Celery's consumer as is asked for here."""
+    return SimpleNamespace(task_consumer=SimpleNamespace(channel=owner.channel))
+
+
 def test_the_consumer_acknowledges_by_the_lane_of_each_message(owners: list[Owner], store: redis.Redis) -> None:
     owner, _ = owners
     push(store, LANE, "1", "2")
     push(store, SECOND, "a")
     owner.take(LANE, SECOND)
-    lanes = RedisLanes(owner.channel, Hub(), lambda: 100, lambda step: step())
+    lanes = RedisLanes(consumer_of(owner), Hub(), lambda: 100, lambda step: step())
     lanes.poll()
     lanes.acknowledge(got for got in owner.got if got.body in (b"1", b"a"))
     assert (texts(store, unacked(LANE)), texts(store, unacked(SECOND))) == (["2"], [])
@@ -273,7 +279,7 @@ def test_a_poll_that_finds_nothing_waits_and_brings_what_comes_later(owners: lis
     owner.take(LANE)
     hub = Hub()
     full = False
-    lanes = RedisLanes(owner.channel, hub, lambda: 0 if full else 10, lambda step: step())
+    lanes = RedisLanes(consumer_of(owner), hub, lambda: 0 if full else 10, lambda step: step())
     lanes.poll()
     push(store, LANE, "1")
     loop = hub.create_loop()

@@ -1,0 +1,280 @@
+"""Sending to the broker, confirmed: what was sent has arrived, or an error says that it may not have.
+
+One interface over both brokers. On Redis a block of messages is one pipeline, on RabbitMQ one wait for the publisher
+confirms of all. A block whose connection broke is sent again whole, in order: receivers know each message by its id.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import amqp
+from kombu import Connection, Exchange
+from kombu.connection import ConnectionPool
+from kombu.exceptions import KombuError
+from kombu.pools import ProducerPool
+from redis.exceptions import RedisError
+
+from creditlane.errors import BrokerUnavailableError
+from creditlane.lanes import PREFIX
+from creditlane.rabbitmq import Confirms, NackedError, UnroutableError, declare_lane, is_rabbitmq
+
+CONNECTIONS = 10
+"""Broker connections that one sender opens at the most."""
+
+ACQUIRE_SECONDS = 30
+"""How long a thread waits for one of them."""
+
+RETRIES = {"max_retries": 5, "interval_start": 0.05, "interval_step": 0.2, "interval_max": 1.0}
+"""How long a broker that is away is tried: six attempts within about three seconds."""
+
+SOCKET_OPTIONS = {"socket_keepalive": True, "socket_connect_timeout": 5, "socket_timeout": 30}
+
+JSON = "application/json"
+
+FINAL = (NackedError, UnroutableError, amqp.IrrecoverableChannelError, TimeoutError)
+"""What trying again at once does not mend."""
+
+
+class Outgoing(NamedTuple):
+    """One message on its way."""
+
+    queue: str
+    """The queue; for an exchange, the routing key."""
+    body: bytes
+    """JSON in UTF-8, unless ``content_type`` says otherwise."""
+    headers: dict[str, Any]
+    """``id`` among them names the message, and is its correlation id as well."""
+    exchange: str = ""
+    """A topic exchange; without it the message goes straight to its queue."""
+    reply_to: str | None = None
+    """The queue that the answer is to go to, where answers travel by queue."""
+    content_type: str = JSON
+    properties: Mapping[str, Any] = MappingProxyType({})
+    """Further properties."""
+
+
+class Sender(ABC):
+    """Sends blocks of messages. Safe to share among threads."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._connections = ConnectionPool(connection, limit=CONNECTIONS)
+        self.errors: tuple[type[BaseException], ...] = (
+            KombuError, RedisError, amqp.AMQPError, UnroutableError, NackedError,
+            *connection.connection_errors, *connection.channel_errors,
+        )  # fmt: skip
+        """What goes wrong when the broker is away, or refuses."""
+
+    def send(self, messages: Sequence[Outgoing], retry: bool = True) -> None:
+        """Send messages in order; return when the broker has confirmed them all.
+
+        :param retry: try a broker that is away for about three seconds.
+        :raises BrokerUnavailableError: when they are not all confirmed; some may have arrived.
+        """
+        if not messages:
+            return
+        name = messages[0].headers.get("id")
+        what = repr(name) if len(messages) == 1 else f"{len(messages)} messages"
+        with self._unavailable(what):
+            self._send(messages, retry)
+
+    @abstractmethod
+    def _send(self, messages: Sequence[Outgoing], retry: bool) -> None:
+        """Send messages, raising what the broker's library raises."""
+
+    @abstractmethod
+    def _depth(self, queue: str) -> int:
+        """How many messages wait in a queue, raising what the broker's library raises."""
+
+    def depth(self, queue: str) -> int:
+        """How many messages wait in a queue; 0 for one that nothing was ever sent to.
+
+        :raises BrokerUnavailableError: when the broker is away.
+        """
+        with self._unavailable(f"a look at {queue}"):
+            return self._depth(queue)
+
+    def close(self) -> None:
+        """Close the connections; everything that was sent stays sent."""
+        self._connections.force_close_all()
+        self._connection.release()
+
+    @contextmanager
+    def _unavailable(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except self.errors as error:
+            raise BrokerUnavailableError(
+                f"the broker did not confirm {what} ({type(error).__name__}: {error}); send it again, with its id"
+            ) from error
+
+
+class RedisSender(Sender):
+    """Sends over Redis.
+
+    :param url: ``redis://…`` or ``rediss://…``.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(
+            Connection(url, transport="creditlane.redis_transport:Transport", transport_options=SOCKET_OPTIONS)
+        )
+        self._producers = ProducerPool(self._connections, limit=CONNECTIONS)
+
+    def close(self) -> None:
+        """Close the connections; everything that was sent stays sent."""
+        self._producers.force_close_all()
+        super().close()
+
+    def _send(self, messages: Sequence[Outgoing], retry: bool) -> None:
+        with self._producers.acquire(block=True, timeout=ACQUIRE_SECONDS) as producer:
+            if len(messages) == 1:
+                _publish(producer, messages[0], retry)
+                return
+            with producer.batch(max_size=len(messages)):
+                for message in messages:
+                    _publish(producer, message, retry)
+
+    def _depth(self, queue: str) -> int:
+        with self._producers.acquire(block=True, timeout=ACQUIRE_SECONDS) as producer:
+            try:
+                return int(producer.channel.queue_declare(queue=queue, passive=True).message_count)
+            except self._connection.channel_errors:
+                return 0
+
+
+def _publish(producer: Any, message: Outgoing, retry: bool) -> None:
+    exchange: Exchange | str = Exchange(message.exchange, type="topic") if message.exchange else ""
+    producer.publish(
+        message.body,
+        exchange=exchange,
+        declare=[exchange] if exchange else [],
+        routing_key=message.queue,
+        headers=message.headers,
+        content_type=message.content_type,
+        content_encoding="utf-8",
+        delivery_mode=2,
+        retry=retry,
+        retry_policy=RETRIES,
+        **_properties(message),
+    )
+
+
+def _properties(message: Outgoing) -> dict[str, Any]:
+    properties = {"correlation_id": message.headers.get("id"), "timestamp": int(time.time()), **message.properties}
+    if message.reply_to is not None:
+        properties["reply_to"] = message.reply_to
+    return properties
+
+
+class RabbitSender(Sender):
+    """Sends over RabbitMQ.
+
+    A lane that does not exist yet is declared, where the user may; a producer that may only publish is told to have a
+    worker started first.
+
+    :param url: ``amqp://…`` or ``amqps://…``.
+    """
+
+    def __init__(self, url: str) -> None:
+        options = {"read_timeout": 30, "write_timeout": 30}
+        super().__init__(Connection(url, connect_timeout=5, transport_options=options))
+        self._confirms: WeakKeyDictionary[Any, Confirms] = WeakKeyDictionary()
+        self._declared: set[str] = set()
+
+    def _send(self, messages: Sequence[Outgoing], retry: bool) -> None:
+        def send(connection: Connection) -> None:
+            try:
+                self._send_block(connection, messages)
+            except UnroutableError as error:
+                # Only what came back is missing: the others arrived, and are known by their ids.
+                missing = [message for message in messages if message.queue in error.queues]
+                self._declare(connection, error.queues)
+                self._send_block(connection, missing)
+
+        self._over_connection(send, retry)
+
+    def _depth(self, queue: str) -> int:
+        found = 0
+
+        def look(connection: Connection) -> None:
+            nonlocal found
+            # A channel of its own: the server closes one that asks for a queue that is not there.
+            with connection.channel() as channel:
+                try:
+                    found = int(channel.queue_declare(queue, passive=True).message_count)
+                except amqp.NotFound:
+                    found = 0
+
+        self._over_connection(look, retry=True)
+        return found
+
+    def _over_connection(self, step: Callable[[Connection], None], retry: bool) -> None:
+        """Run a step over a connection that stands, again over a new one if it falls."""
+        attempts = int(RETRIES["max_retries"]) if retry else 0
+        pause = RETRIES["interval_start"]
+        with self._connections.acquire(block=True, timeout=ACQUIRE_SECONDS) as connection:
+            while True:
+                try:
+                    if not connection.connected:
+                        connection.collect()
+                        connection.connect()
+                    step(connection)
+                    return
+                except self.errors as error:
+                    # Whatever it was, what the channel has heard and not heard is known no longer.
+                    connection.collect()
+                    if not attempts or isinstance(error, FINAL):
+                        raise
+                attempts -= 1
+                time.sleep(pause)
+                pause = min(pause + RETRIES["interval_step"], RETRIES["interval_max"])
+
+    def _send_block(self, connection: Connection, messages: Sequence[Outgoing]) -> None:
+        channel = connection.default_channel
+        confirms = self._confirms.get(channel)
+        if confirms is None:
+            confirms = self._confirms[channel] = Confirms(channel)
+        for message in messages:
+            if message.exchange and message.exchange not in self._declared:
+                channel.exchange_declare(message.exchange, "topic", durable=True, auto_delete=False)
+                self._declared.add(message.exchange)
+            confirms.publish(
+                amqp.Message(
+                    message.body,
+                    content_type=message.content_type,
+                    content_encoding="utf-8",
+                    delivery_mode=2,
+                    application_headers=message.headers,
+                    **_properties(message),
+                ),
+                message.exchange,
+                message.queue,
+            )
+        confirms.wait()
+
+    def _declare(self, connection: Connection, queues: Sequence[str]) -> None:
+        """Make lanes that are not there.
+
+        :raises UnroutableError: for a queue that is no lane, and for a user who may not.
+        """
+        if not all(queue.startswith(PREFIX) for queue in queues):
+            raise UnroutableError(queues)
+        try:
+            with connection.channel() as channel:
+                for lane in queues:
+                    declare_lane(channel, lane)
+        except amqp.AccessRefused:
+            raise UnroutableError(queues) from None
+
+
+def make_sender(broker_url: str) -> Sender:
+    """A sender for the broker at a URL: ``redis://…``, ``rediss://…``, ``amqp://…`` or ``amqps://…``."""
+    return RabbitSender(broker_url) if is_rabbitmq(broker_url) else RedisSender(broker_url)
