@@ -199,6 +199,11 @@ class Operation:
     applied_at: datetime
 
 
+def _operation(row: tuple[Any, ...]) -> Operation:
+    *columns, arguments, result, applied_at = row
+    return Operation(*columns, arguments=json.loads(arguments), result=json.loads(result), applied_at=applied_at)
+
+
 # --- The judgement -----------------------------------------------------------------------------------
 
 
@@ -256,9 +261,7 @@ def judge(
         documented procedure, or two processes made to serve one lane unfenced, it need not.
     """
     found = read_ledger(database)
-    operations = [
-        Operation(*row[:9], json.loads(row[9]), json.loads(row[10]), row[11]) for row in found["operations"]
-    ]
+    operations = [_operation(row) for row in found["operations"]]
     verdict = Judgement(
         operations=len(operations),
         entries=len(found["entries"]),
@@ -359,7 +362,16 @@ def _replay_account(
     for instant in settled:
         ledger.settle(instant)
     made = [
-        (m["operation"], m["kind"], m["lot"], m["amount"], m["balance_after"], m["at"], m["refers_to"], m["recorded_at"])
+        (
+            m["operation"],
+            m["kind"],
+            m["lot"],
+            m["amount"],
+            m["balance_after"],
+            m["at"],
+            m["refers_to"],
+            m["recorded_at"],
+        )
         for m in ledger.movements
     ]
     written = [row[1:9] for row in entries]
@@ -383,7 +395,9 @@ def _same_state(
     _, _, _, debt, *buckets = row
     totals = [sum(lot[bucket] for lot in ledger.lots) for bucket in BUCKETS]
     if buckets != totals or debt != ledger.debt:
-        verdict.fault("O2", f"{account}: buckets and debt are {(*buckets, debt)}, the replay's {(*totals, ledger.debt)}")
+        verdict.fault(
+            "O2", f"{account}: buckets and debt are {(*buckets, debt)}, the replay's {(*totals, ledger.debt)}"
+        )
     lots = [
         (lot["number"], lot["source"], lot["priority"], None if lot["scope"] is None else sorted(lot["scope"]),
          lot["start"], lot["end"], lot["purchase"], lot["origin"], lot["clawed_back"], lot["forgiven"],
@@ -443,9 +457,7 @@ def _within(
             verdict.fault("O2", f"{what} is stamped {stamp}, outside the run ({started} to {now})")
 
 
-def _closes(
-    verdict: Judgement, accounts: Sequence[tuple[Any, ...]], grants: Sequence[tuple[Any, ...]]
-) -> None:
+def _closes(verdict: Judgement, accounts: Sequence[tuple[Any, ...]], grants: Sequence[tuple[Any, ...]]) -> None:
     def check(what: str, buckets: Sequence[int]) -> None:
         came, went = sum(buckets[: len(CAME_IN)]), sum(buckets[len(CAME_IN) :])
         if came != went:
@@ -566,7 +578,9 @@ def _answers(
         verdict.replayed += result.pop("replayed", False)
         head = {name: result.pop(name) for name in ("operation", "id", "status", "account")}
         if not same:
-            verdict.fault("O2", f"{each.account}: {each.id!r} was sent with other content and not refused as a conflict")
+            verdict.fault(
+                "O2", f"{each.account}: {each.id!r} was sent with other content and not refused as a conflict"
+            )
         elif head["status"] != operation.status or result != operation.result:
             verdict.fault("O2", f"{each.account}: the sender of {each.id!r} was told {told}, the ledger says otherwise")
 

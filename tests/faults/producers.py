@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from creditlane.client import CreditClient, _shown, checked
+from creditlane.client import CreditClient, _shown, checked, task_message
 from creditlane.errors import BrokerUnavailableError, UnsentError
 from creditlane.lanes import lane_of
 
@@ -121,7 +121,8 @@ class Client(CreditClient):
         """
         name, account, id, arguments = operation
         encoded = checked(name, id, arguments)
-        self._publish(name, id, lane_of(account, self.lanes), encoded, _shown(arguments), reply)
+        lane = lane_of(account, self.lanes)
+        self._sender.send([task_message(name, id, lane, encoded, _shown(arguments), reply)])
 
 
 # --- What is sent ------------------------------------------------------------------------------------

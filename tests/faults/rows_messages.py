@@ -67,7 +67,9 @@ def poison_alone(scene: Scene, size: Size) -> Done:
         eventually(lambda sent=sent: quarantined(scene) >= sent, PATIENCE_SECONDS, f"{poison.label} is quarantined")  # type: ignore[misc]
     notes.done()
     wrong = [] if worker.running else ["poison ended the worker"]
-    return Done(quarantined(scene), sent, f"{sent} kinds of poison, each alone: all kept whole, none stopped a lane", wrong)
+    return Done(
+        quarantined(scene), sent, f"{sent} kinds of poison, each alone: all kept whole, none stopped a lane", wrong
+    )
 
 
 def poison_in_the_middle(scene: Scene, size: Size) -> Done:
@@ -107,12 +109,16 @@ def poison_in_the_middle(scene: Scene, size: Size) -> Done:
 
 def bad_members(scene: Scene, notes: Notes, account: str, lane: str) -> None:
     """A batch of which one member is no operation: it fails alone."""
-    said = [["credits.consume", f"member-{place}", {"account": account, "amount": "0.000001"}] for place in range(20)]
-    said[10] = ["credits.nothing", "member-10", {"account": account}]
-    members = [(name, account, id, arguments) for name, id, arguments in said if name != "credits.nothing"]
-    notes.sent("by hand", *members)
-    notes.poison("a bad member of a batch", lane, b'[[],{"account": "' + account.encode() + b'"},{}]', "unknown_operation")
-    scene.broker.publish(lane, [by_hand("credits.batch", "a batch", {"v": 1, "operations": said})])
+    operations: list[Operation] = [
+        ("credits.consume", account, f"member-{place}", {"account": account, "amount": "0.000001"})
+        for place in range(20)
+    ]
+    notes.sent("by hand", *operations)
+    kept = b'[[],{"account": "' + account.encode() + b'"},{}]'
+    notes.poison("a bad member of a batch", lane, kept, "unknown_operation")
+    members: list[Any] = [[name, id, arguments] for name, _, id, arguments in operations]
+    members.insert(10, ["credits.nothing", "bad", {"account": account}])
+    scene.broker.publish(lane, [by_hand("credits.batch", "a batch", {"v": 1, "operations": members})])
 
 
 def good(scene: Scene, notes: Notes, lane: str, operations: list[Operation]) -> None:
@@ -269,7 +275,9 @@ def versions(scene: Scene, size: Size) -> Done:
     parked = 0
     for number in range(20):
         lane = lane_name(scene.random.randrange(scene.lanes))
-        newer = [each for each in poisons(scene.random, f"newer-{number}", payloads=False) if "version 99" in each.label]
+        newer = [
+            each for each in poisons(scene.random, f"newer-{number}", payloads=False) if "version 99" in each.label
+        ]
         push(scene, notes, lane, newer)
         parked += len(newer)
     notes.done()
@@ -285,12 +293,12 @@ def versions(scene: Scene, size: Size) -> Done:
 
 def lanes_changed(scene: Scene, size: Size) -> Done:
     """Row 16: the documented procedure: producers stop, drain, stop the workers, change LANES, start again."""
-    two_workers(scene)
     for number in range(2):
         scene.producer(f"before-{number}", count=size.operations)
     for producer in scene.producers:
         producer.wait(300)
     backlog = scene.broker.depth().total
+    two_workers(scene)
     scene.drain()
     for worker in scene.workers:
         worker.process.terminate()
@@ -305,8 +313,10 @@ def lanes_changed(scene: Scene, size: Size) -> Done:
             f"after-{number}", count=size.operations, after=f"before-{number}",
             accounts=scene.accounts(f"before-{number}"),
         )  # fmt: skip
-    what = f"{scene.lanes // 2} lanes became {scene.lanes} after {backlog} waiting messages were drained: order kept too"
-    return Done(scene.done(), size.operations, what)
+    what = (
+        f"{scene.lanes // 2} lanes became {scene.lanes} after {backlog} waiting messages were drained: order kept too"
+    )
+    return Done(backlog, 1, what)
 
 
 def lanes_changed_carelessly(before: int, after: int, scene: Scene, size: Size) -> Done:
@@ -324,9 +334,13 @@ def lanes_changed_carelessly(before: int, after: int, scene: Scene, size: Size) 
         scene.producers[-1].wait(300)
         scene.drain(range(after))
         stranded = scene.broker.depth(range(after, before)).total
+        for worker in scene.workers:
+            worker.process.terminate()
+            worker.wait(60)
         scene.lanes = before
         scene.worker("of-before")
-        what += f"; {stranded} waited in the lanes that were no more, until a worker with the old number came"
+        scene.owning("of-before")
+        what += f"; {stranded} waited in the lanes that were no more, until workers with the old number alone came"
         return Done(min(backlog, stranded), 1, what)
     return Done(backlog, 1, what)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,7 @@ from functools import partial
 
 import psycopg
 
-from tests.faults.acts import REDIS, Act, Done, Row, Size
+from tests.faults.acts import RABBITMQ, REDIS, Act, Done, Row, Size
 from tests.faults.proxy import Proxy, command_complete
 from tests.faults.rows_workers import producers
 from tests.faults.stack import PATIENCE_SECONDS, Process, RedisBroker, Scene, eventually, logged_lines
@@ -53,11 +54,14 @@ def cut_connection(answer: bytes, where: str, scene: Scene, size: Size) -> Done:
 # --- The broker --------------------------------------------------------------------------------------
 
 
-def restart_redis(appendfsync: str, scene: Scene, size: Size) -> Done:
-    """Row 5: kill -9 of Redis under load, and a restart with what its append-only file has."""
+def restart_broker(appendfsync: str, scene: Scene, size: Size) -> Done:
+    """Row 5: kill -9 of the broker under load, and a restart with what it has on disk.
+
+    :param appendfsync: when Redis forces its append-only file to disk; nothing for RabbitMQ. The system keeps what a
+        killed process has written, forced or not: what only a loss of power loses is not shown here.
+    """
     broker = scene.broker
-    assert isinstance(broker, RedisBroker)
-    broker.configure(appendfsync=appendfsync)
+    set_appendfsync(scene, appendfsync)
     producers(scene)
     workers = [scene.worker("worker-0"), scene.worker("worker-1")]
     scene.owning(*(worker.name for worker in workers))
@@ -69,15 +73,22 @@ def restart_redis(appendfsync: str, scene: Scene, size: Size) -> Done:
         broker.kill()
         time.sleep(scene.random.uniform(0.1, 1.0))
         broker.start()
-        broker.configure(appendfsync=appendfsync)
+        set_appendfsync(scene, appendfsync)
         scene.under_load(50)
         eventually(
             lambda: sum(map(len, scene.owners().values())) == scene.lanes, RECOVERY_SECONDS, "the lanes have owners"
         )
     alive = [worker.name for worker in workers if worker.running]
     wrong = [] if len(alive) == len(workers) else [f"only {alive} of the workers survived the broker's restart"]
-    what = f"{size.rounds} × kill -9 of Redis with appendfsync {appendfsync} under load, {scene.refused()} sends repeated"
+    how = f"Redis with appendfsync {appendfsync}" if appendfsync else "RabbitMQ"
+    what = f"{size.rounds} × kill -9 of {how} under load and restart, {scene.refused()} sends repeated"
     return Done(hits, size.rounds, what, wrong)
+
+
+def set_appendfsync(scene: Scene, value: str) -> None:
+    """Set when Redis forces its append-only file to disk, if the broker is a Redis."""
+    if isinstance(scene.broker, RedisBroker):
+        scene.broker.configure(appendfsync=value)
 
 
 def broker_away(scene: Scene, size: Size) -> Done:
@@ -93,7 +104,9 @@ def broker_away(scene: Scene, size: Size) -> Done:
     scene.broker.start()
     scene.under_load()
     wrong = [f"{worker.name} did not survive" for worker in workers if not worker.running]
-    what = f"{scene.broker.name} away for {size.outage_seconds:.0f} s; producers were told {refused} times, and sent again"
+    what = (
+        f"{scene.broker.name} away for {size.outage_seconds:.0f} s; producers were told {refused} times, and sent again"
+    )
     return Done(refused, 1, what, wrong)
 
 
@@ -118,7 +131,9 @@ def broker_full(scene: Scene, size: Size) -> Done:
         broker.configure(maxmemory=0)
     refused = scene.refused()
     scene.under_load()
-    wrong = [] if drained else [f"with the memory still full the worker did not drain the {waiting} messages that waited"]
+    wrong = (
+        [] if drained else [f"with the memory still full the worker did not drain the {waiting} messages that waited"]
+    )
     what = f"Redis full with {waiting} messages waiting, producers told {refused} times; drained while full: {drained}"
     return Done(refused, 1, what, wrong)
 
@@ -288,22 +303,40 @@ def grow(scene: Scene) -> None:
         connection.rollback()
 
 
+SET_LIMIT = """
+import resource, sys
+limit, *pids = map(int, sys.argv[1:])
+for pid in pids:
+    try:
+        _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard if limit < 0 else limit, hard))
+    except ProcessLookupError:
+        pass
+"""
+"""Limits how large files of processes may grow; run as whoever the server runs as, since even root may not be allowed."""
+
+
 @contextmanager
 def limited(scene: Scene, worker: Process) -> Iterator[None]:
     """Let no file of the workers' sessions, present and future, grow above the limit."""
-    server = scene.postgres.pid
-    old = resource.prlimit(server, resource.RLIMIT_FSIZE)
-    pids = [server, *scene.sessions(worker.name)]
+    account = scene.postgres._account
+
+    def limit(size: int) -> None:
+        pids = [scene.postgres.pid, *scene.sessions(worker.name)]
+        subprocess.run(
+            [sys.executable, "-I", "-c", SET_LIMIT, str(size), *map(str, pids)],
+            user=account.uid,
+            group=account.gid,
+            extra_groups=[] if account.uid is not None else None,
+            check=True,
+            timeout=60,
+        )
+
     try:
-        for pid in pids:
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (LIMIT_BYTES, old[1]))
+        limit(LIMIT_BYTES)
         yield
     finally:
-        for pid in {*pids, *scene.sessions(worker.name)}:
-            try:
-                resource.prlimit(pid, resource.RLIMIT_FSIZE, old)
-            except ProcessLookupError:
-                pass
+        limit(-1)
 
 
 ROWS = (
@@ -319,8 +352,9 @@ ROWS = (
         5,
         "the broker killed, restarted, and away while producers publish",
         (
-            Act("always", partial(restart_redis, "always"), answered=False, brokers=(REDIS,)),
-            Act("everysec", partial(restart_redis, "everysec"), answered=False, brokers=(REDIS,)),
+            Act("restarted, always", partial(restart_broker, "always"), answered=False, brokers=(REDIS,)),
+            Act("restarted, everysec", partial(restart_broker, "everysec"), answered=False, brokers=(REDIS,)),
+            Act("restarted", partial(restart_broker, ""), answered=False, brokers=(RABBITMQ,)),
             Act("away", broker_away, answered=False),
         ),
     ),

@@ -1,6 +1,6 @@
 """A lane worker whose clock is wrong, and is set back again and again.
 
-    python -m tests.faults.skewed SECONDS_AHEAD SECONDS_BACK CELERY_ARGUMENTS…
+python -m tests.faults.skewed SECONDS_AHEAD SECONDS_BACK CELERY_ARGUMENTS…
 """
 
 from __future__ import annotations

@@ -9,24 +9,27 @@ import base64
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
 
+import amqp
 import msgspec
 import psycopg
 import redis
 
-from creditlane.lanes import lane_name
+from creditlane.lanes import PREFIX, lane_name
+from creditlane.rabbitmq import declare_lane
 from scripts.embedded import Postgres, Redis, free_port, last_lines, port_is_free, spawn
+from scripts.rabbitmq import RabbitMQ
 from tests.faults.oracle import Judgement, judge, read_policy, read_record
 from tests.faults.producers import Notes, Spec
 from workers.ledger_writer import APPLICATION
@@ -43,7 +46,7 @@ LANES = 8
 MOST_LANES = 64
 """Lanes that are looked at when it is asked whether anything is left."""
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 40.0
 """How long nothing may move before a row is given up as *unknown*."""
 
 READY_SECONDS = 60.0
@@ -52,6 +55,9 @@ READY_SECONDS = 60.0
 POLL_SECONDS = 0.02
 
 ANSWER_PAGE = 500
+
+TICK_MS = 300
+"""How often a RabbitMQ of ours counts, in milliseconds."""
 
 Found = TypeVar("Found")
 
@@ -122,10 +128,19 @@ class Broker(ABC):
     """
 
     name: str
-    url: str
-    result_url: str
-    """Where answers go: a Redis."""
     server: Any
+    counts_late: float = 0.0
+    """Seconds by which what :meth:`depth` says is unacknowledged may be late."""
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """Where the lanes are."""
+
+    @property
+    @abstractmethod
+    def result_url(self) -> str:
+        """Where answers go: a Redis."""
 
     @abstractmethod
     def clear(self) -> None:
@@ -139,6 +154,10 @@ class Broker(ABC):
     def publish(self, lane: str, messages: Sequence[Message]) -> None:
         """Put messages into a lane, in order, with no client of ours."""
 
+    @abstractmethod
+    def cut(self) -> None:
+        """Close every client's connection."""
+
     def kill(self) -> None:
         """``kill -9`` of the server."""
         self.server.kill()
@@ -146,6 +165,9 @@ class Broker(ABC):
     def start(self) -> None:
         """Start the server again, with what it has kept."""
         self.server.start()
+
+    def mend(self) -> None:  # noqa: B027 - most have nothing to mend
+        """Set the running server as it was at its first start."""
 
     def answers(self, replies: Sequence[str]) -> dict[str, Any]:
         """What senders were told, by the names under which they asked."""
@@ -171,12 +193,12 @@ class RedisBroker(Broker):
         self.database = database
 
     @property
-    def url(self) -> str:  # type: ignore[override]
-        """Where the lanes are."""
+    def url(self) -> str:
+        """The database."""
         return str(self.server.url_of(self.database))
 
     @property
-    def result_url(self) -> str:  # type: ignore[override]
+    def result_url(self) -> str:
         """The same."""
         return self.url
 
@@ -225,6 +247,109 @@ class RedisBroker(Broker):
         with closing(self.client()) as store:
             memory: Any = store.info("memory")
             return int(memory["used_memory"])
+
+    def mend(self) -> None:
+        """No limit of memory, and the log on disk every second."""
+        self.configure(maxmemory=0, appendfsync="everysec")
+
+
+class Node(RabbitMQ):
+    """A RabbitMQ that counts what is in its queues more often than it would."""
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        intervals = f"{{quorum_tick_interval, {TICK_MS}}}, {{collect_statistics_interval, {TICK_MS}}}"
+        self._write(self._home() / "advanced.config", f"[{{rabbit, [{intervals}]}}].\n")
+
+
+class RabbitBroker(Broker):
+    """A virtual host of a RabbitMQ node, a new one for each act.
+
+    :param results: the Redis that answers go to, so that they can be looked up in the end.
+    """
+
+    name = "rabbitmq"
+    counts_late = 4 * TICK_MS / 1000
+
+    def __init__(self, server: RabbitMQ, results: Redis) -> None:
+        self.server = server
+        self.results = results
+        self._number = 0
+
+    @property
+    def _vhost(self) -> str:
+        return f"faults-{self._number}"
+
+    @property
+    def url(self) -> str:
+        """The virtual host."""
+        return str(self.server.url_of(self._vhost))
+
+    @property
+    def result_url(self) -> str:
+        """The Redis."""
+        return self.results.url
+
+    def clear(self) -> None:
+        """Make another virtual host, and empty the Redis."""
+        self.server.delete_vhost(self._vhost)
+        self._number += 1
+        self.server.create_vhost(self._vhost)
+        with closing(redis.Redis.from_url(self.result_url)) as store:
+            store.flushdb()
+
+    def depth(self, lanes: Sequence[int] | None = None) -> Depth:
+        """What the queues themselves say is ready, and what the node's statistics say is unacknowledged."""
+        names = None if lanes is None else {lane_name(number) for number in lanes}
+        path = f"/api/queues/{self._vhost}?columns=name,messages_unacknowledged"
+        found = {
+            queue["name"]: int(queue.get("messages_unacknowledged", 0))
+            for queue in self.server.manage("GET", path)
+            if queue["name"].startswith(PREFIX) and (names is None or queue["name"] in names)
+        }
+        ready = 0
+        with self._channel() as channel:
+            for name in found:
+                ready += channel.queue_declare(name, passive=True).message_count
+        return Depth(ready, sum(found.values()))
+
+    def publish(self, lane: str, messages: Sequence[Message]) -> None:
+        """Publish as any AMQP library would, confirmed."""
+        with self._channel() as channel:
+            declare_lane(channel, lane)
+            channel.confirm_select()
+            for message in messages:
+                channel.basic_publish_confirm(
+                    amqp.Message(
+                        message.body,
+                        content_type=message.content_type,
+                        content_encoding="utf-8",
+                        delivery_mode=2,
+                        application_headers=message.headers or {},
+                    ),
+                    "",
+                    lane,
+                )
+
+    def cut(self) -> None:
+        """By the server, as an operator would."""
+        for connection in self.server.manage("GET", f"/api/vhosts/{self._vhost}/connections"):
+            name = quote(connection["name"], safe="")
+            self.server.manage("DELETE", f"/api/connections/{name}", missing_ok=True)
+
+    def kill(self) -> None:
+        """``kill -9``, once every queue is on disk: RabbitMQ 3.10 loses one that it was just told to make."""
+        for queue in self.server.manage("GET", f"/api/queues/{self._vhost}?columns=name"):
+            self.server.await_queue_on_disk(queue["name"], self._vhost)
+        super().kill()
+
+    @contextmanager
+    def _channel(self) -> Iterator[Any]:
+        parts = urlsplit(self.url)
+        with amqp.Connection(
+            f"{parts.hostname}:{parts.port}", parts.username, parts.password, virtual_host=self._vhost
+        ) as connection:
+            yield connection.channel()
 
 
 def wrapped(message: Message) -> bytes:
@@ -458,10 +583,15 @@ class Scene:
         """
         seen: tuple[int, int] | None = None
         deadline = 0.0
+        empty_since: float | None = None
         while True:
             depth = self.broker.depth(lanes)
             if depth.total == 0:
-                return
+                empty_since = empty_since or time.monotonic()
+                if time.monotonic() >= empty_since + self.broker.counts_late:
+                    return
+            else:
+                empty_since = None
             now = (depth.total, self.done())
             if now != seen:
                 seen, deadline = now, time.monotonic() + PATIENCE_SECONDS
@@ -477,6 +607,11 @@ class Scene:
         record = read_record(self.files)
         if record.unfinished:
             raise MissedError(f"producers did not end: {', '.join(record.unfinished)}")
+        if self.broker.counts_late:
+            # What nobody has acknowledged is ready again once everybody is gone, and that is counted at once.
+            for worker in self.workers:
+                worker.kill()
+            time.sleep(self.broker.counts_late)
         return judge(
             self.database,
             record,
@@ -487,13 +622,6 @@ class Scene:
             all_answered=all_answered,
             order=order,
         )
-
-
-def reachable(url_host: str, port: int) -> bool:
-    """Whether something listens."""
-    with closing(socket.socket()) as probe:
-        probe.settimeout(1)
-        return probe.connect_ex((url_host, port)) == 0
 
 
 def logged_lines(processes: Iterable[Process], text: str) -> int:
