@@ -4,9 +4,9 @@ It imports nothing of what it judges. It reads what the producers wrote down bef
 by plain SQL, and says what does not fit:
 
 - **O1 exactly once**: the ids in the ledger are the ids published less those in quarantine; nothing twice;
-- **O2 replay**: a second, slow ledger (``tests/oracle/model.py``), fed the operations in the ledger's order, gives every
-  answer, entry, ``balance_after``, grant and hold; what senders were told is what the ledger says; every time stamp
-  lies within the run, by the database's own clock;
+- **O2 replay**: a second, slow ledger (``tests/oracle/model.py``), fed the operations in the ledger's order, gives
+  every answer, entry, ``balance_after``, grant and hold; what senders were told is what the ledger says; every time
+  stamp lies within the run, by the database's own clock;
 - **O3 the closing identity**: ``==`` on both sides, per grant, per account and in all;
 - **O4 order**: per account no gap in ``number`` and ``seq``, the chain of hashes unbroken, and the order is the order
   published;
@@ -171,14 +171,23 @@ QUERIES = {
 """All that is read, in one snapshot."""
 
 
-def read_ledger(database: str) -> dict[str, list[tuple[Any, ...]]]:
+Tables = dict[str, list[tuple[Any, ...]]]
+"""The rows of each table, by its name."""
+
+
+def read_ledger(database: str) -> Tables:
     """Read every table in one snapshot.
 
     :raises psycopg.Error: when the database is away.
     """
     with psycopg.connect(database, options="-c timezone=UTC") as connection:
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        return {name: connection.execute(query).fetchall() for name, query in QUERIES.items()}
+        return read_tables(connection)
+
+
+def read_tables(connection: psycopg.Connection[Any]) -> Tables:
+    """Read every table in the transaction of a connection."""
+    return {name: connection.execute(query).fetchall() for name, query in QUERIES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +210,8 @@ class Operation:
 
 def _operation(row: tuple[Any, ...]) -> Operation:
     *columns, arguments, result, applied_at = row
-    return Operation(*columns, arguments=json.loads(arguments), result=json.loads(result), applied_at=applied_at)
+    values: list[Any] = [*columns, json.loads(arguments), json.loads(result), applied_at]
+    return Operation(*values)
 
 
 # --- The judgement -----------------------------------------------------------------------------------
@@ -239,7 +249,7 @@ class Judgement:
 
 
 def judge(
-    database: str,
+    found: Tables,
     record: Record,
     policy: Row,
     *,
@@ -251,6 +261,7 @@ def judge(
 ) -> Judgement:
     """Judge a ledger that has come to rest.
 
+    :param found: what it holds; see :func:`read_ledger`.
     :param record: what was published.
     :param policy: the catalog in force; see :func:`read_policy`.
     :param left: messages that are in the lanes, ready or unacknowledged.
@@ -260,7 +271,6 @@ def judge(
     :param order: whether the order published must have been kept; only where lanes were changed against the
         documented procedure, or two processes made to serve one lane unfenced, it need not.
     """
-    found = read_ledger(database)
     operations = [_operation(row) for row in found["operations"]]
     verdict = Judgement(
         operations=len(operations),
@@ -317,7 +327,7 @@ def _replay(
     verdict: Judgement,
     published: Mapping[Key, Sequence[Sent]],
     operations: Sequence[Operation],
-    found: Mapping[str, Sequence[tuple[Any, ...]]],
+    found: Tables,
     policy: Row,
 ) -> None:
     by_account = _grouped((operation.account, operation) for operation in operations)
@@ -482,7 +492,7 @@ def _in_order(
     verdict: Judgement,
     sent: Sequence[Sent],
     operations: Sequence[Operation],
-    found: Mapping[str, Sequence[tuple[Any, ...]]],
+    found: Tables,
 ) -> None:
     numbers = _grouped((operation.account, operation.number) for operation in operations)
     entries = _by_account(found["entries"])
@@ -599,7 +609,8 @@ def _by_account(rows: Iterable[tuple[Any, ...]]) -> dict[str, list[tuple[Any, ..
 def main() -> None:
     """Judge the ledger of ``CREDITLANE_DATABASE_URL`` by a catalog and producers' files; exits with 1 for faults."""
     catalog, *files = map(Path, sys.argv[1:])
-    verdict = judge(os.environ["CREDITLANE_DATABASE_URL"], read_record(files), read_policy(catalog))
+    ledger = read_ledger(os.environ["CREDITLANE_DATABASE_URL"])
+    verdict = judge(ledger, read_record(files), read_policy(catalog))
     print(msgspec.json.format(msgspec.json.encode(verdict)).decode())
     raise SystemExit(not verdict.holds)
 

@@ -6,13 +6,14 @@ import re
 import signal
 import time
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import psycopg
 
 from models.audit import audit
 from tests.faults.acts import REDIS, Act, Done, Row, Size
-from tests.faults.oracle import judge, read_policy, read_record
+from tests.faults.oracle import judge, read_ledger, read_policy, read_record
 from tests.faults.rogue import FOREIGN
 from tests.faults.rows_workers import BATCH_MESSAGES, producers
 from tests.faults.skewed import READS
@@ -147,7 +148,7 @@ def wrong_clocks(scene: Scene, size: Size) -> Done:
     read = [float(found) for worker in workers for found in re.findall(READS + r"([0-9.]+)", worker.logged())]
     hits = sum(abs(reading - now) > HOUR / 8 for reading in read)
     told = [float(found) for found in re.findall(READS + r"([0-9.]+)", stepping.logged())]
-    back = sum(later < earlier for earlier, later in zip(told, told[1:], strict=False))
+    back = sum(later < earlier for earlier, later in pairwise(told))
     wrong = [f"{worker.name} did not survive" for worker in workers if not worker.running]
     what = f"workers an hour ahead, an hour behind, and {back} times stepping back a quarter: no row bears their time"
     return Done(min(hits, back), steps, what, wrong)
@@ -190,8 +191,9 @@ TAMPERINGS = {
     ),
     "entries that change places": Tampering(
         "WITH gone AS (DELETE FROM entries WHERE account = %(account)s AND seq IN (2, 3) RETURNING *)"
-        " INSERT INTO entries SELECT account, 5 - seq + 10000, operation, kind, grant_id, amount_micro, balance_after_micro, at, refers_to,"
-        " recorded_at, hash FROM gone; UPDATE entries SET seq = seq - 10000 WHERE seq > 10000",
+        " INSERT INTO entries SELECT account, 5 - seq + 10000, operation, kind, grant_id, amount_micro,"
+        " balance_after_micro, at, refers_to, recorded_at, hash FROM gone; "
+        "UPDATE entries SET seq = seq - 10000 WHERE seq > 10000",
         "entries",
         "seq 2",
     ),
@@ -315,7 +317,7 @@ def tampered(scene: Scene, statement: str, account: str) -> tuple[list[tuple[str
                 connection.execute(part, {"account": account})
             connection.execute("RESET session_replication_role")
             audited = [(fault.table, fault.key) for fault in audit(connection).faults]
-        judged = judge(url, read_record(scene.files), read_policy(CATALOG), started=scene.started)
+        judged = judge(read_ledger(url), read_record(scene.files), read_policy(CATALOG), started=scene.started)
     finally:
         scene.postgres.drop_database(copy)
     return audited, not judged.holds

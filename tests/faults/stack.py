@@ -30,7 +30,7 @@ from creditlane.lanes import PREFIX, lane_name
 from creditlane.rabbitmq import declare_lane
 from scripts.embedded import Postgres, Redis, free_port, last_lines, port_is_free, spawn
 from scripts.rabbitmq import RabbitMQ
-from tests.faults.oracle import Judgement, judge, read_policy, read_record
+from tests.faults.oracle import Judgement, judge, read_ledger, read_policy, read_record
 from tests.faults.producers import Notes, Spec
 from workers.ledger_writer import APPLICATION
 from workers.ownership import LANE_CLASS
@@ -613,7 +613,7 @@ class Scene:
                 worker.kill()
             time.sleep(self.broker.counts_late)
         return judge(
-            self.database,
+            read_ledger(self.database),
             record,
             read_policy(CATALOG),
             left=self.broker.depth().total,
