@@ -52,6 +52,12 @@ class Settings(BaseSettings):
     max_retry_seconds: float = Field(30.0, gt=0)
     """The longest pause between two attempts at a database that is away."""
 
+    metrics_port: int = Field(0, ge=0, le=65535)
+    """Where a lane worker serves its metrics to Prometheus; 0: nowhere. Each worker of a host needs its own."""
+
+    metrics_address: str = "127.0.0.1"
+    """The address it serves them on. They hold no secrets and ask for no password: keep them in your network."""
+
     @field_validator("database_url")
     @classmethod
     def _is_a_connection_url(cls, url: SecretStr) -> SecretStr:

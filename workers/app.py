@@ -9,6 +9,9 @@ from celery import Celery
 from creditlane.rabbitmq import is_rabbitmq
 from models.settings import Settings, settings
 
+HEARTBEAT_SECONDS = 6
+"""RabbitMQ takes a worker that is silent for two of them for gone, and gives its messages to the next."""
+
 REDIS_OPTIONS = {
     "socket_keepalive": True,
     "socket_connect_timeout": 5,
@@ -35,7 +38,7 @@ def common_configuration(config: Settings) -> dict[str, Any]:
         "broker_channel_error_retry": True,  # such as a Redis that is full, or read-only while it fails over
         "broker_transport_options": {} if is_rabbitmq(broker) else REDIS_OPTIONS,
         "broker_connection_timeout": 5,
-        "broker_heartbeat": 60,
+        "broker_heartbeat": HEARTBEAT_SECONDS,
         "result_backend": results,
         "result_expires": config.result_expires_seconds,
         "redis_socket_timeout": 30,

@@ -13,6 +13,8 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from itertools import islice
 from typing import Any, Protocol
 
 import msgspec
@@ -36,8 +38,9 @@ from creditlane.lanes import lane_name
 from creditlane.rabbitmq import is_rabbitmq
 from models.catalog import load_catalog
 from models.settings import settings
+from workers import metrics
 from workers.crash import crash_point
-from workers.ledger_writer import APPLICATION, Job, LedgerWriter, connect
+from workers.ledger_writer import APPLICATION, SILENT_SECONDS, Job, LedgerWriter, connect
 from workers.ownership import Ownership, check_session
 from workers.quarantine import Quarantined, printable
 from workers.rabbit_lanes import RabbitLanes
@@ -52,6 +55,9 @@ FIRST_RETRY_SECONDS = 0.1
 FAILURES_PER_CONNECTION = 8
 """Attempts at a batch over one connection; after that the lanes are let go and a new one is made, in case it is the
 connection that is at fault (a statement prepared before a migration, say)."""
+
+SILENT_BALANCES = 3
+"""Looks at the lanes that a worker may miss before the database takes it for gone."""
 
 REPR_CHARACTERS = 400
 """How much of an operation's arguments Flower shows."""
@@ -249,6 +255,10 @@ class LaneStep(bootsteps.StartStopStep):
         """Operations in the buffer."""
         self.hub: Any = None
         self.doorbell = Doorbell()
+        self.outage = metrics.Outage()
+        metrics.LANES.set_function(lambda: len(self.consuming))
+        metrics.BUFFERED.set_function(lambda: self.buffered)
+        metrics.serve(self.settings)
 
     # Celery's life cycle
 
@@ -322,6 +332,8 @@ class LaneStep(bootsteps.StartStopStep):
         except psycopg.Error as error:
             self.lose_database(error)
             return
+        if not self.failures:
+            self.recover()
         if found.taken or found.excess:
             logger.info(
                 "lanes: took %d, gave %d, have %d of %d among %d workers",
@@ -335,7 +347,8 @@ class LaneStep(bootsteps.StartStopStep):
         :raises psycopg.Error: when it is away.
         """
         application = f"{APPLICATION} {self.consumer.hostname}"[:63]
-        connection = connect(self.settings.database_url.get_secret_value(), application)
+        silent_seconds = max(SILENT_SECONDS, SILENT_BALANCES * self.settings.balance_seconds)
+        connection = connect(self.settings.database_url.get_secret_value(), application, silent_seconds)
         check_session(connection)
         self.ownership = Ownership(connection, self.settings.lanes)
         self.writer = LedgerWriter(connection, lambda: self.catalog, poison_of_job)
@@ -371,10 +384,12 @@ class LaneStep(bootsteps.StartStopStep):
         What was buffered was not acknowledged; the lanes' next owner (maybe this worker) gets it again, in
         order, and the operation ids tell what of it had been committed.
         """
+        self.outage.begin(getattr(error, "sqlstate", None))
         logger.error(
-            "database away (%s): %d lanes let go, %d messages go back; trying again every %.0f s",
-            describe(error), len(self.consuming), len(self.buffer), self.settings.balance_seconds,
+            "database away for %.0f s (%s): %d lanes let go, %d messages go back; trying again every %.0f s",
+            self.outage.seconds, describe(error), len(self.consuming), len(self.buffer), self.settings.balance_seconds,
         )  # fmt: skip
+        self.tell_waiting(self.buffer, f"{describe(error)}; the message went back to its lane")
         self.close_database()
         self.drop_buffer()
         self.flush_armed = False
@@ -550,6 +565,7 @@ class LaneStep(bootsteps.StartStopStep):
             return
         self.pause_seconds = 0.0
         self.failures = 0
+        self.recover()
         assert self.results is not None
         assert self.broker is not None
         for delivery in batch:
@@ -561,6 +577,7 @@ class LaneStep(bootsteps.StartStopStep):
             self.buffered -= len(delivery.members)
         self.broker.acknowledge(delivery.message for delivery in batch)
         self.results.announce(batch, self.consumer.event_dispatcher)
+        self.measure(batch, time.time() - started)
         if more:
             self.broker.poll()
         if self.buffer:
@@ -602,19 +619,47 @@ class LaneStep(bootsteps.StartStopStep):
         if self.writer.connection.closed or self.failures > FAILURES_PER_CONNECTION:
             self.lose_database(error)
             return
+        self.outage.begin(error.sqlstate)
         self.pause_seconds = min(
             self.settings.max_retry_seconds,
             self.pause_seconds * 2 if self.pause_seconds else FIRST_RETRY_SECONDS,
         )
         logger.error(
-            "the database refused a batch (%s): %d messages wait, next attempt in %.1f s",
-            describe(error), len(self.buffer), self.pause_seconds,
+            "the database refused a batch for %.0f s now (%s): %d messages wait, next attempt in %.1f s",
+            self.outage.seconds, describe(error), len(self.buffer), self.pause_seconds,
         )  # fmt: skip
+        self.tell_waiting(self.buffer, f"{describe(error)}; next attempt in {self.pause_seconds:.1f} s")
         self.arm(self.pause_seconds)
+
+    def tell_waiting(self, deliveries: Iterable[Delivery], reason: str) -> None:
+        """Have Flower show what waits for the database, and why: as tasks that are tried again."""
+        assert self.results is not None
+        self.results.announce_waiting(islice(deliveries, SHOWN_WAITING), reason, self.consumer.event_dispatcher)
+
+    def recover(self) -> None:
+        """The database works: say so, if it did not."""
+        lasted = self.outage.end()
+        if lasted:
+            logger.warning("the database is back after %.0f s", lasted)
+
+    def measure(self, batch: Sequence[Delivery], seconds: float) -> None:
+        """Count a batch that is done."""
+        metrics.BATCH_SECONDS.observe(seconds)
+        metrics.BATCH_OPERATIONS.observe(sum(len(delivery.members) for delivery in batch))
+        sent = batch[0].message.properties.get("timestamp")
+        if isinstance(sent, datetime):  # RabbitMQ's own type, in UTC
+            sent = sent.replace(tzinfo=UTC).timestamp()
+        if isinstance(sent, int | float):
+            metrics.WAITED_SECONDS.set(max(0.0, time.time() - sent))
+
+
+SHOWN_WAITING = 1000
+"""How many of the messages that wait for the database are told of in Flower at the most."""
 
 
 def log_quarantined(row: Quarantined) -> None:
     """Say in the log what was quarantined and why; what came from outside is escaped and cut."""
+    metrics.QUARANTINED.labels(str(row.code)).inc()
     logger.error("quarantined as %s: %s %s: %s", row.code, shown(row.task), shown(row.operation), shown(row.reason))
 
 

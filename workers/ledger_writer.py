@@ -239,8 +239,9 @@ class LedgerWriter:
             with self.connection.pipeline():
                 self._update(cursor, accounts)
                 store(self.connection, poisoned)
-                crash_point("before-commit")
-                cursor.execute("COMMIT")
+            crash_point("before-commit")
+            # Not in the pipeline: the flush that ends one keeps the server from counting the silence after it.
+            cursor.execute("COMMIT")
         crash_point("after-commit")
 
     def _insert(self, cursor: Cursor[Any], accounts: Sequence[Account], rows: Iterable[tuple[str, Row]]) -> None:
@@ -459,14 +460,31 @@ def _apply_one(loaded: Loaded, job: Job, catalog: Catalog) -> Row | None:
     return given.row
 
 
-def connect(database_url: str, application: str = APPLICATION) -> Connection[Any]:
+SILENT_SECONDS = 8
+"""How long a lane worker may be silent before the server ends its session, and with it frees its lanes: the process may
+hang, or its machine be gone without a word. It asks for something every ``balance_seconds``."""
+
+TRANSACTION_SECONDS = 30
+"""How long one batch may take in the database, from PostgreSQL 17 on: one that hangs half way is ended as well."""
+
+LOCK_SECONDS = 5
+"""How long a batch waits for an account that somebody else has locked; then it is tried again, with back-off."""
+
+
+def connect(
+    database_url: str, application: str = APPLICATION, silent_seconds: float = SILENT_SECONDS
+) -> Connection[Any]:
     """Open the connection of a lane worker.
 
     All its reads are look-ups by key; the planner is kept from ever choosing another way, however small or
     large the tables are when a statement is prepared.
 
+    Whichever end goes silent, the other notices within seconds, by the settings of this session alone.
+
+    :param silent_seconds: after so long without a statement the server ends the session.
     :raises psycopg.OperationalError: when the database is away.
     """
+    silent_ms = int(1000 * silent_seconds)
     connection: Connection[Any] = psycopg.connect(
         database_url,
         autocommit=True,
@@ -475,9 +493,15 @@ def connect(database_url: str, application: str = APPLICATION) -> Connection[Any
         keepalives_idle=5,
         keepalives_interval=2,
         keepalives_count=3,
+        tcp_user_timeout=silent_ms,
         options="-c timezone=UTC -c enable_hashjoin=off -c enable_mergejoin=off -c enable_seqscan=off"
-        " -c plan_cache_mode=force_generic_plan -c jit=off -c lock_timeout=60s",
+        f" -c plan_cache_mode=force_generic_plan -c jit=off -c lock_timeout={LOCK_SECONDS}s"
+        f" -c idle_session_timeout={silent_ms} -c idle_in_transaction_session_timeout={silent_ms}"
+        " -c tcp_keepalives_idle=3 -c tcp_keepalives_interval=1 -c tcp_keepalives_count=3"
+        f" -c tcp_user_timeout={silent_ms}",
     )
+    if connection.info.server_version >= 170000:
+        connection.execute(f"SET transaction_timeout = '{TRANSACTION_SECONDS}s'")
     connection.prepare_threshold = 1
     return connection
 

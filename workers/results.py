@@ -16,6 +16,7 @@ from kombu import Connection
 
 from creditlane.contract import BATCH, ContractError, check_id
 from creditlane.errors import QuarantinedError
+from workers import metrics
 
 if TYPE_CHECKING:
     from workers.lane_consumer import Delivery
@@ -102,6 +103,7 @@ class Results:
                         pipe.publish(key, meta)
                     pipe.execute()
         except Exception as error:
+            metrics.UNSENT_RESULTS.inc(len(waited))
             logger.warning("%d results could not be sent to their waiting senders: %r", len(waited), error)
 
     def announce(self, batch: Sequence[Delivery], dispatcher: Any) -> None:
@@ -116,7 +118,17 @@ class Results:
         if enabled:
             dispatcher.flush()
 
-    def _send(self, delivery: Delivery, send: Any) -> None:
+    def announce_waiting(self, deliveries: Iterable[Delivery], reason: str, dispatcher: Any) -> None:
+        """Send the events of messages that wait for the database, which will be tried again."""
+        if dispatcher is None or not dispatcher.enabled:
+            return
+        for delivery in deliveries:
+            uuid = self._received(delivery, dispatcher.send)
+            dispatcher.send("task-retried", uuid=uuid, exception=f"Waiting({reason!r})", traceback=reason)
+        dispatcher.flush()
+
+    def _received(self, delivery: Delivery, send: Any) -> str:
+        """Send the event that a message came; returns the name that it is shown under."""
         # What has no id of its own is shown all the same, under the digest of its quarantine row.
         uuid = delivery.id
         if uuid is None:
@@ -139,6 +151,10 @@ class Results:
             queue=delivery.lane,
             timestamp=delivery.received_at,
         )
+        return uuid
+
+    def _send(self, delivery: Delivery, send: Any) -> None:
+        uuid = self._received(delivery, send)
         if delivery.revoked:
             send("task-revoked", uuid=uuid, terminated=False, signum=None, expired=False)
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from datetime import timedelta
 
@@ -159,6 +161,42 @@ def test_another_worker_takes_the_lanes_over_within_ten_seconds_and_order_is_kep
     eventually(lambda: done(database) == total(sent), SETTLED_SECONDS)
     assert order(database) == sent
     assert heir.running
+
+
+def test_a_worker_that_hangs_loses_its_lanes_within_ten_seconds_and_writes_no_more(
+    spawn: Spawn, database: str, client: CreditClient, broker: Broker
+) -> None:
+    hanging = spawn("hanging")
+    eventually(lambda: owned_lanes(database) == LANES)
+    sent = send_mixed(client, accounts=12, rounds=2)
+    eventually(lambda: done(database) == total(sent), SETTLED_SECONDS)
+    (before,) = sessions(database)
+    os.kill(hanging.process.pid, signal.SIGSTOP)
+    for account, identities in sent.items():
+        identities.append("meanwhile")
+        client.consume(account, feature="export", id="meanwhile")
+    heir = spawn("heir")
+    eventually(lambda: before not in sessions(database) and owned_lanes(database) == LANES, 20, "the heir takes all")
+    # RabbitMQ waits for two heartbeats of the one that hangs before it gives the lanes' messages to the next.
+    eventually(lambda: done(database) == total(sent), SETTLED_SECONDS)
+    os.kill(hanging.process.pid, signal.SIGCONT)
+    eventually(lambda: len(sessions(database)) == 2, what="the one that hung is back")
+    for account, identities in sent.items():
+        identities.append("after")
+        client.consume(account, feature="export", id="after")
+    eventually(lambda: done(database) == total(sent), SETTLED_SECONDS)
+    assert order(database) == sent
+    assert heir.running
+
+
+def sessions(database: str) -> set[int]:
+    """The database sessions of lane workers."""
+    found = rows(
+        database,
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
+        " AND application_name LIKE 'creditlane lanes%%'",
+    )
+    return {pid for (pid,) in found}
 
 
 def test_a_terminated_worker_applies_what_it_took_and_leaves_the_rest_in_order(
