@@ -244,7 +244,7 @@ def main(
     report = Report(seed or secrets.token_hex(4))
     code = 0
     try:
-        run(report, wanted, broker, minutes, SMALL if quick else FULL, kept or KEPT)
+        run(report, [each for each in wanted if each.acts], broker, minutes, SMALL if quick else FULL, kept or KEPT)
     except StackError as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         code = 1
@@ -259,6 +259,8 @@ def main(
 
 def run(report: Report, wanted: list[Row], broker: Brokers, minutes: float, size: Size, kept: Path) -> None:
     """Run rows round robin until the time is over, each at least once on each broker."""
+    if not wanted:
+        return  # only rows that cannot be run yet
     console.print(f"seed {report.seed}: repeat with --seed {report.seed}", style="bold")
     deadline = time.monotonic() + 60 * minutes
     progress = Progress(

@@ -23,7 +23,7 @@ class Size:
     outage_seconds: float
     """How long a server is away."""
     lock_seconds: float
-    """How long somebody else holds a lock; below the 60 s that a worker waits for one."""
+    """How long somebody else holds a lock: a worker waits a few seconds for it at a time, and tries again."""
     stir_seconds: float
     """How long row 13 starts, stops and kills workers."""
     contenders: int

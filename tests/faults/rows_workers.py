@@ -81,7 +81,9 @@ def told_to_end(times: int, scene: Scene, size: Size) -> Done:
         codes.append(worker.wait(60))
         depth = scene.broker.depth()
         hits += scene.sent() > before or depth.total > 0
-        if codes[-1] != 0:
+        # Its work done, a second signal may meet an interpreter that is ending and has no handlers any more; what must
+        # not be is that anything was in hand then.
+        if codes[-1] not in ((0,) if times == 1 else (0, -signal.SIGTERM)):
             wrong.append(f"a worker that was told to end did so with code {codes[-1]}")
         if depth.unacknowledged and not scene.broker.counts_late:
             wrong.append(f"a worker that was told to end left {depth.unacknowledged} messages unacknowledged")
