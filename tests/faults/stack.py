@@ -52,6 +52,9 @@ PATIENCE_SECONDS = 40.0
 READY_SECONDS = 60.0
 """How long a worker may take to own its lanes."""
 
+STOP_SECONDS = 30.0
+"""How long a worker may take to end in good order."""
+
 POLL_SECONDS = 0.02
 
 ANSWER_PAGE = 500
@@ -393,6 +396,15 @@ class Process:
         self.process.kill()
         self.process.wait(10)
 
+    def end(self) -> None:
+        """SIGTERM; ``kill -9`` where that does not help."""
+        if self.running:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal."""
         self.process.send_signal(number)
@@ -579,28 +591,38 @@ class Scene:
     def drain(self, lanes: Sequence[int] | None = None) -> None:
         """Wait until nothing is in the lanes, as long as something moves.
 
-        :raises MissedError: when nothing moves for :data:`PATIENCE_SECONDS`.
+        Where the broker counts late, what was published must be accounted for as well, or nothing move for a while.
+
+        :param lanes: some of them; all unless given.
+        :raises MissedError: when something is in them and nothing moves for :data:`PATIENCE_SECONDS`.
         """
+        late = self.broker.counts_late
+        everything = self._published() if late and lanes is None else None
         seen: tuple[int, int] | None = None
-        deadline = 0.0
-        empty_since: float | None = None
+        moved = time.monotonic()
         while True:
             depth = self.broker.depth(lanes)
-            if depth.total == 0:
-                empty_since = empty_since or time.monotonic()
-                if time.monotonic() >= empty_since + self.broker.counts_late:
-                    return
-            else:
-                empty_since = None
-            now = (depth.total, self.done())
+            accounted = self.accounted()
+            now = (depth.total, accounted)
             if now != seen:
-                seen, deadline = now, time.monotonic() + PATIENCE_SECONDS
-            elif time.monotonic() > deadline:
+                seen, moved = now, time.monotonic()
+            still = time.monotonic() - moved
+            if depth.total == 0 and still >= (late if accounted == everything or not late else 10 * late):
+                return
+            if still > PATIENCE_SECONDS:
                 raise MissedError(
                     f"not quiet: {depth.ready} ready, {depth.unacknowledged} unacknowledged, and nothing moved for"
                     f" {PATIENCE_SECONDS:.0f} s"
                 )
             time.sleep(5 * POLL_SECONDS)
+
+    def accounted(self) -> int:
+        """Operations in the ledger and messages in quarantine."""
+        return int(self.value("SELECT (SELECT count(*) FROM operations) + (SELECT count(*) FROM quarantine)"))
+
+    def _published(self) -> int:
+        record = read_record(self.files)
+        return len({sent.key for sent in record.sent}) + len(record.poison)
 
     def judge(self, *, order: bool = True, all_answered: bool = True) -> Judgement:
         """Have the oracle judge what has come to rest."""
@@ -610,7 +632,7 @@ class Scene:
         if self.broker.counts_late:
             # What nobody has acknowledged is ready again once everybody is gone, and that is counted at once.
             for worker in self.workers:
-                worker.kill()
+                worker.end()
             time.sleep(self.broker.counts_late)
         return judge(
             read_ledger(self.database),

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from scripts.embedded import Stack
+from scripts.embedded import Stack, temporary_directory
+from tests.brokers import need_rabbitmq
 from tests.conftest import TEMPLATE
 from tests.faults.__main__ import Report
 from tests.faults.acts import SMALL, Act
 from tests.faults.rows import FAIL, PASS, ROWS, UNKNOWN, Outcome, Stage, play
-from tests.faults.stack import ROOT, RedisBroker
+from tests.faults.stack import ROOT, Node, RabbitBroker, RedisBroker
 
 SEED = "1"
 IN_THE_SUITE = (2, 3, 7, 8, 9, 12, 15)
@@ -23,11 +25,34 @@ ACTS = [
     pytest.param(number, act, id=f"row {number}: {act.name}") for number in IN_THE_SUITE for act in ROWS[number].acts
 ]
 
+ON_RABBITMQ = [
+    pytest.param(number, ROWS[number].acts[place], id=f"row {number}: {ROWS[number].acts[place].name}")
+    for number, place in ((2, 1), (9, 1))
+]
+"""Where the brokers differ most."""
+
 
 @pytest.mark.parametrize(("number", "act"), ACTS)
 def test_row(number: int, act: Act, stack: Stack, tmp_path: Path) -> None:
     stage = Stage(stack.postgres, TEMPLATE, RedisBroker(stack.redis), tmp_path)
     outcome = play(act, number, stage, SMALL, SEED)
+    assert outcome.verdict == PASS, outcome.faults
+
+
+@pytest.fixture(scope="module")
+def rabbit(stack: Stack) -> Iterator[RabbitBroker]:
+    """A RabbitMQ that counts often what is in its queues."""
+    need_rabbitmq()
+    with temporary_directory() as directory:
+        node = Node(directory / "rabbitmq").start()
+        yield RabbitBroker(node, stack.redis)
+        node.stop()
+
+
+@pytest.mark.xdist_group("faults on rabbitmq")  # one node for all of them
+@pytest.mark.parametrize(("number", "act"), ON_RABBITMQ)
+def test_row_on_rabbitmq(number: int, act: Act, rabbit: RabbitBroker, stack: Stack, tmp_path: Path) -> None:
+    outcome = play(act, number, Stage(stack.postgres, TEMPLATE, rabbit, tmp_path), SMALL, SEED)
     assert outcome.verdict == PASS, outcome.faults
 
 
