@@ -25,6 +25,7 @@ from creditlane.answers import Outcome, make_answers
 from creditlane.codes import Code
 from creditlane.contract import (
     BATCH,
+    INTERNAL,
     MAX_BATCH,
     MAX_MESSAGE_BYTES,
     Balance,
@@ -225,6 +226,24 @@ class Operations:
             "account": account, "grant": grant, "purchase": purchase, "amount": _wire(amount), "reason": reason,
         }  # fmt: skip
         return self.submit("credits.revoke", id, arguments, wait)
+
+    def transfer(
+        self,
+        account: str,
+        to: str,
+        amount: Amount,
+        *,
+        id: str,
+        message: str | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """Give ``amount`` credits to the account ``to``; the answer says that they are on their way.
+
+        They arrive through the recipient's lane within moments. If the recipient cannot take them they come back,
+        as a ``credits.bounce`` in the sender's history.
+        """
+        arguments = {"account": account, "to": to, "amount": to_wire(amount), "message": message}
+        return self.submit("credits.transfer", id, arguments, wait)
 
     def settle(self, account: str, *, id: str, wait: float | None = None) -> Result | None:
         """Apply what time has made due, nothing else."""
@@ -529,6 +548,10 @@ def checked(name: str, id: str, arguments: dict[str, Any]) -> bytes:
     :raises ContractError: naming the field that does not fit.
     """
     check_id(id)
+    if name in INTERNAL:
+        raise ContractError(
+            Code.UNKNOWN_OPERATION, f"{name} is sent by the ledger itself, as what follows from a transfer"
+        )
     try:
         encoded = _encode({key: value for key, value in arguments.items() if value is not None})
     except (TypeError, ValueError) as error:

@@ -30,9 +30,11 @@ class Code(StrEnum):
     HOLD_CLOSED = "hold_closed"
     UNKNOWN_GRANT = "unknown_grant"
     UNKNOWN_CHARGE = "unknown_charge"
+    UNKNOWN_TRANSFER = "unknown_transfer"
     EXCEEDS_ORIGINAL = "exceeds_original"
     LIMIT_REACHED = "limit_reached"
     INSUFFICIENT_CREDITS = "insufficient_credits"
+    NOT_TRANSFERABLE = "not_transferable"
 
     @property
     def sentence(self) -> str:
@@ -59,7 +61,10 @@ SENTENCES: dict[Code, str] = {
     Code.HOLD_CLOSED: "The hold was captured or released before, or its time ran out; consume directly.",
     Code.UNKNOWN_GRANT: "The account has no such grant or purchase.",
     Code.UNKNOWN_CHARGE: "The account has no charge with this operation id; name a consume or capture that applied.",
+    Code.UNKNOWN_TRANSFER: "The account has made no transfer with this operation id.",
     Code.EXCEEDS_ORIGINAL: "More would be given back than was taken; refund at most what is left of the charge.",
     Code.LIMIT_REACHED: "The account has as many open grants or holds as it may; close some first.",
     Code.INSUFFICIENT_CREDITS: "The balance does not cover this; see required, available and shortfall.",
+    Code.NOT_TRANSFERABLE: "There are enough credits, but not of sources that may be given away; "
+    "see required, available and shortfall.",
 }

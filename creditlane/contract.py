@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from hashlib import sha256
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -37,6 +38,10 @@ MAX_BATCH = 1000
 
 MAX_FEATURES = 64
 """Features that one grant may be scoped to."""
+
+MAX_LOTS = 1000
+"""Lots that one transfer may be made of: as many as an account may have. The message of so many, however long their
+sources, stays under :data:`MAX_MESSAGE_BYTES`."""
 
 MAX_METADATA_DEPTH = 16
 """Levels of objects and arrays in a metadata object."""
@@ -245,6 +250,88 @@ class Settle(Message):
     operation: ClassVar[str] = "credits.settle"
 
 
+class Transfer(Message):
+    """``credits.transfer``: give credits to another account."""
+
+    operation: ClassVar[str] = "credits.transfer"
+
+    to: Name
+    amount: Micro
+    message: Text | None = None
+    """A word to the recipient."""
+
+    def __post_init__(self) -> None:
+        _positive(self.amount, "amount")
+        if self.to == self.account:
+            raise ValueError("to is the account itself: nothing would change hands")
+
+
+class Parcel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Credits of one lot on their way to another account, with what they keep of it."""
+
+    source: Name
+    amount: Micro
+    priority: Annotated[int, msgspec.Meta(ge=0, le=1000)]
+    expires_at: Instant | None = None
+    unit_price: UnitPrice | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self.amount, "amount")
+        _in_calendar(self.expires_at, "expires_at")
+
+
+class Receive(Message):
+    """``credits.receive``: the credit side of a transfer. The ledger sends it itself, to the recipient's lane."""
+
+    operation: ClassVar[str] = "credits.receive"
+
+    sender: Name
+    transfer: Name
+    """The transfer's operation id, which is the sender's."""
+    lots: Annotated[list[Parcel], msgspec.Meta(min_length=1, max_length=MAX_LOTS)]
+    message: Text | None = None
+
+
+class Confirm(Message):
+    """``credits.confirm``: the recipient has the credits. The ledger sends it itself, to the sender's lane."""
+
+    operation: ClassVar[str] = "credits.confirm"
+
+    transfer: Name
+
+
+class Bounce(Message):
+    """``credits.bounce``: the recipient cannot take the credits. The ledger sends it itself, to the sender's lane."""
+
+    operation: ClassVar[str] = "credits.bounce"
+
+    transfer: Name
+    refused: Code
+    """Why."""
+
+
+def receiving_id(sender: str, transfer: str) -> str:
+    """The operation id under which a transfer's credits reach the recipient: the same however often it is sent.
+
+    ``transfer.receive:`` and the SHA-256 of sender and transfer, both with their length in front: an id that a
+    producer makes up is the same only if it was computed so.
+    """
+    return f"transfer.receive:{_digest(sender, transfer)}"
+
+
+def concluding_id(sender: str, transfer: str) -> str:
+    """The operation id under which the sender learns how a transfer ended.
+
+    One for :class:`Confirm` and :class:`Bounce` alike: of a transfer's two possible ends only one can be applied.
+    """
+    return f"transfer.conclude:{_digest(sender, transfer)}"
+
+
+def _digest(sender: str, transfer: str) -> str:
+    parts = (sender.encode(), transfer.encode())
+    return sha256(b"".join(b"%d:%s" % (len(part), part) for part in parts)).hexdigest()
+
+
 class Batch(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """``credits.batch``: many operations of one lane in one message, each succeeding or failing by itself."""
 
@@ -255,9 +342,16 @@ class Batch(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 BATCH = "credits.batch"
 
 OPERATIONS: dict[str, type[Message]] = {
-    kind.operation: kind for kind in (Open, Grant, Consume, Hold, Capture, Release, Refund, Adjust, Revoke, Settle)
-}
+    kind.operation: kind
+    for kind in (
+        Open, Grant, Consume, Hold, Capture, Release, Refund, Adjust, Revoke, Settle, Transfer, Receive, Confirm,
+        Bounce,
+    )
+}  # fmt: skip
 """Every operation of the ledger by its task name."""
+
+INTERNAL = frozenset(kind.operation for kind in (Receive, Confirm, Bounce))
+"""Operations that the ledger sends itself; they are refused under any id but the one that follows from the transfer."""
 
 
 class Balance(msgspec.Struct, kw_only=True, frozen=True):
@@ -268,6 +362,8 @@ class Balance(msgspec.Struct, kw_only=True, frozen=True):
     debt: Decimal = Decimal(0)
     upcoming: Decimal = Decimal(0)
     """Credits of grants that take effect later; not part of ``available``."""
+    in_transit: Decimal = Decimal(0)
+    """Credits on their way to another account; not part of ``available``."""
     by_source: dict[str, Decimal] = {}
 
 
@@ -310,6 +406,14 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     available: Decimal | None = None
     shortfall: Decimal | None = None
     offer: dict[str, Any] | None = None
+    to: str | None = None
+    """Who a transfer's credits are on their way to."""
+    sender: str | None = None
+    """Who the credits came from."""
+    transfer: str | None = None
+    """The sender's operation id of the transfer that this operation belongs to."""
+    refused: Code | None = None
+    """Why a transfer came back."""
     replayed: bool = False
 
     @property
@@ -441,13 +545,16 @@ def _newer_version(arguments: bytes | msgspec.Raw) -> ContractError | None:
 
 __all__ = [
     "BATCH",
+    "INTERNAL",
     "MAX_MICRO",
     "OPERATIONS",
     "Adjust",
     "Balance",
     "Batch",
+    "Bounce",
     "Capture",
     "Charge",
+    "Confirm",
     "Consume",
     "ContractError",
     "Grant",
@@ -455,13 +562,18 @@ __all__ = [
     "Hold",
     "Message",
     "Open",
+    "Parcel",
+    "Receive",
     "Refund",
     "Release",
     "Result",
     "Revoke",
     "Settle",
+    "Transfer",
     "UnitPrice",
     "check_id",
+    "concluding_id",
     "decode_batch",
     "decode_message",
+    "receiving_id",
 ]

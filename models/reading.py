@@ -65,6 +65,8 @@ class AccountBalance(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
     available: str
     """Spendable now."""
     held: str = "0"
+    in_transit: str = "0"
+    """Credits on their way to another account."""
     debt: str = "0"
     upcoming: str = "0"
     """Credits of grants that take effect later."""
@@ -226,7 +228,7 @@ def _balance(state: Account, now: datetime) -> AccountBalance:
             by_source[grant.source] = by_source.get(grant.source, 0) + grant.available
         else:
             upcoming += grant.available
-    others = {"held": state.held, "debt": state.debt, "upcoming": upcoming}
+    others = {"held": state.held, "in_transit": state.in_transit, "debt": state.debt, "upcoming": upcoming}
     return AccountBalance(
         available=format_amount(state.available - upcoming),
         **{name: format_amount(amount) for name, amount in others.items() if amount},
@@ -297,7 +299,8 @@ class HistoryLine(msgspec.Struct, kw_only=True, frozen=True):
     refusal: str | None
     """Why the ledger refused it, where it says more than the code."""
     subject: str | None
-    """The hold, charge, grant or purchase that it is about, or the source of what it granted."""
+    """The hold, charge, grant, purchase or transfer that it is about, the account that it gave to or got from, or the
+    source of what it granted."""
     entries: int
     """How many entries it wrote."""
     lines: list[EntryLine] | None = None
@@ -413,7 +416,7 @@ def _history_line(row: tuple[Any, ...]) -> HistoryLine:
     number, operation, name, status, code, feature, quantity, member, charged, applied_at, occurred_at = row[:11]
     _first_seq, entries, arguments, result, change = row[11:]
     subject: object = None
-    for field in ("hold", "operation", "source", "purchase", "grant"):
+    for field in ("hold", "operation", "to", "sender", "transfer", "source", "purchase", "grant"):
         if arguments.get(field) is not None:
             subject = arguments[field]
             break
@@ -431,7 +434,7 @@ def _history_line(row: tuple[Any, ...]) -> HistoryLine:
         balance=result.get("balance", {}).get("available"),
         applied_at=applied_at,
         occurred_at=occurred_at,
-        reason=arguments.get("reason"),
+        reason=arguments.get("reason") or arguments.get("message") or arguments.get("refused"),
         actor=arguments.get("actor"),
         refusal=_refusal(code, result),
         subject=_text(subject),

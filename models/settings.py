@@ -13,6 +13,7 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from creditlane.contract import MAX_BATCH
+from creditlane.events import matching
 from creditlane.lanes import LANES
 
 
@@ -57,6 +58,18 @@ class Settings(BaseSettings):
 
     metrics_address: str = "127.0.0.1"
     """The address it serves them on. They hold no secrets and ask for no password: keep them in your network."""
+
+    events: str = ""
+    """Which events are published to the topic exchange ``credits.events``: a comma list of types or patterns, such as
+    ``balance.changed,credits.*``; ``*`` for all, none unless given. Each costs a row in the outbox, its publication
+    and its deletion, so ask for those that somebody listens to. The types are in ``creditlane/events.py``."""
+
+    @field_validator("events")
+    @classmethod
+    def _are_types_of_events(cls, patterns: str) -> str:
+        """Refuse a mistyped pattern at the start, rather than never to publish what it was meant for."""
+        matching(patterns)
+        return patterns
 
     @field_validator("database_url")
     @classmethod

@@ -235,11 +235,17 @@ class OutboxRow(Base):
     __tablename__ = "outbox"
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    """In the order of writing; the rows that follow from one account are published in it."""
     account: Mapped[str]
-    queue: Mapped[str]
+    """Whose lane it goes through. The lane itself is worked out when it is published."""
+    exchange: Mapped[str]
+    """Empty for an operation, which goes to its lane's queue."""
     task: Mapped[str]
+    """The operation's name, or the event's type."""
     operation: Mapped[str]
+    """The operation's id, or the event's: the receiver knows it by that."""
     arguments: Mapped[str] = mapped_column(JSON)
+    """The operation's arguments, or the event."""
     created_at: Mapped[datetime]
 
 

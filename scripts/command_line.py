@@ -801,6 +801,28 @@ def revoke(
     )  # fmt: skip
 
 
+@app.command(
+    rich_help_panel=MONEY,
+    epilog=examples("creditlane transfer alice bob 5", "creditlane transfer alice bob 2.5 --message 'thank you'"),
+)
+def transfer(
+    account: AccountArgument,
+    to: Annotated[str, typer.Argument(metavar="TO", help="Who is given the credits.", show_default=False)],
+    credits: Annotated[str, typer.Argument(metavar="CREDITS", help="Credits, such as 1.5.", show_default=False)],
+    message: Annotated[str | None, typer.Option(help="A word to the recipient.", show_default=False)] = None,
+    id: IdOption = None,
+    wait: WaitOption = WAIT_SECONDS,
+    as_json: JsonOption = False,
+) -> None:
+    """Give credits to another account; those that it cannot take come back."""
+    operate(
+        id, wait, as_json, account, "transfer",
+        lambda client, identity, seconds: client.transfer(
+            account, to, credits, id=identity, message=message, wait=seconds
+        ),
+    )  # fmt: skip
+
+
 @app.command(rich_help_panel=MONEY, epilog=examples("creditlane settle alice"))
 def settle(
     account: AccountArgument, id: IdOption = None, wait: WaitOption = WAIT_SECONDS, as_json: JsonOption = False

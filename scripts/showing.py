@@ -141,6 +141,8 @@ def _deed(result: Result) -> str:
             return f"release: the hold went back to {account}"
         case "hold":
             return f"hold: {credits(amount)} set aside on {account}"
+        case "transfer":
+            return f"transfer: {credits(amount)} on their way from {account} to [bold]{said(result.to)}[/]"
         case "refund":
             return f"refund: {credits(-amount)} given back to {account}"
         case "grant" | "adjust" if not amount:
@@ -156,10 +158,10 @@ def _balance_words(result: Result) -> str:
     balance = result.balance
     assert balance is not None
     words = [f"[bold]{to_wire(balance.available)}[/] available"]
-    for name in ("held", "debt", "upcoming"):
+    for name in ("held", "in_transit", "debt", "upcoming"):
         amount = getattr(balance, name)
         if amount:
-            words.append(f"{to_wire(amount)} {name}")
+            words.append(f"{to_wire(amount)} {name.replace('_', ' ')}")
     return ", ".join(words)
 
 
@@ -188,7 +190,10 @@ def summary_lines(summary: AccountSummary) -> RenderableType:
         ("account", f"[bold]{said(summary.account)}[/]  {said(summary.kind)}, [{colour}]{said(summary.status)}[/]"),
         ("available", f"[bold]{balance.available}[/]"),
     ]
-    for name, amount in (("held", balance.held), ("debt", balance.debt), ("upcoming", balance.upcoming)):
+    others = {
+        "held": balance.held, "in transit": balance.in_transit, "debt": balance.debt, "upcoming": balance.upcoming,
+    }  # fmt: skip
+    for name, amount in others.items():
         if amount != "0":
             facts.append((name, f"[red]{amount}[/]" if name == "debt" else amount))
     if len(balance.by_source) > 1:
@@ -303,6 +308,12 @@ def _what(line: HistoryLine) -> str:
         what = f"of hold {line.subject}"
         if name == "capture" and line.status == "applied":
             what = f"took {line.charged} {what}"
+    elif name == "transfer":
+        what = f"of {line.charged} to {line.subject}" if line.status == "applied" else f"to {line.subject}"
+    elif name == "receive":
+        what = f"from {line.subject}"
+    elif name in ("confirm", "bounce"):
+        what = f"of transfer {line.subject}"
     elif name in ("refund", "revoke"):
         what = f"of {line.subject}"
     else:

@@ -92,8 +92,8 @@ def _revoke_need(message: Revoke) -> Need:
 def revoke(account: Account, message: Revoke, context: Context) -> Outcome:
     """Take back a grant's or a purchase's credits, never those of others.
 
-    Without an amount, all that it was worth and that was not taken back yet. What was spent (or is held)
-    becomes debt, or is forgiven, as the catalog says; what expired is gone and owes nothing. Refusals:
+    Without an amount, all that it was worth and that was not taken back yet. What was spent, given away or is
+    held becomes debt, or is forgiven, as the catalog says; what expired is gone and owes nothing. Refusals:
     ``unknown_grant``, ``exceeds_original``. (ledger rules: claw-back)
     """
     families = _families(account, message)
@@ -149,7 +149,8 @@ def _owe(
     told = {"forgiven" if forgive else "owed": format_amount(wanted)}
     shares = dict.fromkeys(worth, 0)
     for root, lots in families:
-        away = sum(lot.consumed + lot.held - lot.restored for lot in lots) - root.forgiven
+        out = sum(lot.consumed + lot.held + lot.in_transit + lot.sent - lot.restored for lot in lots)
+        away = out - root.forgiven
         shares[root.id] = min(max(0, away), worth[root.id], wanted)
         wanted -= shares[root.id]
     for root, _ in families:

@@ -6,6 +6,7 @@ simulation run the same code.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from models.rules.catalog import Catalog
 from models.rules.refusal import RefusedError
 from models.rules.settling import settle
 from models.rules.state import CLOSED, UNOPENED, Account, Grant, Known
-from tasks.operation import Context, Outcome
+from tasks.operation import Context, FollowUp, Outcome
 from tasks.registry import OPERATIONS
 
 encode = msgspec.json.Encoder().encode
@@ -53,6 +54,8 @@ class Answer(NamedTuple):
     result: bytes
     row: Row | None
     conflict: bool = False
+    follow: Sequence[FollowUp] = ()
+    """What is to be sent on once the row is committed; nothing for a replay, whose row was committed with it."""
 
 
 def apply(
@@ -80,18 +83,18 @@ def apply(
     settled = account.seq
     status: str = "applied"
     code: str | None = None
+    task = OPERATIONS[name]
     try:
-        task = OPERATIONS[name]
         if account.status == UNOPENED and not task.opens:
             raise RefusedError(Code.UNKNOWN_ACCOUNT)
-        if account.status == CLOSED:
+        if account.status == CLOSED and not task.concludes:
             raise RefusedError(Code.ACCOUNT_CLOSED)
         outcome = task.run(account, message, Context(now, catalog, operation))
     except RefusedError as refusal:
         if account.seq != settled:
             raise AssertionError(f"{name} was refused after it wrote entries") from refusal
         status, code = "rejected", refusal.code.value
-        outcome = Outcome()
+        outcome = Outcome(follow=() if task.refused is None else task.refused(message, operation, refusal.code))
         fields: dict[str, Any] = {"code": code, "reason": refusal.reason, **refusal.details}
     else:
         fields = {"charged": format_amount(outcome.charged)}
@@ -125,7 +128,7 @@ def apply(
         now,
         catalog.label,
     )
-    return Answer(answer(name, operation, status, account.account, stored), row)
+    return Answer(answer(name, operation, status, account.account, stored), row, False, outcome.follow)
 
 
 def _repeat(account: Account, name: str, operation: str, message: Message, known: Known) -> Answer:
@@ -150,7 +153,7 @@ def answer(name: str, operation: str, status: str, account: str, stored: bytes, 
 
 
 def balance_of(account: Account, now: datetime) -> dict[str, Any]:
-    """The balance as a result tells it: spendable now, by source, held, owed, upcoming; in credits."""
+    """The balance as a result tells it: spendable now, by source, held, in transit, owed, upcoming; in credits."""
     by_source: dict[str, int] = {}
     upcoming = 0
     for grant in account.order:
@@ -162,6 +165,8 @@ def balance_of(account: Account, now: datetime) -> dict[str, Any]:
     balance: dict[str, Any] = {"available": format_amount(account.available - upcoming)}
     if account.held:
         balance["held"] = format_amount(account.held)
+    if account.in_transit:
+        balance["in_transit"] = format_amount(account.in_transit)
     if account.debt:
         balance["debt"] = format_amount(account.debt)
     if upcoming:

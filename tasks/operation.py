@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
+from creditlane.codes import Code
 from creditlane.contract import Message
 from models.rules.catalog import Catalog
 from models.rules.state import Account, Grant, Line
@@ -19,6 +20,22 @@ class Context(NamedTuple):
     catalog: Catalog
     operation: str
     """The operation id."""
+
+
+class FollowUp(NamedTuple):
+    """An operation that follows from this one; it is sent to its account's lane once this one is committed."""
+
+    name: str
+    operation: str
+    """Its operation id, the same each time it is derived."""
+    arguments: dict[str, Any]
+    """As on the wire."""
+
+    @property
+    def account(self) -> str:
+        """Whose lane it goes through."""
+        account: str = self.arguments["account"]
+        return account
 
 
 class Outcome(NamedTuple):
@@ -35,12 +52,13 @@ class Outcome(NamedTuple):
     quantity_micro: int | None = None
     """Units of the feature, in millionths, for usage reports."""
     feature: str | None = None
+    follow: Sequence[FollowUp] = ()
 
 
 class Need(NamedTuple):
     """A past row that an operation works on, beyond the account's open grants and holds."""
 
-    kind: Literal["hold", "charge", "grant", "purchase"]
+    kind: Literal["hold", "charge", "transfer", "grant", "purchase"]
     key: str | int
 
 
@@ -52,14 +70,22 @@ class Operation(NamedTuple):
     need: Callable[[Any], Need] | None = None
     opens: bool = False
     """Whether it may be applied to an account that was not opened."""
+    concludes: bool = False
+    """Whether it ends what the account began, and so is applied to a closed account as well."""
+    refused: Callable[[Any, str, Code], Sequence[FollowUp]] | None = None
+    """What follows from its being refused, by the message, the operation id and the code."""
 
 
 def operation(
-    kind: type[Message], need: Callable[[Any], Need] | None = None, opens: bool = False
+    kind: type[Message],
+    need: Callable[[Any], Need] | None = None,
+    opens: bool = False,
+    concludes: bool = False,
+    refused: Callable[[Any, str, Code], Sequence[FollowUp]] | None = None,
 ) -> Callable[[Callable[[Account, Any, Context], Outcome]], Operation]:
     """Make a function the implementation of a message type."""
 
     def register(run: Callable[[Account, Any, Context], Outcome]) -> Operation:
-        return Operation(kind.operation, run, need, opens)
+        return Operation(kind.operation, run, need, opens, concludes, refused)
 
     return register

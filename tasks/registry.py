@@ -7,8 +7,12 @@ from tasks.consuming import consume, refund
 from tasks.grants import adjust, grant, revoke
 from tasks.holds import capture, hold, release
 from tasks.operation import Operation
+from tasks.transfers import bounce, confirm, receive, transfer
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
-    for operation in (open_account, grant, consume, hold, capture, release, refund, adjust, revoke, settle)
-}
+    for operation in (
+        open_account, grant, consume, hold, capture, release, refund, adjust, revoke, settle, transfer, receive,
+        confirm, bounce,
+    )
+}  # fmt: skip

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import signal
 
-POINTS = ("after-load", "after-copy", "before-commit", "after-commit", "after-results")
+POINTS = ("after-load", "after-copy", "before-commit", "after-commit", "after-results", "before-publish",
+          "after-publish")  # fmt: skip
 
 _wanted, _, _count = os.environ.get("CREDITLANE_CRASH_AT", "").partition(":")
 _left = int(_count or 1)

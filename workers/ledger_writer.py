@@ -19,12 +19,15 @@ from psycopg import Connection, Cursor
 
 from creditlane.codes import Code
 from creditlane.contract import Message
+from creditlane.events import EXCHANGE
 from models.rules.catalog import Catalog
 from models.rules.state import COUNTERS, Account, Grant, Hold, Known, Line
-from tasks.ledger import Row, apply
-from tasks.operation import Need
+from tasks.events import events_of, spendable
+from tasks.ledger import Answer, Row, apply, encode
+from tasks.operation import FollowUp, Need
 from tasks.registry import OPERATIONS
 from workers.crash import crash_point
+from workers.outbox import OutboxRow
 from workers.quarantine import Quarantined, store
 
 BUCKETS = ", ".join(f"{counter}_micro" for counter in COUNTERS)
@@ -55,6 +58,13 @@ FROM holds h JOIN receipts r ON r.account = h.account AND r.operation = h.hold
 WHERE h.account = ANY(%s::text[]) AND h.status = 'open' ORDER BY r.account, r.operation, r.line
 """
 PAIRS = "unnest(%s::text[], %s::text[]) AS k(account, key)"
+TRANSFERS = f"""
+SELECT o.account, o.operation, o.name, o.status, o.arguments::text, o.result::text, e.grant_id, e.amount_micro, 0
+FROM {PAIRS} JOIN operations o ON o.account = k.account AND o.operation = k.key
+JOIN entries e ON e.account = o.account AND e.seq >= o.first_seq AND e.seq < o.first_seq + o.entries
+WHERE o.name = 'credits.transfer' AND e.kind = 'transferred'
+ORDER BY o.account, o.operation, e.seq
+"""
 KNOWN = f"""
 SELECT o.account, o.operation, o.name, o.status, o.arguments::text, o.result::text
 FROM {PAIRS} JOIN operations o ON o.account = k.account AND o.operation = k.key
@@ -117,6 +127,11 @@ COPY_HOLDS = (
     "COPY holds (account, hold, status, amount_micro, captured_micro, feature, member, created_at, expires_at,"
     " closed_at) FROM STDIN"
 )
+COPY_OUTBOX = "COPY outbox (id, account, exchange, task, operation, arguments, created_at) FROM STDIN"
+OUTBOX_IDS = "SELECT nextval('outbox_id_seq') FROM generate_series(1, %s)"
+"""Taken before the rows are written, since COPY does not tell which it gave them; the accounts are locked by then, so
+the rows of one account have ascending ids."""
+
 UPDATE_ACCOUNTS = f"""
 UPDATE accounts a SET updated_at = u.updated_at, next_due_at = u.next_due_at, operations = u.operations, seq = u.seq,
     head = u.head, last_grant = u.last_grant, debt_micro = u.debt_micro,
@@ -197,14 +212,29 @@ class LedgerWriter:
     :param connection: in autocommit mode; see :func:`connect`.
     :param catalog: gives the catalog in force.
     :param poison: makes the quarantine row of a job that cannot be applied, from its code, reason and traceback.
+    :param events: the types of events to write to the outbox, see :func:`creditlane.events.matching`.
     """
 
-    def __init__(self, connection: Connection[Any], catalog: Callable[[], Catalog], poison: Poison) -> None:
+    def __init__(
+        self,
+        connection: Connection[Any],
+        catalog: Callable[[], Catalog],
+        poison: Poison,
+        events: frozenset[str] = frozenset(),
+    ) -> None:
         self.connection = connection
         self.catalog = catalog
         self.poison = poison
+        self.events = events
+        self.outbox: list[OutboxRow] = []
+        """Committed to the outbox, and not taken to be published yet."""
         self._written = 0
         self._plan_anew_at = FIRST_PLANS
+
+    def take_outbox(self) -> list[OutboxRow]:
+        """The outbox rows committed since the last call: :meth:`workers.outbox.Outbox.publish` is for them."""
+        taken, self.outbox = self.outbox, []
+        return taken
 
     def write(self, jobs: Sequence[Job], quarantined: Sequence[Quarantined] = ()) -> None:
         """Apply jobs in order and store quarantine rows, in one transaction.
@@ -230,11 +260,22 @@ class LedgerWriter:
     def _write(self, jobs: Sequence[Job], quarantined: Sequence[Quarantined]) -> None:
         loaded = Loaded(self.connection, jobs)
         crash_point("after-load")
-        rows = apply_all(loaded, jobs, self.catalog(), self.poison)
+        spendable_before = (
+            {name: spendable(account, loaded.now) for name, account in loaded.accounts.items()} if self.events else {}
+        )
+        rows, follow = apply_all(loaded, jobs, self.catalog(), self.poison)
         poisoned = [*quarantined, *(job.quarantined for job in jobs if job.quarantined is not None)]
         accounts = [account for account in loaded.accounts.values() if account.is_dirty]
+        messages = [(each.account, "", each.name, each.operation, encode(each.arguments)) for each in follow]
+        if self.events:
+            messages += [
+                (account.account, EXCHANGE, event["type"], event["id"], encode(event))
+                for account in accounts
+                for event in events_of(account, spendable_before[account.account], self.events)
+            ]
         with self.connection.cursor() as cursor:
             self._insert(cursor, accounts, rows)
+            outbox = insert_outbox(cursor, messages, loaded.now) if messages else []
             crash_point("after-copy")
             with self.connection.pipeline():
                 self._update(cursor, accounts)
@@ -242,6 +283,7 @@ class LedgerWriter:
             crash_point("before-commit")
             # Not in the pipeline: the flush that ends one keeps the server from counting the silence after it.
             cursor.execute("COMMIT")
+        self.outbox += outbox
         crash_point("after-commit")
 
     def _insert(self, cursor: Cursor[Any], accounts: Sequence[Account], rows: Iterable[tuple[str, Row]]) -> None:
@@ -362,6 +404,7 @@ class Loaded:
             hold_lines = connection.execute(OPEN_HOLD_LINES, ids)
             known = connection.execute(KNOWN, keys)
             charges = None
+            transfers = connection.execute(TRANSFERS, needs["transfer"]) if "transfer" in needs else None
             if "hold" in needs:
                 holds.append(connection.execute(NAMED_HOLDS, needs["hold"]))
             if "charge" in needs:
@@ -383,7 +426,7 @@ class Loaded:
             self._holds = _by_account(row for cursor in holds for row in cursor)
             self._hold_lines = _by_account(hold_lines)
             self._known = _by_account(known)
-            self._charges = _by_account(charges or ())
+            self._charges = _by_account((*(charges or ()), *(transfers or ())))
         self.accounts = {name: self.make(name) for name in names}
 
     def _missing_roots(self) -> tuple[str, str] | None:
@@ -425,18 +468,20 @@ class Loaded:
         return account
 
 
-def apply_all(loaded: Loaded, jobs: Sequence[Job], catalog: Catalog, poison: Poison) -> list[tuple[str, Row]]:
+def apply_all(
+    loaded: Loaded, jobs: Sequence[Job], catalog: Catalog, poison: Poison
+) -> tuple[list[tuple[str, Row]], list[FollowUp]]:
     """Apply jobs in order to the loaded accounts, in memory.
 
     A job whose code raises is taken out: its account is made anew from the rows that were read, and the jobs
     of that account before it are applied again, so that nothing half done is left. The others stand.
 
-    :returns: the operation rows to write, by account.
+    :returns: the operation rows to write, by account, and what follows from them, in order per account.
     """
-    rows: dict[str, list[tuple[Job, Row | None]]] = {}
+    answers: dict[str, list[tuple[Job, Answer]]] = {}
     for job in jobs:
         job.quarantined = job.result = None
-        done = rows.setdefault(job.account, [])
+        done = answers.setdefault(job.account, [])
         try:
             done.append((job, _apply_one(loaded, job, catalog)))
         except Exception as error:
@@ -444,20 +489,36 @@ def apply_all(loaded: Loaded, jobs: Sequence[Job], catalog: Catalog, poison: Poi
             reason = f"{type(error).__name__}: {error}"
             job.quarantined = poison(job, Code.INTERNAL_ERROR, reason, trace)
             loaded.accounts[job.account] = loaded.make(job.account)
-            rows[job.account] = [(before, _apply_one(loaded, before, catalog)) for before, _ in done]
+            answers[job.account] = [(before, _apply_one(loaded, before, catalog)) for before, _ in done]
     for account in loaded.accounts.values():
         if account.is_dirty:
             account.next_due_at = account.due_at()
-    return [(name, row) for name, written in rows.items() for _, row in written if row is not None]
+    given = [(name, answer) for name, done in answers.items() for _, answer in done]
+    rows = [(name, answer.row) for name, answer in given if answer.row is not None]
+    return rows, [follow for _, answer in given for follow in answer.follow]
 
 
-def _apply_one(loaded: Loaded, job: Job, catalog: Catalog) -> Row | None:
+def _apply_one(loaded: Loaded, job: Job, catalog: Catalog) -> Answer:
     account = loaded.accounts[job.account]
     now = loaded.now if account.updated_at is None else max(loaded.now, account.updated_at)
     given = apply(account, job.name, job.operation, job.message, job.arguments, now, catalog)
     job.result = given.result
     job.conflict = given.conflict
-    return given.row
+    return given
+
+
+def insert_outbox(
+    cursor: Cursor[Any], messages: Sequence[tuple[str, str, str, str, bytes]], now: datetime
+) -> list[OutboxRow]:
+    """COPY messages to the outbox.
+
+    :param messages: account, exchange, task, operation and arguments of each.
+    :returns: the rows as they are written.
+    """
+    ids = cursor.execute(OUTBOX_IDS, (len(messages),)).fetchall()
+    rows = [OutboxRow(id, *message, now) for (id,), message in zip(ids, messages, strict=True)]
+    copy(cursor, COPY_OUTBOX, rows)
+    return rows
 
 
 SILENT_SECONDS = 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 
 from creditlane.codes import Code
@@ -14,12 +14,19 @@ Plan = list[tuple[Grant, int]]
 """Which grants give how many micro-credits, in the order of taking."""
 
 
-def plan_burn(account: Account, amount_micro: int, feature: str | None, now: datetime) -> tuple[Plan, int]:
+def plan_burn(
+    account: Account,
+    amount_micro: int,
+    feature: str | None,
+    now: datetime,
+    transferable: Callable[[str], bool] | None = None,
+) -> tuple[Plan, int]:
     """Choose the grants that pay, in burn-down order (ledger rules: burn-down order).
 
     Only grants that are active at ``now`` and whose scope allows ``feature`` pay; a charge without a
     feature is paid by unscoped grants alone.
 
+    :param transferable: which sources may pay, where not all may: a transfer's.
     :returns: the plan, and what it falls short of ``amount_micro`` (0 when covered).
     """
     plan: Plan = []
@@ -28,6 +35,8 @@ def plan_burn(account: Account, amount_micro: int, feature: str | None, now: dat
         if not missing:
             break
         if not is_spendable(grant, feature, now):
+            continue
+        if transferable is not None and not transferable(grant.source):
             continue
         taken = min(missing, grant.available)
         plan.append((grant, taken))
@@ -48,7 +57,7 @@ def is_spendable(grant: Grant, feature: str | None, now: datetime) -> bool:
 def burn(
     account: Account, plan: Plan, kind: str, now: datetime, operation: str, refers_to: str | None = None
 ) -> list[Line]:
-    """Write a plan's entries; ``kind`` is ``consumed``, ``held`` or ``revoked``.
+    """Write a plan's entries; ``kind`` is ``consumed``, ``held``, ``transferred`` or ``revoked``.
 
     :returns: the receipt, in the order of taking.
     """
@@ -117,17 +126,33 @@ def give_back_held(
     :param amount_micro: how many of the receipt's credits that were not returned yet.
     :param at: the instant it holds from, for a time-out that is recorded later.
     """
-    instant = at or now
     for line, back in _returning(lines, amount_micro):
-        grant = account.grants[line.grant]
-        before = grant.available
-        post(account, grant, "released", back, now, operation, hold, at)
-        expired = grant.expires_at is not None and grant.expires_at <= instant
-        if not expired or account.grants[grant.family].clawed_back:
-            # Of a lot that was clawed back while held, the debt is paid even by what would lapse: it was never spent.
-            pay_debt(account, grant, back, now, operation, at)
-        if expired and grant.available > before:
-            post(account, grant, "expired", grant.available - before, now, operation, hold, at)
+        come_back(account, account.grants[line.grant], "released", back, now, operation, hold, at)
+
+
+def come_back(
+    account: Account,
+    grant: Grant,
+    kind: str,
+    amount_micro: int,
+    now: datetime,
+    operation: str | None,
+    refers_to: str,
+    at: datetime | None = None,
+) -> None:
+    """Credits that were set aside or on their way return to their lot; what has expired meanwhile lapses at once.
+
+    :param kind: ``released`` or ``bounced``.
+    :param refers_to: the hold or the transfer that they were in.
+    """
+    before = grant.available
+    post(account, grant, kind, amount_micro, now, operation, refers_to, at)
+    expired = grant.expires_at is not None and grant.expires_at <= (at or now)
+    if not expired or account.grants[grant.family].clawed_back:
+        # Of a lot that was clawed back meanwhile, the debt is paid even by what would lapse: it was never spent.
+        pay_debt(account, grant, amount_micro, now, operation, at)
+    if expired and grant.available > before:
+        post(account, grant, "expired", grant.available - before, now, operation, refers_to, at)
 
 
 def restore_consumed(

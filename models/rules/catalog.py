@@ -21,6 +21,9 @@ MINOR_DIGITS = {"BIF": 0, "CLP": 0, "DJF": 0, "GNF": 0, "ISK": 0, "JPY": 0, "KMF
                 "BHD": 3, "IQD": 3, "JOD": 3, "KWD": 3, "LYD": 3, "OMR": 3, "TND": 3}  # fmt: skip
 """Decimals of the currencies (ISO 4217) that do not have two."""
 
+PROMOTIONAL = frozenset({"signup", "lead", "bonus", "referral", "promotion"})
+"""Sources of credits that nobody paid for: not to be given away unless the catalog says so."""
+
 _MONEY = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,3}))? ([A-Z]{3})\Z", re.ASCII)
 
 
@@ -121,6 +124,15 @@ class Clawback(Section, frozen=True):
     on_spent: Literal["debt", "forgive"] = "debt"
 
 
+class Source(Section, frozen=True):
+    """``[sources.NAME]``: whether its credits may be given to another account.
+
+    Unless said, they may, but for those of :data:`PROMOTIONAL` and of the catalog's own welcomes.
+    """
+
+    transferable: bool
+
+
 class Refunds(Section, frozen=True):
     """``[refunds]``: how many days credits live that are given back to a grant that has expired."""
 
@@ -134,6 +146,7 @@ class Catalog(Section, frozen=True):
     signup: Welcome = Welcome()
     lead: Welcome = Welcome(source="lead")
     priorities: dict[str, Annotated[int, msgspec.Meta(ge=0, le=1000)]] = {}
+    sources: dict[str, Source] = {}
     features: dict[str, Feature] = {}
     packs: dict[str, Pack] = {}
     clawback: Clawback = Clawback()
@@ -147,6 +160,13 @@ class Catalog(Section, frozen=True):
     def priority_of(self, source: str) -> int:
         """The burn-down priority of a source, lowest first."""
         return self.priorities.get(source, DEFAULT_PRIORITY)
+
+    def is_transferable(self, source: str) -> bool:
+        """Whether credits of a source may be given to another account."""
+        named = self.sources.get(source)
+        if named is not None:
+            return named.transferable
+        return source not in PROMOTIONAL and source not in (self.signup.source, self.lead.source)
 
     def cheapest_pack(self, shortfall: int) -> dict[str, str] | None:
         """The pack of least price that covers ``shortfall`` micro-credits; of equals, the one with more credits."""

@@ -34,6 +34,10 @@ FLOWS: dict[str, Flow] = {
     "restored": Flow(None, "available", "restored"),
     "expired": Flow("available", "expired"),
     "revoked": Flow("available", "revoked"),
+    "transferred": Flow("available", "in_transit"),
+    "sent": Flow("in_transit", "sent"),
+    "bounced": Flow("in_transit", "available"),
+    "received": Flow(None, "available", "received"),
     "debt_incurred": Flow(None, None, None, +1),
     "debt_paid": Flow("available", "revoked", None, -1),
 }

@@ -15,7 +15,7 @@ import redis
 
 from creditlane.client import Buffer, CreditClient
 from creditlane.codes import Code
-from creditlane.contract import MAX_BATCH, MAX_MESSAGE_BYTES, ContractError
+from creditlane.contract import INTERNAL, MAX_BATCH, MAX_MESSAGE_BYTES, ContractError
 from creditlane.errors import BrokerUnavailableError, NoAnswerError, QuarantinedError, RefusedError, UnsentError
 from creditlane.lanes import lane_name, lane_of
 from scripts.embedded import Redis, free_port, temporary_directory
@@ -108,6 +108,14 @@ def test_what_does_not_fit_the_contract_is_not_sent(client: CreditClient, store:
             client.grant("alice", inexact, source="pack", id="x")  # type: ignore[arg-type]
     with client.buffer() as buffer, pytest.raises(ContractError):
         buffer.consume("alice", id="x")
+    assert sent(store) == {}
+
+
+@pytest.mark.parametrize("name", sorted(INTERNAL))
+def test_what_the_ledger_sends_itself_no_client_sends(name: str, client: CreditClient, store: redis.Redis) -> None:
+    with pytest.raises(ContractError, match="sent by the ledger itself") as refused:
+        client.submit(name, "forged", {"account": "a", "transfer": "t"})
+    assert refused.value.code is Code.UNKNOWN_OPERATION
     assert sent(store) == {}
 
 

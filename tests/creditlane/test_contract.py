@@ -17,6 +17,7 @@ from creditlane import contract
 from creditlane.amounts import Micro
 from creditlane.codes import Code
 from creditlane.contract import ContractError, check_id, decode_batch, decode_message
+from models.rules.state import MAX_OPEN_GRANTS
 
 MINIMAL: dict[str, dict[str, Any]] = {
     "credits.open": {"account": "user_42"},
@@ -29,6 +30,15 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "credits.adjust": {"account": "user_42", "amount": "-2", "actor": "anna", "reason": "goodwill"},
     "credits.revoke": {"account": "user_42", "grant": 1},
     "credits.settle": {"account": "user_42"},
+    "credits.transfer": {"account": "user_42", "to": "user_43", "amount": "5"},
+    "credits.receive": {
+        "account": "user_42",
+        "sender": "user_41",
+        "transfer": "gift-1",
+        "lots": [{"source": "pack", "amount": "5", "priority": 50}],
+    },
+    "credits.confirm": {"account": "user_42", "transfer": "gift-1"},
+    "credits.bounce": {"account": "user_42", "transfer": "gift-1", "refused": "unknown_account"},
 }
 
 FULL: dict[str, dict[str, Any]] = {
@@ -68,6 +78,24 @@ FULL: dict[str, dict[str, Any]] = {
     "credits.adjust": {"account": "user_42", "amount": 5, "actor": "anna", "reason": "goodwill"},
     "credits.revoke": {"account": "user_42", "purchase": "pi_1", "amount": "1", "reason": "dispute"},
     "credits.settle": {"account": "user_42"},
+    "credits.transfer": {"account": "user_42", "to": "user_43", "amount": "5", "message": "for you"},
+    "credits.receive": {
+        "account": "user_42",
+        "sender": "user_41",
+        "transfer": "gift-1",
+        "lots": [
+            {"source": "pack", "amount": "0.5", "priority": 0, "expires_at": "2026-03-01T00:00:00Z"},
+            {
+                "source": "pack",
+                "amount": 1,
+                "priority": 1000,
+                "unit_price": {"minor": 499, "currency": "EUR", "per": "25"},
+            },
+        ],
+        "message": "for you",
+    },
+    "credits.confirm": {"account": "user_42", "transfer": "gift-1"},
+    "credits.bounce": {"account": "user_42", "transfer": "gift-1", "refused": "limit_reached"},
 }
 
 REQUIRED = [
@@ -595,7 +623,7 @@ def test_a_name_that_is_no_operation_is_refused_as_such(name: str) -> None:
     assert error.code is Code.UNKNOWN_OPERATION
 
 
-@pytest.mark.parametrize("name", ["credits.transfer", "credits.Open", "", "credits.batch"])
+@pytest.mark.parametrize("name", ["credits.convert", "credits.Open", "", "credits.batch"])
 def test_an_unknown_name_of_a_newer_version_is_of_a_newer_version(name: str) -> None:
     assert refused(name, b'{"account":"a","v":2}').code is Code.UNKNOWN_VERSION
     assert refused(name, b'{"v":99,"to":"b"}').code is Code.UNKNOWN_VERSION
@@ -754,3 +782,61 @@ def test_a_result_is_read_from_what_the_ledger_answers() -> None:
     assert result.balance is not None
     assert str(result.balance.available) == "1.5"
     assert result.replayed
+
+
+# Transfers.
+
+
+def test_nobody_gives_credits_to_themselves() -> None:
+    assert "the account itself" in invalid("credits.transfer", to="user_42")
+
+
+@pytest.mark.parametrize("amount", ["0", "-1", 0])
+def test_nothing_less_than_something_is_given(amount: str | int) -> None:
+    assert "amount must be more than 0" in invalid("credits.transfer", amount=amount)
+    assert "amount must be more than 0" in invalid(
+        "credits.receive", lots=[{"source": "pack", "amount": amount, "priority": 1}]
+    )
+
+
+def test_the_ids_of_what_follows_from_a_transfer() -> None:
+    # Written down from: printf '4:anna6:gift-1' | sha256sum
+    digest = "52a5b4ac5d3553f8e28362036c44ebe83205b16c35e4d001dbc2bd6271071d93"
+    assert contract.receiving_id("anna", "gift-1") == f"transfer.receive:{digest}"
+    assert contract.concluding_id("anna", "gift-1") == f"transfer.conclude:{digest}"
+
+
+def test_no_two_transfers_have_an_id_in_common() -> None:
+    pairs = [("a", "bc"), ("ab", "c"), ("abc", ""), ("", "abc"), ("1:a", "b"), ("a", "1:b"), ("ä", "b"), ("a", "̈b")]
+    ids = {make(*pair) for pair in pairs for make in (contract.receiving_id, contract.concluding_id)}
+    assert len(ids) == 2 * len(pairs)
+
+
+def test_the_ids_of_what_follows_from_the_longest_names_are_ids() -> None:
+    longest = "\U0001f4b3" * contract.MAX_NAME
+    assert check_id(contract.receiving_id(longest, longest))
+    assert check_id(contract.concluding_id(longest, longest))
+
+
+def test_the_largest_transfer_there_can_be_fits_a_message() -> None:
+    longest = "\U0001f4b3" * contract.MAX_NAME
+    content = {
+        "account": longest,
+        "sender": longest,
+        "transfer": longest,
+        "message": "\U0001f4b3" * contract.MAX_TEXT,
+        "lots": [
+            {
+                "source": longest,
+                "amount": "999999999999.999999",
+                "priority": 1000,
+                "expires_at": "8999-12-31T23:59:59.999999Z",
+                "unit_price": {"minor": 10**15, "currency": "EUR", "per": "999999999999.999999"},
+            }
+        ]
+        * contract.MAX_LOTS,
+    }
+    raw = msgspec.json.encode(content)
+    assert isinstance(decode_message("credits.receive", raw), contract.Receive)
+    assert len(raw) + 1000 < contract.MAX_MESSAGE_BYTES
+    assert contract.MAX_LOTS >= MAX_OPEN_GRANTS

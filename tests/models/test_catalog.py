@@ -66,6 +66,18 @@ def test_a_catalog_of_a_name_and_nothing_else_has_the_documented_defaults() -> N
     assert catalog.label == "mine-1"
 
 
+def test_credits_that_nobody_paid_for_stay_where_they_are_unless_the_catalog_says_otherwise() -> None:
+    plain = parse_catalog(HEAD + '[signup]\nsource = "hello"\n[lead]\nsource = "hi"\n', "mine.toml")
+    for source in ("hello", "hi", "signup", "lead", "bonus", "referral", "promotion"):
+        assert not plain.is_transferable(source), source
+    assert plain.is_transferable("pack")
+    assert plain.is_transferable("anything")
+    said = "[sources.signup]\ntransferable = true\n[sources.pack]\ntransferable = false\n"
+    named = parse_catalog(HEAD + said, "mine.toml")
+    assert named.is_transferable("signup")
+    assert not named.is_transferable("pack")
+
+
 def test_a_file_that_is_not_there_is_named_with_the_shipped_ones() -> None:
     with pytest.raises(CatalogError, match=r"nonesuch\.toml: cannot be read .*metering, packs"):
         load_catalog("nonesuch")
@@ -131,6 +143,9 @@ def test_a_catalog_without_its_own_section_is_refused() -> None:
         ("[priorities]\npack = -1\n", "priorities", ">= 0"),
         ("[priorities]\npack = 1001\n", "priorities", "<= 1000"),
         ("[priorities]\npack = 'first'\n", "priorities", "int"),
+        ("[sources.pack]\ntransferable = 1\n", "sources", "bool"),
+        ("[sources.pack]\ntransferrable = true\n", "sources", "unknown field `transferrable`"),
+        ("[sources.pack]\n", "sources", "`transferable`"),
         ("[clawback]\non_spent = 'shrug'\n", "clawback.on_spent", "shrug"),
         ("[refunds]\nrefund_days = 0\n", "refunds.refund_days", ">= 1"),
         ("[refunds]\nrefund_days = 3661\n", "refunds.refund_days", "<= 3660"),

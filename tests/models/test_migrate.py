@@ -49,8 +49,8 @@ def test_upgrading_again_changes_nothing(empty_database: str) -> None:
     first = schema(empty_database)
     assert len(first) > 100
     with psycopg.connect(empty_database, autocommit=True) as connection:
-        connection.execute("INSERT INTO outbox (account, queue, task, operation, arguments, created_at)"
-                           " VALUES ('a', 'q', 't', 'o', '{}', now())")  # fmt: skip
+        connection.execute("INSERT INTO outbox (account, exchange, task, operation, arguments, created_at)"
+                           " VALUES ('a', '', 't', 'o', '{}', now())")  # fmt: skip
     upgrade(empty_database)
     assert schema(empty_database) == first
     assert value(empty_database, "SELECT count(*) FROM outbox") == 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from fractions import Fraction
+from hashlib import sha256
 from math import ceil
 from typing import Any
 
@@ -26,6 +27,9 @@ MOST = 9 * 10**18
 
 MANY = 1000
 """Lots with credits left, in whatever form, that one account may have."""
+
+PROMOTIONAL = {"signup", "lead", "bonus", "referral", "promotion"}
+"""Where credits come from that nobody paid for."""
 
 BUCKETS = (
     "granted",
@@ -67,6 +71,10 @@ def meaning(name: str, content: Row) -> Row:
             said[field] = micro(value)
         elif field in INSTANTS:
             said[field] = datetime.fromisoformat(value)
+        elif field == "lots":
+            said[field] = [meaning("a lot", lot) for lot in value]
+        elif field == "unit_price":
+            said[field] = {**value, "per": micro(value.get("per", 1))}
         else:
             said[field] = value
     if name in ("credits.consume", "credits.hold") and "feature" in said and "quantity" not in said:
@@ -74,18 +82,27 @@ def meaning(name: str, content: Row) -> Row:
     return said
 
 
+def derived(step: str, sender: str, transfer: str) -> str:
+    """The id of what the ledger sends itself because of a transfer."""
+    text = "".join(f"{len(part.encode())}:{part}" for part in (sender, transfer))
+    return f"transfer.{step}:{sha256(text.encode()).hexdigest()}"
+
+
 class Ledger:
     """One account.
 
     :param policy: the catalog as plain data: ``features`` (each with ``price`` and ``per`` in millionths and
         ``rounding``), ``signup`` and ``lead`` (``credits`` in micro-credits, ``source``, ``expires_days``),
-        ``priorities``, ``packs`` (name, micro-credits, minor units, price as text), ``on_spent``,
-        ``refund_days``.
+        ``priorities``, ``sources`` (whether they may be given away), ``packs`` (name, micro-credits, minor units,
+        price as text), ``on_spent``, ``refund_days``.
     """
 
     def __init__(self, policy: Row) -> None:
         self.policy = policy
         self.opened = False
+        self.closed = False
+        self.journeys: dict[str, list[Row]] = {}
+        self.letters: list[tuple[str, str, Row]] = []
         self.lots: list[Row] = []
         self.holds: dict[str, Row] = {}
         self.charges: dict[str, list[Row]] = {}
@@ -98,6 +115,7 @@ class Ledger:
     def do(self, name: str, operation: str, content: Row, now: datetime) -> Row:
         """Apply one operation and answer it; amounts of the answer are in micro-credits."""
         said = meaning(name, content)
+        self.letters = []
         self.settle(now)
         if operation in self.answers:
             first_name, first_said, first_answer = self.answers[operation]
@@ -107,11 +125,15 @@ class Ledger:
         try:
             if not self.opened and name != "credits.open":
                 raise Refusal("unknown_account")
+            if self.closed and name not in ("credits.confirm", "credits.bounce"):
+                raise Refusal("account_closed")
             step: Callable[[Row, str, datetime], Row] = getattr(self, name.removeprefix("credits.") + "_")
             details = step(said, operation, now)
             answer = {"status": "applied", "code": None, "charged": 0, "uses": [], **details}
         except Refusal as refusal:
             answer = {"status": "rejected", "code": refusal.code, "charged": 0, "uses": [], **refusal.details}
+            if name == "credits.receive" and operation == derived("receive", said["sender"], said["transfer"]):
+                self.answer_the_sender("credits.bounce", said, refused=refusal.code)
         answer["balance"] = self.balance(now)
         answer["replayed"] = False
         self.answers[operation] = (name, said, answer)
@@ -290,7 +312,8 @@ class Ledger:
         shares: list[int] = []
         for root in roots:
             family = self.family_of(root)
-            away = sum(lot["consumed"] + lot["held"] for lot in family) - sum(lot["restored"] for lot in family)
+            away = sum(lot["consumed"] + lot["held"] + lot["in_transit"] + lot["sent"] for lot in family)
+            away -= sum(lot["restored"] for lot in family)
             unforgiven = max(away - root["forgiven"], 0)
             shares.append(min(unforgiven, self.worth(root), wanted - sum(shares)))
         for place, root in enumerate(roots):
@@ -307,6 +330,99 @@ class Ledger:
 
     def settle_(self, said: Row, operation: str, now: datetime) -> Row:
         return {}
+
+    def transfer_(self, said: Row, operation: str, now: datetime) -> Row:
+        amount = said["amount"]
+        everything = self.spendable(None, now)
+        if everything < amount:
+            raise self.shortage(amount, everything)
+        free = [lot for lot in self.lots if self.can_pay(lot, None, now) and self.may_leave(lot["source"])]
+        if sum(lot["available"] for lot in free) < amount:
+            short = self.shortage(amount, sum(lot["available"] for lot in free))
+            raise Refusal("not_transferable", **short.details)
+        journey: list[Row] = []
+        for lot in in_burn_down_order(free):
+            taken = min(lot["available"], amount - sum(line["taken"] for line in journey))
+            if taken:
+                self.move("transferred", lot, taken, now, operation)
+                journey.append({"lot": lot, "taken": taken})
+        self.journeys[operation] = journey
+        letter = {
+            "account": said["to"],
+            "sender": said["account"],
+            "transfer": operation,
+            "message": said.get("message"),
+            "lots": [
+                {
+                    "source": line["lot"]["source"],
+                    "amount": line["taken"],
+                    "priority": line["lot"]["priority"],
+                    "expires_at": line["lot"]["end"],
+                    "unit_price": line["lot"]["price"],
+                }
+                for line in journey
+            ],
+        }
+        self.letters.append(("credits.receive", derived("receive", said["account"], operation), letter))
+        return {
+            "charged": amount,
+            "uses": [(line["lot"]["number"], line["taken"]) for line in journey],
+            "to": said["to"],
+        }
+
+    def receive_(self, said: Row, operation: str, now: datetime) -> Row:
+        if operation != derived("receive", said["sender"], said["transfer"]):
+            raise Refusal("invalid")
+        alive = [lot for lot in self.lots if lot["available"] + lot["held"] + lot["in_transit"] > 0]
+        if len(alive) + len(said["lots"]) > MANY:
+            raise Refusal("limit_reached")
+        self.make_room(sum(came["amount"] for came in said["lots"]))
+        uses = []
+        for came in said["lots"]:
+            end = came.get("expires_at")
+            lot = self.add_lot(operation, now, came["source"], came["priority"], end=end)
+            lot["price"] = came.get("unit_price")
+            self.move("received", lot, came["amount"], now, operation)
+            if end is not None and end <= now:
+                self.move("expired", lot, came["amount"], now, operation)
+            else:
+                self.take_what_is_owed(lot, came["amount"], now, now, operation)
+            uses.append((lot["number"], came["amount"]))
+        self.answer_the_sender("credits.confirm", said)
+        return {"uses": uses, "sender": said["sender"], "transfer": said["transfer"]}
+
+    def answer_the_sender(self, name: str, said: Row, **more: str) -> None:
+        content = {"account": said["sender"], "transfer": said["transfer"], **more}
+        self.letters.append((name, derived("conclude", said["sender"], said["transfer"]), content))
+
+    def confirm_(self, said: Row, operation: str, now: datetime) -> Row:
+        uses = []
+        for line in self.journey(said, operation):
+            self.move("sent", line["lot"], line["taken"], now, operation, said["transfer"])
+            uses.append((line["lot"]["number"], line["taken"]))
+        return {"uses": uses, "transfer": said["transfer"]}
+
+    def bounce_(self, said: Row, operation: str, now: datetime) -> Row:
+        uses = []
+        for line in reversed(self.journey(said, operation)):
+            lot, back = line["lot"], line["taken"]
+            self.move("bounced", lot, back, now, operation, said["transfer"])
+            self.settle_in(lot, back, now, now, operation, said["transfer"])
+            uses.append((lot["number"], back))
+        back = sum(each for _, each in uses)
+        return {"charged": -back, "uses": uses, "transfer": said["transfer"], "refused": said["refused"]}
+
+    def journey(self, said: Row, operation: str) -> list[Row]:
+        if said["transfer"] not in self.journeys:
+            raise Refusal("unknown_transfer")
+        if operation != derived("conclude", said["account"], said["transfer"]):
+            raise Refusal("invalid")
+        return self.journeys[said["transfer"]]
+
+    def may_leave(self, source: str) -> bool:
+        if source in self.policy["sources"]:
+            return bool(self.policy["sources"][source])
+        return source not in PROMOTIONAL | {self.policy["signup"]["source"], self.policy["lead"]["source"]}
 
     # Time.
 
@@ -404,12 +520,18 @@ class Ledger:
             line["back"] = back
             lot = line["lot"]
             self.move("released", lot, back, now, operation, hold["id"], at)
-            over = lot["end"] is not None and lot["end"] <= at
-            if not over or self.root_of(lot)["clawed_back"] > 0:
-                back -= self.take_what_is_owed(lot, back, at, now, operation)
-            if over and back > 0:
-                self.move("expired", lot, back, now, operation, hold["id"], at)
+            self.settle_in(lot, back, at, now, operation, hold["id"])
         assert amount == 0
+
+    def settle_in(
+        self, lot: Row, back: int, at: datetime, now: datetime, operation: str | None, refers_to: str
+    ) -> None:
+        """Of what came back into a lot: what is owed is taken, what is over lapses."""
+        over = lot["end"] is not None and lot["end"] <= at
+        if not over or self.root_of(lot)["clawed_back"] > 0:
+            back -= self.take_what_is_owed(lot, back, at, now, operation)
+        if over and back > 0:
+            self.move("expired", lot, back, now, operation, refers_to, at)
 
     def take_what_is_owed(self, lot: Row, came: int, at: datetime, now: datetime, operation: str | None) -> int:
         """Of the credits that just came into a lot: first what was forgiven of its family, then the debt."""
@@ -532,6 +654,18 @@ class Ledger:
         elif kind == "revoked":
             lot["available"] -= amount
             lot["revoked"] += amount
+        elif kind == "transferred":
+            lot["available"] -= amount
+            lot["in_transit"] += amount
+        elif kind == "sent":
+            lot["in_transit"] -= amount
+            lot["sent"] += amount
+        elif kind == "bounced":
+            lot["in_transit"] -= amount
+            lot["available"] += amount
+        elif kind == "received":
+            lot["received"] += amount
+            lot["available"] += amount
         elif kind == "debt_paid":
             lot["available"] -= amount
             lot["revoked"] += amount
@@ -541,6 +675,7 @@ class Ledger:
             self.debt += amount
         assert lot["available"] >= 0
         assert lot["held"] >= 0
+        assert lot["in_transit"] >= 0
         assert self.debt >= 0
         self.movements.append(
             {
@@ -569,6 +704,7 @@ class Ledger:
             "available": sum(lot["available"] for lot in live),
             "held": sum(lot["held"] for lot in self.lots),
             "debt": self.debt,
+            "in_transit": sum(lot["in_transit"] for lot in self.lots),
             "upcoming": sum(lot["available"] for lot in self.lots if lot["start"] > now),
             "by_source": {
                 source: sum(lot["available"] for lot in live if lot["source"] == source) for source in sources

@@ -22,9 +22,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from creditlane.contract import decode_message
 from models.catalog import parse_catalog
 from models.rules.catalog import Catalog, Money
-from models.rules.state import COUNTERS, Account, Entry
-from tasks.ledger import Answer, apply
-from tests.oracle.model import BUCKETS, Ledger, Row, micro
+from models.rules.state import CLOSED, COUNTERS, UNOPENED, Account, Entry
+from tasks.ledger import Answer, apply, encode
+from tests.oracle.model import BUCKETS, Ledger, Row, meaning
 
 THOROUGH = os.environ.get("CREDITLANE_HYPOTHESIS") == "thorough"
 COMMON = settings(
@@ -55,6 +55,10 @@ source = "lead"
 signup = 10
 pack = 50
 bonus = 50
+[sources.bonus]
+transferable = true
+[sources.other]
+transferable = false
 [features.image]
 price = "1"
 per = "8"
@@ -107,6 +111,7 @@ def plain(catalog: Catalog) -> Row:
             "expires_days": catalog.lead.expires_days,
         },
         "priorities": dict(catalog.priorities),
+        "sources": {name: source.transferable for name, source in catalog.sources.items()},
         "packs": [
             {"name": name, "credits": int(pack.credits), "minor": Money.parse(pack.price).minor}
             for name, pack in catalog.packs.items()
@@ -176,6 +181,10 @@ MOVES: dict[str, dict[str, int]] = {
     "released": {"held": -1, "available": 1},
     "expired": {"available": -1, "expired": 1},
     "revoked": {"available": -1, "revoked": 1},
+    "transferred": {"available": -1, "in_transit": 1},
+    "sent": {"in_transit": -1, "sent": 1},
+    "bounced": {"in_transit": -1, "available": 1},
+    "received": {"received": 1, "available": 1},
     "debt_incurred": {"debt": 1},
     "debt_paid": {"available": -1, "revoked": 1, "debt": -1},
 }
@@ -263,7 +272,7 @@ def read_answer(answer: Answer) -> Row:
     for amount in ("required", "available", "shortfall", "owed", "forgiven"):
         if amount in said:
             read[amount] = credits_of(said[amount])
-    for same in ("grant", "hold"):
+    for same in ("grant", "hold", "to", "sender", "transfer", "refused"):
         if same in said:
             read[same] = said[same]
     if "expires_at" in said:
@@ -273,7 +282,10 @@ def read_answer(answer: Answer) -> Row:
     balance = said.get("balance")
     if balance is not None:
         read["balance"] = {
-            **{each: credits_of(balance.get(each, "0")) for each in ("available", "held", "debt", "upcoming")},
+            **{
+                each: credits_of(balance.get(each, "0"))
+                for each in ("available", "held", "debt", "upcoming", "in_transit")
+            },
             "by_source": {source: credits_of(each) for source, each in balance.get("by_source", {}).items()},
         }
     return read
@@ -288,13 +300,16 @@ class Both:
     """An account in the rules and in the second ledger."""
 
     catalog: Catalog
-    account: Account = field(default_factory=lambda: Account(ACCOUNT))
+    name: str = ACCOUNT
     now: datetime = START
     auditor: Auditor = field(default_factory=Auditor)
     sent: list[tuple[str, str, Row]] = field(default_factory=list)
     script: list[Step] = field(default_factory=list)
+    letters: list[tuple[str, str, Row]] = field(default_factory=list)
+    """What the last operation was followed by: name, id and content, as on the wire."""
 
     def __post_init__(self) -> None:
+        self.account = Account(self.name)
         self.ledger = Ledger(plain(self.catalog))
 
     def do(self, name: str, operation: str, content: Row) -> Row:
@@ -312,7 +327,12 @@ class Both:
         else:
             assert result == expected
         said = json.loads(answer.result)
-        assert (said["operation"], said["id"], said["account"]) == (name, operation, ACCOUNT)
+        assert (said["operation"], said["id"], said["account"]) == (name, operation, self.name)
+        self.letters = [(each.name, each.operation, json.loads(encode(each.arguments))) for each in answer.follow]
+        for (kind, _, content), (kind_there, _, content_there) in zip(self.letters, self.ledger.letters, strict=True):
+            assert kind == kind_there
+            assert meaning(kind, content) == bare(content_there)
+        assert [id for _, id, _ in self.letters] == [id for _, id, _ in self.ledger.letters]
         assert answer.conflict is (expected["code"] == "id_conflict")
         new = self.account.entries[written:]
         if known:
@@ -366,14 +386,15 @@ class Both:
     def check_live(self, new: list[Entry]) -> None:
         """Nothing was taken from a grant before its start or from its end on."""
         for entry in new:
-            if entry.kind in ("consumed", "held"):
+            if entry.kind in ("consumed", "held", "transferred"):
                 grant = self.account.grants[entry.grant]
                 assert grant.effective_at <= self.now
                 assert grant.expires_at is None or self.now < grant.expires_at
 
     def check_same(self) -> None:
         """Every grant, every hold, the debt and every entry are the same in both."""
-        assert (self.account.status == "open") is self.ledger.opened
+        assert (self.account.status != UNOPENED) is self.ledger.opened
+        assert (self.account.status == CLOSED) is self.ledger.closed
         assert self.account.debt == self.ledger.debt
         assert self.account.last_grant == len(self.ledger.lots) == len(self.account.grants)
         for lot in self.ledger.lots:
@@ -388,8 +409,11 @@ class Both:
                 lot["purchase"],
             )
             price = lot["price"] or {"minor": None, "currency": None, "per": None}
-            assert (grant.price_minor, grant.price_currency) == (price["minor"], price["currency"])
-            assert grant.price_per == (None if price["per"] is None else micro(price["per"]))
+            assert (grant.price_minor, grant.price_currency, grant.price_per) == (
+                price["minor"],
+                price["currency"],
+                price["per"],
+            )
             assert (grant.effective_at, grant.expires_at, grant.created_at) == (
                 lot["start"],
                 lot["end"],
@@ -418,6 +442,15 @@ class Both:
             assert (entry.at, entry.recorded_at) == (movement["at"], movement["recorded_at"])
             assert entry.balance_after_micro == movement["balance_after"]
             assert entry.refers_to == movement["refers_to"]
+
+
+def bare(content: Row) -> Row:
+    """A letter of the second ledger without what is not there."""
+    return {
+        name: [bare(each) for each in value] if isinstance(value, list) else value
+        for name, value in content.items()
+        if value is not None
+    }
 
 
 def check_settling(entries: list[Entry]) -> None:
@@ -908,4 +941,6 @@ def test_every_kind_of_entry_is_reached_by_the_sequences_of_this_file() -> None:
         both.do(name, f"operation-{len(both.sent)}", content)
     both.now += timedelta(days=3)
     both.do("credits.settle", "operation-8", present())
-    assert {entry.kind for entry in both.account.entries} == set(MOVES)
+    # What moves between accounts is in test_transfers.py.
+    between = {"transferred", "sent", "bounced", "received"}
+    assert {entry.kind for entry in both.account.entries} == set(MOVES) - between

@@ -137,6 +137,22 @@ def test_every_operation(run: Run, lane_worker: Worker) -> None:
     assert "consumed grant 3 (promotion)" in run("account", "history", "alice", "--entries").stdout
 
 
+def test_a_transfer(run: Run, lane_worker: Worker) -> None:
+    run("account", "open", "alice")
+    run("grant", "alice", "10", "--source", "pack")
+    promotional = run("transfer", "alice", "bob", "20", code=3)
+    assert "not_transferable: 20 credits needed, 10 available, 10 short" in promotional.stderr
+    given = run("transfer", "alice", "bob", "4", "--message", "thank you", "--id", "gift")
+    assert "applied transfer: 4 credits on their way from alice to bob" in given.stdout
+    assert "56 available, 4 in transit" in given.stdout
+    told = one(run("transfer", "alice", "bob", "4", "--message", "thank you", "--id", "gift", "--json"))
+    assert (told["to"], told["balance"]["in_transit"], told["replayed"]) == ("bob", "4", True)
+    history = run("account", "history", "alice", "--operation", "transfer").stdout
+    assert "transfer of 4 to bob" in history
+    assert "thank you" in history
+    assert "transfer to bob" in history
+
+
 def test_a_refusal_names_its_code(run: Run, lane_worker: Worker) -> None:
     unknown = run("consume", "bob", "image", code=3)
     assert unknown.stdout == ""
@@ -285,6 +301,8 @@ def test_a_quarantined_answer(run: Run, monkeypatch: pytest.MonkeyPatch, lane_wo
         ("adjust", "alice", "-5"),
         ("adjust", "alice", "-5", "--raeson", "x"),
         ("revoke", "alice"),
+        ("transfer", "alice", "alice", "5"),
+        ("transfer", "alice", "bob", "0"),
         ("account", "open", "alice", "--kind", "group"),
         ("account", "history", "alice", "--limit", "1001"),
         ("lanes", "--watch", "--json"),
@@ -551,6 +569,7 @@ def test_every_help_has_examples() -> None:
                 "refund",
                 "adjust",
                 "revoke",
+                "transfer",
                 "settle",
                 "lanes",
                 "audit",

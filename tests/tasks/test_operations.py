@@ -12,7 +12,7 @@ import pytest
 
 from creditlane.codes import Code
 from creditlane.contract import OPERATIONS as MESSAGES
-from creditlane.contract import Result, decode_message
+from creditlane.contract import Result, decode_message, receiving_id
 from models.catalog import load_catalog, parse_catalog
 from models.rules.catalog import Catalog
 from models.rules.state import CLOSED, MAX_OPEN_GRANTS, MAX_OPEN_HOLDS, Account
@@ -161,7 +161,17 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "adjust": {"amount": "1", "actor": "anna", "reason": "goodwill"},
     "revoke": {"grant": 1},
     "settle": {},
+    "transfer": {"to": "user_43", "amount": "1"},
+    "receive": {
+        "sender": "user_41",
+        "transfer": "gift",
+        "lots": [{"source": "pack", "amount": "1", "priority": 50}],
+    },
+    "confirm": {"transfer": "gift"},
+    "bounce": {"transfer": "gift", "refused": "unknown_account"},
 }
+CONCLUDING = ("confirm", "bounce")
+"""What ends a transfer that the account has begun: applied even when it was closed meanwhile."""
 
 
 @pytest.mark.parametrize("name", list(EXAMPLES))
@@ -174,7 +184,7 @@ def test_nothing_but_an_opening_is_applied_to_an_account_that_was_not_opened(nam
     assert unopened.account.status == "unopened"
 
 
-@pytest.mark.parametrize("name", [*EXAMPLES, "open"])
+@pytest.mark.parametrize("name", [*(name for name in EXAMPLES if name not in CONCLUDING), "open"])
 def test_nothing_is_applied_to_a_closed_account(name: str) -> None:
     closed = lane("5")
     closed.account.status = CLOSED
@@ -1268,3 +1278,15 @@ def test_a_refund_into_a_successor_is_noted_too() -> None:
     assert own.account.next_due_at is None
     own("refund", operation="c")
     assert own.account.next_due_at == own.now + timedelta(days=30)
+
+
+# Transfers: the rest is in tests/oracle/test_transfers.py.
+
+
+def test_a_recipient_has_room_for_the_lots_of_a_transfer_or_they_go_back() -> None:
+    full = lane(*["1"] * (MAX_OPEN_GRANTS - 1))
+    parcel = {"source": "pack", "amount": "1", "priority": 50}
+    two = full("receive", receiving_id("anna", "two"), sender="anna", transfer="two", lots=[parcel, parcel])
+    assert refused(two, Code.LIMIT_REACHED)
+    one = full("receive", receiving_id("anna", "one"), sender="anna", transfer="one", lots=[parcel])
+    assert one["status"] == "applied"

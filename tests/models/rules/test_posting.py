@@ -37,6 +37,10 @@ def counts(of: Account | Grant) -> dict[str, int]:
         (["consumed", "restored"], {"granted": 10, "restored": 5, "available": 10, "consumed": 5}),
         (["expired"], {"granted": 10, "available": 5, "expired": 5}),
         (["revoked"], {"granted": 10, "available": 5, "revoked": 5}),
+        (["transferred"], {"granted": 10, "available": 5, "in_transit": 5}),
+        (["transferred", "sent"], {"granted": 10, "available": 5, "sent": 5}),
+        (["transferred", "bounced"], {"granted": 10, "available": 10}),
+        (["received"], {"granted": 10, "received": 5, "available": 15}),
         (["debt_incurred"], {"granted": 10, "available": 10}),
         (["debt_incurred", "debt_paid"], {"granted": 10, "available": 5, "revoked": 5}),
     ],
@@ -60,7 +64,12 @@ def test_every_kind_keeps_what_came_in_equal_to_where_it_is() -> None:
         assert flow.leaves in (None, *COUNTERS[3:])
 
 
-@pytest.mark.parametrize("kind", ["consumed", "held", "expired", "revoked", "captured", "released", "debt_paid"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "consumed", "held", "expired", "revoked", "captured", "released", "debt_paid", "transferred", "sent", "bounced",
+    ],
+)  # fmt: skip
 def test_no_bucket_of_a_grant_falls_below_zero(kind: str) -> None:
     account, grant = account_with(10)
     account.debt = 100

@@ -1,0 +1,88 @@
+"""Events out: what the ledger tells whoever listens (messages: events out).
+
+The ledger publishes them to the topic exchange :data:`EXCHANGE` after the commit, at least once each. Which ones is a
+setting of the workers, since each costs a row; none unless they are asked for. An account's events come with ascending
+``seq``; after a fault older ones may come again, or late: a listener drops what is not newer than what it has seen.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from decimal import Decimal
+from fnmatch import fnmatchcase
+
+import msgspec
+
+from creditlane.contract import Balance, GrantUse
+from creditlane.lanes import LANES, lane_of
+
+EXCHANGE = "credits.events"
+"""The topic exchange."""
+
+BALANCE_CHANGED, BALANCE_DEPLETED = "balance.changed", "balance.depleted"
+
+BY_ENTRY = {
+    "granted": "credits.granted",
+    "consumed": "credits.consumed",
+    "held": "credits.held",
+    "captured": "credits.captured",
+    "released": "credits.released",
+    "restored": "credits.refunded",
+    "expired": "credits.expired",
+    "revoked": "credits.revoked",
+    "transferred": "credits.transferred",
+    "sent": "credits.sent",
+    "bounced": "credits.bounced",
+    "received": "credits.received",
+    "debt_incurred": "credits.debt_incurred",
+    "debt_paid": "credits.debt_paid",
+}
+"""The type of event that each kind of ledger entry makes."""
+
+TYPES = (BALANCE_CHANGED, BALANCE_DEPLETED, *BY_ENTRY.values())
+"""Every type of event."""
+
+_PATTERN = re.compile(r"[a-z_.*]{1,64}\Z", re.ASCII)
+
+
+class Event(msgspec.Struct, kw_only=True, frozen=True):
+    """One event, as it is on the wire."""
+
+    id: str
+    """The same each time it is published."""
+    type: str
+    account: str
+    seq: int
+    """The account's last ledger entry that it tells of."""
+    at: datetime
+    """The account's time."""
+    operation: str | None = None
+    """The id of the operation that caused it; none where time did, and for ``balance.…``."""
+    amount: Decimal | None = None
+    """For ``credits.…``: how many."""
+    grants: list[GrantUse] = []
+    """For ``credits.…``: of which grants."""
+    balance_after: Decimal | None = None
+    """For ``credits.…``: the account's credits after it, those that take effect later included."""
+    balance: Balance | None = None
+    """For ``balance.…``: the whole balance."""
+
+
+def routing_key(type: str, account: str, lanes: int = LANES) -> str:
+    """Under which key an event is published: its type, then its account's lane, as ``credits.held.lane.007``."""
+    return f"{type}.{lane_of(account, lanes)}"
+
+
+def matching(patterns: str) -> frozenset[str]:
+    """The types that a comma list of patterns names: ``balance.changed,credits.*``, or ``*`` for all.
+
+    :raises ValueError: for a pattern that fits no type.
+    """
+    found: set[str] = set()
+    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
+        fitting = [type for type in TYPES if _PATTERN.match(pattern) and fnmatchcase(type, pattern)]
+        if not fitting:
+            raise ValueError(f"{pattern[:64]!r} is no type of event; there are {', '.join(TYPES)}")
+        found.update(fitting)
+    return frozenset(found)

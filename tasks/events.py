@@ -1,0 +1,66 @@
+"""Which events follow from what a batch did to an account (messages: events out). Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from hashlib import sha256
+from itertools import groupby
+from typing import Any
+
+from creditlane.amounts import format_amount
+from creditlane.events import BALANCE_CHANGED, BALANCE_DEPLETED, BY_ENTRY
+from models.rules.state import Account
+from tasks.ledger import balance_of
+
+
+def spendable(account: Account, now: datetime) -> int:
+    """Micro-credits that were there to be spent, what has ended since the account was last settled included."""
+    return sum(grant.available for grant in account.order if grant.effective_at <= now)
+
+
+def events_of(account: Account, spendable_before: int, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
+    """The events of an account's new entries, in the order of their ``seq``.
+
+    One for each run of entries of one operation and kind; then, for all of them together, that nothing is left to
+    spend, if it was this batch that left nothing, and that the balance changed.
+
+    :param spendable_before: what :func:`spendable` gave before the batch.
+    :param wanted: types, as of :func:`creditlane.events.matching`.
+    :returns: each as :class:`creditlane.events.Event` on the wire.
+    """
+    if not account.entries:
+        return
+    for (kind, operation), run in groupby(account.entries, key=lambda entry: (entry.kind, entry.operation)):
+        if BY_ENTRY[kind] not in wanted:
+            continue
+        entries = list(run)
+        event = _event(account, BY_ENTRY[kind], entries[-1].seq, entries[-1].recorded_at)
+        if operation is not None:
+            event["operation"] = operation
+        event["amount"] = format_amount(sum(entry.amount_micro for entry in entries))
+        event["grants"] = [
+            {
+                "grant": entry.grant,
+                "source": account.grants[entry.grant].source,
+                "amount": format_amount(entry.amount_micro),
+            }
+            for entry in entries
+        ]
+        event["balance_after"] = format_amount(entries[-1].balance_after_micro)
+        yield event
+    last = account.entries[-1]
+    for type in (BALANCE_DEPLETED, BALANCE_CHANGED):
+        if type not in wanted:
+            continue
+        if type == BALANCE_DEPLETED and not (spendable_before and not spendable(account, last.recorded_at)):
+            continue
+        yield {
+            **_event(account, type, last.seq, last.recorded_at),
+            "balance": balance_of(account, last.recorded_at),
+        }
+
+
+def _event(account: Account, type: str, seq: int, at: datetime) -> dict[str, Any]:
+    id = sha256(f"{type}:{seq}:{account.account}".encode()).hexdigest()[:32]
+    return {"id": id, "type": type, "account": account.account, "seq": seq, "at": at}

@@ -1,0 +1,160 @@
+"""Transfers: credits given to another account, each side in its own lane (ledger rules: operations, transfer).
+
+The sender's ``credits.transfer`` sets the credits aside as in transit and is followed by ``credits.receive`` in the
+recipient's lane, which adds a lot for each lot burnt. That one, applied or refused, is followed by the sender's
+``credits.confirm`` or ``credits.bounce``. Each follows from the committed row of the one before, under an id that is
+derived from sender and transfer, so however often one is delivered, credits move once; and since both ends of a
+transfer have one id, it can only have one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from creditlane.amounts import format_amount
+from creditlane.codes import Code
+from creditlane.contract import VERSION, Bounce, Confirm, Receive, Transfer, concluding_id, receiving_id
+from models.rules.burning import burn, check_room, come_back, new_grant, pay_debt, plan_burn
+from models.rules.posting import post
+from models.rules.refusal import RefusedError
+from models.rules.state import MAX_OPEN_GRANTS, Account, Grant, Line
+from tasks.consuming import insufficient, shortage
+from tasks.operation import Context, FollowUp, Need, Outcome, operation
+
+
+@operation(Transfer)
+def transfer(account: Account, message: Transfer, context: Context) -> Outcome:
+    """Set ``amount`` credits aside for the account ``to``, and send them there.
+
+    Paid in burn-down order by unscoped lots of sources that the catalog lets go. Until the recipient's lane has
+    answered they are in transit: not spendable, not refundable, and they do not lapse. Refusals:
+    ``insufficient_credits``; ``not_transferable`` when there are enough, but not of such lots.
+    """
+    amount = int(message.amount)
+    plan, missing = plan_burn(account, amount, None, context.now, context.catalog.is_transferable)
+    if missing:
+        short = plan_burn(account, amount, None, context.now)[1]
+        if short:
+            raise insufficient(context, amount, short)
+        raise RefusedError(Code.NOT_TRANSFERABLE, **shortage(context, amount, missing))
+    receipt = burn(account, plan, "transferred", context.now, context.operation)
+    follow = FollowUp(
+        Receive.operation,
+        receiving_id(account.account, context.operation),
+        {
+            "account": message.to,
+            "sender": account.account,
+            "transfer": context.operation,
+            "lots": [_parcel(grant, taken) for grant, taken in plan],
+            **({} if message.message is None else {"message": message.message}),
+            "v": VERSION,
+        },
+    )
+    return Outcome(amount, plan, receipt, {"to": message.to}, follow=[follow])
+
+
+def _parcel(grant: Grant, amount_micro: int) -> dict[str, Any]:
+    """Credits of a lot as :class:`creditlane.contract.Parcel` on the wire."""
+    parcel: dict[str, Any] = {
+        "source": grant.source, "amount": format_amount(amount_micro), "priority": grant.priority,
+    }  # fmt: skip
+    if grant.expires_at is not None:
+        parcel["expires_at"] = grant.expires_at
+    if grant.price_per is not None:
+        parcel["unit_price"] = {
+            "minor": grant.price_minor, "currency": grant.price_currency, "per": format_amount(grant.price_per),
+        }  # fmt: skip
+    return parcel
+
+
+def _concluded(name: str, message: Receive, **details: str) -> FollowUp:
+    """What tells the sender how its transfer ended."""
+    arguments = {"account": message.sender, "transfer": message.transfer, **details, "v": VERSION}
+    return FollowUp(name, concluding_id(message.sender, message.transfer), arguments)
+
+
+def _refused(message: Receive, operation: str, code: Code) -> Sequence[FollowUp]:
+    """The recipient cannot take the credits: they go back. What is no transfer's own message changes nothing."""
+    if operation != receiving_id(message.sender, message.transfer):
+        return ()
+    return [_concluded(Bounce.operation, message, refused=code.value)]
+
+
+@operation(Receive, refused=_refused)
+def receive(account: Account, message: Receive, context: Context) -> Outcome:
+    """Add a lot for each one that the sender gave, of its source, priority, expiry and unit price, for any feature.
+
+    A debt is paid out of them first, as with a grant; what expired on its way lapses at once. Refusals, which send
+    the credits back: ``unknown_account``, ``account_closed``, ``limit_reached``; ``invalid`` under another id than
+    the transfer's.
+    """
+    if context.operation != receiving_id(message.sender, message.transfer):
+        raise RefusedError(Code.INVALID, "only the ledger itself sends this, under an id that it derives")
+    if account.open_grants() + len(message.lots) > MAX_OPEN_GRANTS:
+        raise RefusedError(Code.LIMIT_REACHED, f"the account may have {MAX_OPEN_GRANTS} grants with credits left")
+    check_room(account, sum(lot.amount for lot in message.lots))
+    uses = []
+    for lot in message.lots:
+        price = lot.unit_price
+        grant = new_grant(
+            account,
+            source=lot.source,
+            priority=lot.priority,
+            expires_at=lot.expires_at,
+            now=context.now,
+            operation=context.operation,
+            price=(None, None, None) if price is None else (price.minor, price.currency, int(price.per)),
+        )
+        amount = int(lot.amount)
+        post(account, grant, "received", amount, context.now, context.operation)
+        if lot.expires_at is not None and lot.expires_at <= context.now:
+            post(account, grant, "expired", amount, context.now, context.operation)
+        else:
+            pay_debt(account, grant, amount, context.now, context.operation)
+        uses.append((grant, amount))
+    details = {"sender": message.sender, "transfer": message.transfer}
+    return Outcome(uses=uses, details=details, follow=[_concluded(Confirm.operation, message)])
+
+
+@operation(Confirm, need=lambda message: Need("transfer", message.transfer), concludes=True)
+def confirm(account: Account, message: Confirm, context: Context) -> Outcome:
+    """The recipient has the credits: they are no longer in transit, but sent.
+
+    Refusals: ``unknown_transfer``; ``invalid`` under another id than the transfer's.
+    """
+    uses = []
+    for line in _sent_out(account, message.transfer, context):
+        grant = account.grants[line.grant]
+        post(account, grant, "sent", line.taken, context.now, context.operation, message.transfer)
+        uses.append((grant, line.taken))
+    return Outcome(uses=uses, details={"transfer": message.transfer})
+
+
+@operation(Bounce, need=lambda message: Need("transfer", message.transfer), concludes=True)
+def bounce(account: Account, message: Bounce, context: Context) -> Outcome:
+    """The recipient could not take the credits: they go back to their lots, in reverse order of taking.
+
+    What has expired meanwhile lapses at once; what comes back pays debt first (ledger rules: release, claw-back).
+    Refusals: ``unknown_transfer``; ``invalid`` under another id than the transfer's.
+    """
+    uses = []
+    for line in reversed(_sent_out(account, message.transfer, context)):
+        grant = account.grants[line.grant]
+        come_back(account, grant, "bounced", line.taken, context.now, context.operation, message.transfer)
+        uses.append((grant, line.taken))
+    details = {"transfer": message.transfer, "refused": message.refused}
+    return Outcome(-sum(taken for _, taken in uses), uses, details=details)
+
+
+def _sent_out(account: Account, transfer: str, context: Context) -> list[Line]:
+    """What a transfer of this account took from where.
+
+    :raises RefusedError: ``unknown_transfer``, ``invalid``.
+    """
+    known = account.known.get(transfer)
+    if known is None or known.name != Transfer.operation or known.lines is None:
+        raise RefusedError(Code.UNKNOWN_TRANSFER)
+    if context.operation != concluding_id(account.account, transfer):
+        raise RefusedError(Code.INVALID, "only the ledger itself sends this, under an id that it derives")
+    return known.lines
