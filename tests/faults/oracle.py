@@ -10,7 +10,7 @@ by plain SQL, and says what does not fit:
 - **O3 the closing identity**: ``==`` on both sides, per grant, per account and in all;
 - **O4 order**: per account no gap in ``number`` and ``seq``, the chain of hashes unbroken, and the order is the order
   published;
-- **O5 nothing left**: every lane is empty, ready and unacknowledged.
+- **O5 nothing left**: every lane is empty, ready and unacknowledged, and so is the outbox.
 
 O6, that the fault hit at all, is counted by the rows themselves.
 
@@ -137,6 +137,7 @@ def read_policy(catalog: Path) -> Row:
         "signup": welcome("signup"),
         "lead": welcome("lead"),
         "priorities": dict(tables.get("priorities", {})),
+        "sources": {name: source["transferable"] for name, source in tables.get("sources", {}).items()},
         "packs": [
             {
                 "name": name,
@@ -166,6 +167,7 @@ QUERIES = {
     "holds": "SELECT account, hold, status, amount_micro FROM holds ORDER BY account, hold",
     "quarantine": "SELECT queue, code, encode(sha256(body), 'hex'), task, operation, reason FROM quarantine"
     " ORDER BY id",
+    "outbox": "SELECT task, operation FROM outbox ORDER BY id",
     "clock": "SELECT ledger_now()",
 }
 """All that is read, in one snapshot."""
@@ -289,6 +291,8 @@ def judge(
     _answers(verdict, record.sent, operations, answers or {}, all_answered)
     if left:
         verdict.fault("O5", f"{left} messages are still in the lanes")
+    if found["outbox"]:
+        verdict.fault("O5", f"{len(found['outbox'])} messages are still in the outbox: {found['outbox'][0]}")
     return verdict
 
 
@@ -437,7 +441,7 @@ def read_answer(status: str, code: str | None, result: Row) -> Row:
     for amount in ("required", "available", "shortfall", "owed", "forgiven"):
         if amount in result:
             read[amount] = micro(result[amount])
-    for same in ("grant", "hold"):
+    for same in ("grant", "hold", "to", "sender", "transfer", "refused"):
         if same in result:
             read[same] = result[same]
     if "expires_at" in result:
@@ -446,7 +450,7 @@ def read_answer(status: str, code: str | None, result: Row) -> Row:
         read["offer"] = result["offer"]["pack"]
     balance = result["balance"]
     read["balance"] = {
-        **{each: micro(balance.get(each, "0")) for each in ("available", "held", "debt", "upcoming")},
+        **{each: micro(balance.get(each, "0")) for each in ("available", "held", "debt", "in_transit", "upcoming")},
         "by_source": {source: micro(each) for source, each in balance.get("by_source", {}).items()},
     }
     return read

@@ -8,12 +8,11 @@ from functools import partial
 
 from tests.faults.acts import Act, Done, Row, Size
 from tests.faults.stack import READY_SECONDS, Process, Scene, eventually
-from workers.crash import POINTS
 
 BATCH_MESSAGES = "40"
 """Small batches where batches are to be hit: more of them in the same time."""
 
-BEFORE_COMMIT = tuple(point for point in POINTS if point not in ("after-commit", "after-results"))
+BEFORE_COMMIT = ("after-load", "after-copy", "before-commit")
 
 
 def producers(scene: Scene, count: int = 2, per_second: float = 400) -> list[Process]:

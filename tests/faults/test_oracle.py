@@ -321,6 +321,14 @@ def test_an_unfinished_queue_is_found(court: Court) -> None:
     assert found(court.judge(left=3), "O5", "3 messages")
 
 
+def test_an_unfinished_outbox_is_found(court: Court) -> None:
+    statement = (
+        "INSERT INTO outbox (account, exchange, task, operation, arguments, created_at)"
+        " VALUES ('a', '', 'credits.receive', 'x', '{}', now())"
+    )
+    assert found(court.judge(statement), "O5", "outbox", "credits.receive")
+
+
 def test_a_producer_that_did_not_say_that_it_is_done_is_unfinished(tmp_path: Path) -> None:
     notes = Notes(tmp_path / "p.jsonl")
     notes.sent("p", ("credits.settle", "a", "1", {"account": "a"}))
