@@ -3,7 +3,8 @@
 It imports nothing of what it judges. It reads what the producers wrote down before they published, and the database
 by plain SQL, and says what does not fit:
 
-- **O1 exactly once**: the ids in the ledger are the ids published less those in quarantine; nothing twice;
+- **O1 exactly once**: the ids in the ledger are the ids published less those in quarantine, and those that follow from
+  other operations (the credit side of a transfer); nothing twice;
 - **O2 replay**: a second, slow ledger (``tests/oracle/model.py``), fed the operations in the ledger's order, gives
   every answer, entry, ``balance_after``, grant and hold; what senders were told is what the ledger says; every time
   stamp lies within the run, by the database's own clock;
@@ -283,8 +284,8 @@ def judge(
     published: dict[Key, list[Sent]] = {}
     for sent in record.sent:
         published.setdefault(sent.key, []).append(sent)
-    _exactly_once(verdict, published, operations, record.poison, found["quarantine"])
-    _replay(verdict, published, operations, found, policy)
+    letters = _replay(verdict, published, operations, found, policy)
+    _exactly_once(verdict, published, letters, operations, record.poison, found["quarantine"])
     _within(verdict, operations, found["entries"], started, found["clock"][0][0])
     _closes(verdict, found["accounts"], found["grants"])
     _in_order(verdict, record.sent if order else [], operations, found)
@@ -299,6 +300,7 @@ def judge(
 def _exactly_once(
     verdict: Judgement,
     published: Mapping[Key, Sequence[Sent]],
+    letters: Mapping[Key, str],
     operations: Sequence[Operation],
     poison: Sequence[Poison],
     quarantine: Sequence[tuple[Any, ...]],
@@ -307,8 +309,10 @@ def _exactly_once(
     for key, count in times.items():
         if count > 1:
             verdict.fault("O1", f"{key} stands in the ledger {count} times")
-        if key not in published:
+        if key not in published and key not in letters:
             verdict.fault("O1", f"{key} is in the ledger and was never published")
+    for key in letters.keys() - times.keys():
+        verdict.fault("O1", f"{key}, a {letters[key]} that follows from another operation, is lost")
     for key in published.keys() - times.keys():
         verdict.fault("O1", f"{key} was published {len(published[key])} times and is lost")
     expected = Counter((each.queue, each.digest) for each in poison)
@@ -333,7 +337,13 @@ def _replay(
     operations: Sequence[Operation],
     found: Tables,
     policy: Row,
-) -> None:
+) -> dict[Key, str]:
+    """Replay every account.
+
+    :returns: the operations that follow from others (the credit side of a transfer), with their names: the ledger sends
+        them itself.
+    """
+    letters: dict[Key, tuple[str, Row]] = {}
     by_account = _grouped((operation.account, operation) for operation in operations)
     entries = _by_account(found["entries"])
     grants = _by_account(found["grants"])
@@ -341,10 +351,26 @@ def _replay(
     for account, seen in _by_account(found["accounts"]).items():
         ledger = Ledger(policy)
         try:
-            _replay_account(verdict, account, ledger, published, by_account.get(account, []), entries.get(account, []))
+            letters |= _replay_account(
+                verdict, account, ledger, published, by_account.get(account, []), entries.get(account, [])
+            )
             _same_state(verdict, account, ledger, seen[0], grants.get(account, []), holds.get(account, []))
         except (AssertionError, KeyError, ValueError, TypeError, AttributeError) as error:
             verdict.fault("O2", f"{account}: the second ledger cannot follow: {type(error).__name__}: {error}")
+    for operation in operations:
+        name, content = letters.get((operation.account, operation.id), (operation.name, None))
+        if content is None or (operation.account, operation.id) in published:
+            continue
+        if name != operation.name or _without_nothing(content) != meaning(name, operation.arguments):
+            verdict.fault("O2", f"{operation.account}: {operation.id!r} is not what follows from the other operation")
+    return {key: name for key, (name, _) in letters.items()}
+
+
+def _without_nothing(said: Any) -> Any:
+    """A message's content without what is left out on the wire."""
+    if isinstance(said, dict):
+        return {name: _without_nothing(value) for name, value in said.items() if value is not None}
+    return [_without_nothing(each) for each in said] if isinstance(said, list) else said
 
 
 def _replay_account(
@@ -354,8 +380,12 @@ def _replay_account(
     published: Mapping[Key, Sequence[Sent]],
     operations: Sequence[Operation],
     entries: Sequence[tuple[Any, ...]],
-) -> None:
-    """Feed the second ledger an account's operations, and what time did between them."""
+) -> dict[Key, tuple[str, Row]]:
+    """Feed the second ledger an account's operations, and what time did between them.
+
+    :returns: what follows from them.
+    """
+    letters: dict[Key, tuple[str, Row]] = {}
     # A repetition settles the account as well, at a time that only its entries tell.
     settled = [row[8] for row in entries if row[1] is None]
     for operation in operations:
@@ -365,6 +395,7 @@ def _replay_account(
         if operation.arguments not in said and (account, operation.id) in published:
             verdict.fault("O2", f"{account}: {operation.id!r} stands in the ledger with arguments nobody sent")
         expected = ledger.do(operation.name, operation.id, operation.arguments, operation.applied_at)
+        letters |= {(content["account"], id): (name, content) for name, id, content in ledger.letters}
         given = read_answer(operation.status, operation.code, operation.result)
         expected.pop("replayed")
         if given != expected:
@@ -392,9 +423,10 @@ def _replay_account(
     for place, (one, other) in enumerate(zip(written, made, strict=False), 1):
         if one != other:
             verdict.fault("O2", f"{account}: entry {place} is {one}, the replay has {other}")
-            return
+            return letters
     if len(written) != len(made):
         verdict.fault("O2", f"{account}: {len(written)} entries, the replay has {len(made)}")
+    return letters
 
 
 def _same_state(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -163,6 +164,65 @@ def test_poison_must_be_in_quarantine_once_and_as_what_it_is(court: Court) -> No
     assert court.judge(record=malformed, quarantined=[row]).holds
     assert found(court.judge(record=malformed, quarantined=[row, again]), "O1", "2 times")
     assert found(court.judge(record=record("unknown_version"), quarantined=[row]), "O1", "quarantined as malformed")
+
+
+@pytest.fixture
+def journey(tampered_database: str, tampered_ledger: Ledger, tmp_path: Path) -> tuple[str, Record]:
+    """A ledger with a transfer that arrived and one that came back, and what its producer noted."""
+    operations: list[Operation] = [
+        ("credits.open", "a", "open", {"account": "a", "kind": "pool"}),
+        ("credits.open", "b", "open", {"account": "b", "kind": "pool"}),
+        ("credits.grant", "a", "grant", {"account": "a", "amount": "9", "source": "pack", "expires_in": 900}),
+        ("credits.transfer", "a", "gift", {"account": "a", "to": "b", "amount": "4.5", "message": "for you"}),
+        ("credits.transfer", "a", "lost", {"account": "a", "to": "nobody", "amount": "1"}),
+    ]
+    notes = Notes(tmp_path / "p.jsonl")
+    notes.sent("p", *operations)
+    notes.done()
+    tampered_ledger.write(*(tampered_ledger.job(name, id, **said) for name, _, id, said in operations))
+    while following := tampered_ledger.writer.take_outbox():
+        for row in following:
+            tampered_ledger.apply(row.task, row.operation, **json.loads(row.arguments))
+    execute(tampered_database, "DELETE FROM outbox")
+    return tampered_database, read_record([tmp_path / "p.jsonl"])
+
+
+def judge_journey(journey: tuple[str, Record], *tampering: str) -> Judgement:
+    """What the oracle says of transfers that somebody has tampered with."""
+    database, record = journey
+    with psycopg.connect(database, options="-c timezone=UTC") as connection:
+        connection.execute("SET session_replication_role = replica")
+        for statement in tampering:
+            connection.execute(statement)
+        tables = read_tables(connection)
+        connection.rollback()
+    return judge(tables, record, POLICY)
+
+
+def test_what_follows_from_an_operation_belongs_to_the_ledger(journey: tuple[str, Record]) -> None:
+    sound = judge_journey(journey)
+    assert sound.holds, sound.faults
+    assert (sound.sent, sound.operations) == (5, 9)
+
+
+@pytest.mark.parametrize(
+    ("statement", "check", "words"),
+    [
+        ("DELETE FROM operations WHERE name = 'credits.receive' AND account = 'b'", "O1", "a credits.receive"),
+        ("DELETE FROM operations WHERE name = 'credits.confirm'", "O1", "a credits.confirm"),
+        ("DELETE FROM operations WHERE name = 'credits.bounce'", "O1", "a credits.bounce"),
+        ("UPDATE operations SET operation = 'x' WHERE name = 'credits.receive'", "O1", "never published"),
+        (
+            "UPDATE operations SET arguments = jsonb_set(arguments::jsonb, '{message}', '\"other\"')"
+            " WHERE name = 'credits.receive' AND account = 'b'",
+            "O2", "not what follows",
+        ),
+    ],
+)  # fmt: skip
+def test_a_transfer_that_went_astray_is_found(
+    statement: str, check: str, words: str, journey: tuple[str, Record]
+) -> None:
+    assert found(judge_journey(journey, statement), check, words)
 
 
 # O2
