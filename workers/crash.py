@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import signal
 
-POINTS = ("after-load", "after-copy", "before-commit", "after-commit", "after-results", "before-publish",
-          "after-publish")  # fmt: skip
+POINTS = ("after-load", "after-copy", "before-commit", "after-commit", "after-results")
+"""Places that every batch comes to."""
+
+OUTBOX_POINTS = ("before-publish", "after-publish")
+"""Places that a batch comes to which something follows from."""
 
 _wanted, _, _count = os.environ.get("CREDITLANE_CRASH_AT", "").partition(":")
 _left = int(_count or 1)

@@ -11,7 +11,7 @@ import gc
 import socket
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from itertools import islice
@@ -34,13 +34,16 @@ from creditlane.contract import (
     decode_batch,
     decode_message,
 )
+from creditlane.events import matching
 from creditlane.lanes import lane_name
 from creditlane.rabbitmq import is_rabbitmq
+from creditlane.sending import make_sender
 from models.catalog import load_catalog
 from models.settings import settings
 from workers import metrics
 from workers.crash import crash_point
-from workers.ledger_writer import APPLICATION, SILENT_SECONDS, Job, LedgerWriter, connect
+from workers.ledger_writer import APPLICATION, CONFLICT, SILENT_SECONDS, Job, LedgerWriter, connect
+from workers.outbox import Outbox
 from workers.ownership import Ownership, check_session
 from workers.quarantine import Quarantined, printable
 from workers.rabbit_lanes import RabbitLanes
@@ -253,6 +256,9 @@ class LaneStep(bootsteps.StartStopStep):
         """Attempts in a row at the present batch that the database refused."""
         self.buffered = 0
         """Operations in the buffer."""
+        self.events = matching(self.settings.events)
+        self.sender = make_sender(self.settings.broker_url.get_secret_value())
+        self.outbox: Outbox | None = None
         self.hub: Any = None
         self.doorbell = Doorbell()
         self.outage = metrics.Outage()
@@ -304,7 +310,7 @@ class LaneStep(bootsteps.StartStopStep):
         """Close the connection, and with it give every lane up."""
         if self.writer is not None:
             self.writer.connection.close()
-        self.writer = self.ownership = None
+        self.writer = self.ownership = self.outbox = None
 
     # Lanes
 
@@ -351,7 +357,8 @@ class LaneStep(bootsteps.StartStopStep):
         connection = connect(self.settings.database_url.get_secret_value(), application, silent_seconds)
         check_session(connection)
         self.ownership = Ownership(connection, self.settings.lanes)
-        self.writer = LedgerWriter(connection, lambda: self.catalog, poison_of_job)
+        self.writer = LedgerWriter(connection, lambda: self.catalog, poison_of_job, self.events)
+        self.outbox = Outbox(connection, self.sender, self.settings.lanes)
         self.pause_seconds = 0.0
 
     def consume(self, lane: int) -> None:
@@ -576,6 +583,8 @@ class LaneStep(bootsteps.StartStopStep):
             self.buffer.popleft()
             self.buffered -= len(delivery.members)
         self.broker.acknowledge(delivery.message for delivery in batch)
+        assert self.outbox is not None
+        self.outbox.publish(self.writer.take_outbox())
         self.results.announce(batch, self.consumer.event_dispatcher)
         self.measure(batch, time.time() - started)
         if more:
@@ -605,7 +614,7 @@ class LaneStep(bootsteps.StartStopStep):
         quarantined += [member for delivery in batch for member in delivery.members if isinstance(member, Quarantined)]
         write_around(self.writer, jobs, quarantined)
         for job in jobs:
-            if job.conflict:
+            if job.status == CONFLICT:
                 logger.warning("id conflict: %s %s of %s", job.name, shown(job.operation), shown(job.account))
             elif job.quarantined is not None:
                 log_quarantined(job.quarantined)
@@ -646,6 +655,9 @@ class LaneStep(bootsteps.StartStopStep):
         """Count a batch that is done."""
         metrics.BATCH_SECONDS.observe(seconds)
         metrics.BATCH_OPERATIONS.observe(sum(len(delivery.members) for delivery in batch))
+        jobs = [job for delivery in batch if not delivery.revoked for job in delivery.jobs()]
+        for status, count in Counter(job.status for job in jobs if job.quarantined is None).items():
+            metrics.OPERATIONS.labels(status).inc(count)
         sent = batch[0].message.properties.get("timestamp")
         if isinstance(sent, datetime):  # RabbitMQ's own type, in UTC
             sent = sent.replace(tzinfo=UTC).timestamp()

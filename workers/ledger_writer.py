@@ -175,19 +175,23 @@ FIRST_PLANS = 500
 made for empty tables may scan all operations of an account for each id, and would be kept."""
 
 
+REPLAYED, CONFLICT = "replayed", "conflict"
+"""What becomes of an operation whose id was answered before: with the same content, and with other content."""
+
+
 class Job:
     """One operation of a batch on its way through the writer."""
 
     __slots__ = (
         "account",
         "arguments",
-        "conflict",
         "message",
         "name",
         "operation",
         "quarantined",
         "result",
         "source",
+        "status",
     )
 
     def __init__(self, name: str, operation: str, message: Message, arguments: bytes, source: Any = None) -> None:
@@ -200,7 +204,8 @@ class Job:
         """What :attr:`LedgerWriter.poison` makes a quarantine row from."""
         self.result: bytes | None = None
         self.quarantined: Quarantined | None = None
-        self.conflict = False
+        self.status = ""
+        """What became of it: applied, rejected, or one of the two above."""
 
 
 Poison = Callable[[Job, Code, str, str | None], Quarantined]
@@ -503,7 +508,10 @@ def _apply_one(loaded: Loaded, job: Job, catalog: Catalog) -> Answer:
     now = loaded.now if account.updated_at is None else max(loaded.now, account.updated_at)
     given = apply(account, job.name, job.operation, job.message, job.arguments, now, catalog)
     job.result = given.result
-    job.conflict = given.conflict
+    if given.row is not None:
+        job.status = given.row.status
+    else:
+        job.status = CONFLICT if given.conflict else REPLAYED
     return given
 
 

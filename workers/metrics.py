@@ -17,7 +17,7 @@ registry = CollectorRegistry()
 OPERATIONS = Counter(
     "creditlane_operations", "Operations answered, by what became of them.", ["status"], registry=registry
 )
-"""``status``: applied, rejected, replayed (an id that was answered before), conflict, quarantined."""
+"""``status``: applied, rejected, replayed (an id that was answered before), conflict (an id with other content)."""
 
 QUARANTINED = Counter(
     "creditlane_quarantined", "Messages and members put into quarantine.", ["code"], registry=registry

@@ -31,7 +31,7 @@ from tasks.registry import OPERATIONS
 from tests.conftest import TEMPLATE
 from tests.support import Ledger, rows, value
 from workers.lane_consumer import write_around
-from workers.ledger_writer import Job, LedgerWriter, connect
+from workers.ledger_writer import FIRST_PLANS, Job, LedgerWriter, connect
 from workers.quarantine import Quarantined
 
 START = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -851,3 +851,21 @@ def test_a_balance_near_the_largest_number_is_refused_more_and_stays_whole(ledge
     assert send(ledger, "credits.refund", "r-2", account="a", operation="c")["code"] == "limit_reached"
     assert all_of(ledger, "SELECT code FROM quarantine") == []
     assert one(ledger, "SELECT available_micro + consumed_micro + revoked_micro FROM accounts") == MAX_TOTAL_MICRO
+
+
+def test_a_plan_made_for_empty_tables_is_not_kept(ledger: Ledger) -> None:
+    ledger.apply("credits.open", "open", account="alice")
+    ledger.apply("credits.settle", "settle", account="alice")
+
+    def plan() -> str:
+        connection = ledger.writer.connection
+        (found,) = connection.execute(
+            "SELECT name FROM pg_prepared_statements WHERE statement LIKE '%%SELECT o.account%%o.operation = k.key\n'"
+        ).fetchall()
+        return str(connection.execute(f"EXPLAIN EXECUTE {found[0]}('{{alice}}', '{{open}}')").fetchall())
+
+    assert "Filter" in plan()  # it would read all operations of an account for each id
+    for start in range(0, 4 * FIRST_PLANS, 100):
+        ledger.write(*(ledger.job("credits.settle", f"{start + n}", account="alice") for n in range(100)))
+    assert "operations_pkey" in plan()
+    assert "Filter" not in plan()

@@ -86,6 +86,7 @@ def test_a_database_that_refuses_is_seen_everywhere_and_refuses_nobody(
     found = scrape(port)
     assert found["creditlane_database_away_seconds", ""] == 0
     assert found["creditlane_lanes_owned", ""] == LANES
+    assert found["creditlane_operations_total", "applied"] == ACCOUNTS
     assert found["creditlane_batch_operations_sum", ""] == ACCOUNTS
     assert "refused a batch" in worker.logged()
     assert "the database is back" in worker.logged()

@@ -1,0 +1,90 @@
+"""Transfers on real workers: whatever dies in between, every credit arrives or comes back, once."""
+
+from __future__ import annotations
+
+import random
+from contextlib import closing
+from datetime import timedelta
+
+import pytest
+
+from creditlane.client import CreditClient
+from creditlane.errors import BrokerUnavailableError
+from creditlane.sending import Outgoing, make_sender
+from tests.broker import on_both_brokers
+from tests.conftest import LANES, Spawn
+from tests.support import eventually, owned_lanes, rows, travel, value
+
+pytestmark = on_both_brokers
+
+ACCOUNTS = 12
+TRANSFERS = 150
+EACH = 100
+SETTLED_SECONDS = 60
+
+MOVED = """
+SELECT coalesce(sum(sent_micro), 0)::bigint, coalesce(sum(received_micro), 0)::bigint,
+       coalesce(sum(in_transit_micro), 0)::bigint, sum(available_micro)::bigint
+FROM accounts
+"""
+
+
+def send_transfers(client: CreditClient, seed: int) -> int:
+    """Open accounts with credits and send transfers among them, some to nobody; returns how many go to somebody."""
+    chance = random.Random(seed)
+    for number in range(ACCOUNTS):
+        client.open(f"account-{number}", kind="pool", id="open")
+        client.grant(f"account-{number}", EACH, source="pack", id="grant")
+    arriving = 0
+    for number in range(TRANSFERS):
+        sender = chance.randrange(ACCOUNTS)
+        recipient = chance.choice([other for other in range(ACCOUNTS + 2) if other != sender])
+        arriving += recipient < ACCOUNTS
+        client.transfer(f"account-{sender}", f"account-{recipient}", "0.5", id=f"transfer-{number}")
+    return arriving
+
+
+def sweep(database: str, broker_url: str, spawn: Spawn) -> None:
+    """Have what was left in the outbox published, as beat would in ten seconds."""
+    travel(database, timedelta(seconds=11))
+    spawn("general", kind="general")
+    tick = Outgoing("maintenance", b"[[],{},{}]", {"lang": "py", "task": "schedules.outbox", "id": "sweep"})
+
+    def sent() -> bool:
+        try:
+            sender.send([tick])
+        except BrokerUnavailableError:
+            return False  # on RabbitMQ the queue is there when the worker is
+        return True
+
+    with closing(make_sender(broker_url)) as sender:
+        eventually(sent)
+
+
+@pytest.mark.parametrize("crash", ["after-commit", "before-publish", "after-publish"])
+def test_a_worker_killed_on_the_way_of_transfers_loses_and_doubles_no_credit(
+    crash: str, spawn: Spawn, database: str, client: CreditClient, broker_url: str
+) -> None:
+    arriving = send_transfers(client, seed=7)
+    doomed = spawn("doomed", CREDITLANE_CRASH_AT=f"{crash}:4", CREDITLANE_BATCH_MESSAGES="25")
+    eventually(lambda: not doomed.running, SETTLED_SECONDS, "the worker dies at its crash point")
+    spawn("first")
+    spawn("second")
+    eventually(lambda: owned_lanes(database) == LANES)
+    eventually(lambda: value(database, "SELECT count(*) FROM operations WHERE name = 'credits.transfer'") == TRANSFERS)
+    sweep(database, broker_url, spawn)
+    eventually(lambda: rows(database, MOVED)[0][2] == 0, SETTLED_SECONDS, "nothing is in transit any more")
+    eventually(lambda: value(database, "SELECT count(*) FROM outbox") == 0, what="the outbox is empty")
+    sent, received, _, available = rows(database, MOVED)[0]
+    assert sent == received == arriving * 500_000
+    assert available == ACCOUNTS * EACH * 1_000_000
+    answers = dict(rows(database, "SELECT name || ' ' || status, count(*) FROM operations"
+                                  " WHERE name NOT IN ('credits.open', 'credits.grant') GROUP BY 1"))  # fmt: skip
+    assert answers == {
+        "credits.transfer applied": TRANSFERS,
+        "credits.receive applied": arriving,
+        "credits.receive rejected": TRANSFERS - arriving,
+        "credits.confirm applied": arriving,
+        "credits.bounce applied": TRANSFERS - arriving,
+    }
+    assert value(database, "SELECT count(*) FROM quarantine") == 0
