@@ -24,7 +24,7 @@ import redis
 from kombu import Connection
 
 from creditlane.errors import BrokerUnavailableError
-from creditlane.rabbitmq import is_rabbitmq
+from creditlane.rabbitmq import connect, is_rabbitmq
 
 KEY = "celery-task-meta-"
 """What Celery's result backends put before an id."""
@@ -213,7 +213,8 @@ class RabbitAnswers(Answers):
             if not self._listening():
                 self._queue = self._fault = None
                 self._start(self._listen)
-            self._ready.wait_for(lambda: self._queue is not None or self._fault is not None, CONNECT_SECONDS)
+            # A broker that is away is tried for a while, as it is by what sends.
+            self._ready.wait_for(lambda: self._queue is not None, CONNECT_SECONDS)
             if self._queue is None:
                 raise _deaf(self._fault)
             self._waiting[id] = answer
@@ -230,9 +231,14 @@ class RabbitAnswers(Answers):
 
     def _listen(self) -> None:
         while not self._closed.is_set():
-            connection = Connection(self._url, connect_timeout=CONNECT_SECONDS, heartbeat=HEARTBEAT_SECONDS)
+            connection = Connection(
+                self._url,
+                connect_timeout=CONNECT_SECONDS,
+                heartbeat=HEARTBEAT_SECONDS,
+                transport_options={"read_timeout": CONNECT_SECONDS, "write_timeout": CONNECT_SECONDS},
+            )
             try:
-                connection.connect()
+                connect(connection)
                 self._read(connection)
             except Exception as error:
                 # Whoever waits has a time limit of its own.
@@ -254,7 +260,9 @@ class RabbitAnswers(Answers):
             try:
                 connection.drain_events(timeout=POLL_SECONDS)
             except TimeoutError:
-                connection.heartbeat_check()
+                pass
+            # Between answers, too: the broker hears nothing else of us.
+            connection.heartbeat_check()
 
     def _received(self, message: amqp.Message) -> None:
         body = message.body

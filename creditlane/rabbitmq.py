@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import amqp
@@ -15,7 +15,8 @@ LANE_MESSAGES = 10_000_000
 """Messages that a lane holds at the most; then producers are refused until it has room."""
 
 DEAD = "lanes.dead"
-"""Where a message goes that was delivered too often. Nothing consumes it: ``creditlane lanes`` shows what is in it."""
+"""Where a message goes that was delivered too often, or that expired since its sender gave it a time to live. Nothing
+consumes it: ``creditlane lanes`` shows what is in it."""
 
 QUORUM = {"x-queue-type": "quorum"}
 
@@ -52,16 +53,33 @@ def declare_lane(channel: Any, lane: str) -> None:
     channel.queue_declare(lane, durable=True, auto_delete=False, arguments=LANE)
 
 
+def connect(connection: Any) -> None:
+    """Connect kombu's connection, so that no wait for the broker's word is longer than its ``read_timeout``: py-amqp
+    would go on waiting for ever."""
+    connection.connect()
+    connection.connection.transport.raise_on_initial_eintr = True
+
+
 class UnroutableError(Exception):
     """The broker has no queue of the name that a message was sent to."""
 
-    def __init__(self, queues: Sequence[str]) -> None:
-        super().__init__(f"the broker has no queue {', '.join(queues)}")
+    def __init__(self, queues: Sequence[str], why: str = "") -> None:
+        super().__init__(f"the broker has no queue {', '.join(queues)}{why}")
         self.queues = queues
 
 
 class NackedError(Exception):
-    """The broker refused messages: the queue is full, or could not be written."""
+    """The broker refused messages: the queue is full, could not be written, or has just begun."""
+
+    def __init__(self, tags: Set[int], returned: Sequence[str]) -> None:
+        super().__init__(f"the broker refused {len(tags)} messages: their queue is full, or cannot be written")
+        self.tags = tags
+        self.returned = returned
+        """Queues that do not exist; what was sent there did not arrive either."""
+
+
+class UnconfirmedError(Exception):
+    """The broker said nothing of messages in time."""
 
 
 class Confirms:
@@ -71,37 +89,46 @@ class Confirms:
     """
 
     def __init__(self, channel: Any) -> None:
-        self._channel = channel
+        self.channel = channel
         self._published = 0
         self._open: set[int] = set()
-        self._nacked = False
+        self._nacked: set[int] = set()
         self._returned: list[str] = []
         channel.confirm_select()
         channel.events["basic_ack"].add(self._ack)
         channel.events["basic_nack"].add(self._nack)
         channel.events["basic_return"].add(self._return)
 
-    def publish(self, message: amqp.Message, exchange: str, routing_key: str) -> None:
-        """Send one message, without waiting; one for the default exchange must reach its queue."""
-        self._channel.basic_publish(message, exchange, routing_key, mandatory=not exchange)
+    def publish(self, message: amqp.Message, exchange: str, routing_key: str) -> int:
+        """Send one message, without waiting; one for the default exchange must reach its queue.
+
+        :returns: the tag by which an error names it.
+        """
+        self.channel.basic_publish(message, exchange, routing_key, mandatory=not exchange)
         self._published += 1
         self._open.add(self._published)
+        return self._published
 
     def wait(self) -> None:
         """Return when everything that was published is confirmed.
 
         :raises UnroutableError: naming the queues that do not exist; everything else has arrived.
-        :raises NackedError: when the broker refused some.
-        :raises TimeoutError: after :data:`CONFIRM_SECONDS` without a word.
+        :raises NackedError: naming what was refused; everything else has arrived.
+        :raises UnconfirmedError: after :data:`CONFIRM_SECONDS` without a word.
         """
         while self._open:
-            self._channel.connection.drain_events(timeout=CONFIRM_SECONDS)
-        returned, self._returned = self._returned, []
-        nacked, self._nacked = self._nacked, False
+            try:
+                self.channel.connection.drain_events(timeout=CONFIRM_SECONDS)
+            except TimeoutError as error:
+                raise UnconfirmedError(
+                    f"no word of the broker for {CONFIRM_SECONDS} s; it may be short of memory or disk"
+                ) from error
+        returned, self._returned = sorted(set(self._returned)), []
+        nacked, self._nacked = self._nacked, set()
         if nacked:
-            raise NackedError("the broker refused a message: its queue is full, or cannot be written")
+            raise NackedError(nacked, returned)
         if returned:
-            raise UnroutableError(sorted(set(returned)))
+            raise UnroutableError(returned)
 
     def _ack(self, tag: int, multiple: bool) -> None:
         if multiple:
@@ -110,7 +137,8 @@ class Confirms:
             self._open.discard(tag)
 
     def _nack(self, tag: int, multiple: bool) -> None:
-        self._nacked = True
+        self._nacked |= {other for other in self._open if other < tag} if multiple else set()
+        self._nacked.add(tag)
         self._ack(tag, multiple)
 
     def _return(self, _error: Exception, _exchange: str, routing_key: str, _message: Any) -> None:

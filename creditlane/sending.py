@@ -6,13 +6,14 @@ confirms of all. A block whose connection broke is sent again whole, in order: r
 
 from __future__ import annotations
 
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import amqp
 from kombu import Connection, Exchange
@@ -23,7 +24,15 @@ from redis.exceptions import RedisError
 
 from creditlane.errors import BrokerUnavailableError
 from creditlane.lanes import PREFIX
-from creditlane.rabbitmq import Confirms, NackedError, UnroutableError, declare_lane, is_rabbitmq
+from creditlane.rabbitmq import (
+    Confirms,
+    NackedError,
+    UnconfirmedError,
+    UnroutableError,
+    connect,
+    declare_lane,
+    is_rabbitmq,
+)
 
 CONNECTIONS = 10
 """Broker connections that one sender opens at the most."""
@@ -34,12 +43,22 @@ ACQUIRE_SECONDS = 30
 RETRIES = {"max_retries": 5, "interval_start": 0.05, "interval_step": 0.2, "interval_max": 1.0}
 """How long a broker that is away is tried: six attempts within about three seconds."""
 
-SOCKET_OPTIONS = {"socket_keepalive": True, "socket_connect_timeout": 5, "socket_timeout": 30}
+CONNECT_SECONDS = 5
+"""How long a broker may take to accept a connection."""
+
+READ_SECONDS = 30
+"""How long it may take for anything else."""
+
+SOCKET_OPTIONS = {
+    "socket_keepalive": True,
+    "socket_connect_timeout": CONNECT_SECONDS,
+    "socket_timeout": READ_SECONDS,
+}
 
 JSON = "application/json"
 
-FINAL = (NackedError, UnroutableError, amqp.IrrecoverableChannelError, TimeoutError)
-"""What trying again at once does not mend."""
+FINAL = (UnconfirmedError, UnroutableError, amqp.IrrecoverableChannelError)
+"""What trying again at once does not mend. (A queue that refuses may: it does so while it begins.)"""
 
 
 class Outgoing(NamedTuple):
@@ -67,7 +86,7 @@ class Sender(ABC):
         self._connection = connection
         self._connections = ConnectionPool(connection, limit=CONNECTIONS)
         self.errors: tuple[type[BaseException], ...] = (
-            KombuError, RedisError, amqp.AMQPError, UnroutableError, NackedError,
+            KombuError, RedisError, amqp.AMQPError, UnroutableError, NackedError, UnconfirmedError,
             *connection.connection_errors, *connection.channel_errors,
         )  # fmt: skip
         """What goes wrong when the broker is away, or refuses."""
@@ -178,26 +197,44 @@ class RabbitSender(Sender):
     """Sends over RabbitMQ.
 
     A lane that does not exist yet is declared, where the user may; a producer that may only publish is told to have a
-    worker started first.
+    worker started first. What the broker refuses of a block is sent again after the rest of it. A forked process makes
+    connections of its own, and leaves its parent's alone.
 
     :param url: ``amqp://…`` or ``amqps://…``.
     """
 
     def __init__(self, url: str) -> None:
-        options = {"read_timeout": 30, "write_timeout": 30}
-        super().__init__(Connection(url, connect_timeout=5, transport_options=options))
-        self._confirms: WeakKeyDictionary[Any, Confirms] = WeakKeyDictionary()
+        options = {"read_timeout": READ_SECONDS, "write_timeout": READ_SECONDS}
+        super().__init__(Connection(url, connect_timeout=CONNECT_SECONDS, transport_options=options))
+        self._begin()
+        _senders.add(self)
+
+    def _begin(self) -> None:
+        self._confirms: dict[Connection, Confirms] = {}
         self._declared: set[str] = set()
+        self._opened: WeakSet[amqp.Connection] = WeakSet()
+
+    def forked(self) -> None:
+        """Forget the parent's connections. py-amqp ends the parent's, too, when it closes one."""
+        for connection in self._opened:
+            transport = connection.transport
+            if transport is not None and transport.sock is not None:
+                transport.sock.close()
+                transport.sock, transport.connected = None, False
+        self._connections = ConnectionPool(self._connection, limit=CONNECTIONS)
+        self._begin()
 
     def _send(self, messages: Sequence[Outgoing], retry: bool) -> None:
+        left = list(messages)
+
         def send(connection: Connection) -> None:
             try:
-                self._send_block(connection, messages)
+                self._send_block(connection, left)
             except UnroutableError as error:
                 # Only what came back is missing: the others arrived, and are known by their ids.
-                missing = [message for message in messages if message.queue in error.queues]
+                left[:] = [message for message in left if message.queue in error.queues]
                 self._declare(connection, error.queues)
-                self._send_block(connection, missing)
+                self._send_block(connection, left)
 
         self._over_connection(send, retry)
 
@@ -222,43 +259,60 @@ class RabbitSender(Sender):
         pause = RETRIES["interval_start"]
         with self._connections.acquire(block=True, timeout=ACQUIRE_SECONDS) as connection:
             while True:
+                kept = connection.connected
                 try:
-                    if not connection.connected:
+                    if not kept:
                         connection.collect()
-                        connection.connect()
+                        connect(connection)
+                        self._opened.add(connection.connection)
                     step(connection)
                     return
                 except self.errors as error:
                     # Whatever it was, what the channel has heard and not heard is known no longer.
+                    self._confirms.pop(connection, None)
+                    self._declared.clear()
                     connection.collect()
-                    if not attempts or isinstance(error, FINAL):
+                    if isinstance(error, FINAL):
+                        raise
+                    if kept:
+                        continue  # it may have been dead for long, which says nothing of the broker
+                    if not attempts or isinstance(error, TimeoutError):
                         raise
                 attempts -= 1
                 time.sleep(pause)
                 pause = min(pause + RETRIES["interval_step"], RETRIES["interval_max"])
 
-    def _send_block(self, connection: Connection, messages: Sequence[Outgoing]) -> None:
-        channel = connection.default_channel
-        confirms = self._confirms.get(channel)
+    def _send_block(self, connection: Connection, messages: list[Outgoing]) -> None:
+        """Send messages and wait for their confirms; of those that are refused the list is what is left to do."""
+        confirms = self._confirms.get(connection)
         if confirms is None:
-            confirms = self._confirms[channel] = Confirms(channel)
+            confirms = self._confirms[connection] = Confirms(connection.default_channel)
+        tags = []
         for message in messages:
             if message.exchange and message.exchange not in self._declared:
-                channel.exchange_declare(message.exchange, "topic", durable=True, auto_delete=False)
+                confirms.channel.exchange_declare(message.exchange, "topic", durable=True, auto_delete=False)
                 self._declared.add(message.exchange)
-            confirms.publish(
-                amqp.Message(
-                    message.body,
-                    content_type=message.content_type,
-                    content_encoding="utf-8",
-                    delivery_mode=2,
-                    application_headers=message.headers,
-                    **_properties(message),
-                ),
-                message.exchange,
-                message.queue,
+            tags.append(
+                confirms.publish(
+                    amqp.Message(
+                        message.body,
+                        content_type=message.content_type,
+                        content_encoding="utf-8",
+                        delivery_mode=2,
+                        application_headers=message.headers,
+                        **_properties(message),
+                    ),
+                    message.exchange,
+                    message.queue,
+                )
             )
-        confirms.wait()
+        try:
+            confirms.wait()
+        except NackedError as error:
+            missing = {tag for tag, message in zip(tags, messages, strict=True) if message.queue in error.returned}
+            missing |= error.tags
+            messages[:] = [message for tag, message in zip(tags, messages, strict=True) if tag in missing]
+            raise
 
     def _declare(self, connection: Connection, queues: Sequence[str]) -> None:
         """Make lanes that are not there.
@@ -266,13 +320,25 @@ class RabbitSender(Sender):
         :raises UnroutableError: for a queue that is no lane, and for a user who may not.
         """
         if not all(queue.startswith(PREFIX) for queue in queues):
-            raise UnroutableError(queues)
+            raise UnroutableError(queues, "; the worker that serves it makes it")
         try:
             with connection.channel() as channel:
                 for lane in queues:
                     declare_lane(channel, lane)
         except amqp.AccessRefused:
-            raise UnroutableError(queues) from None
+            raise UnroutableError(queues, ", and this user may not make it: start a lane worker first") from None
+
+
+_senders: WeakSet[RabbitSender] = WeakSet()
+
+
+def _forked() -> None:
+    for sender in list(_senders):
+        sender.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def make_sender(broker_url: str) -> Sender:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import psycopg
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import NullPool
+
+from models.roles import READER, READERS, WORKER, WORKERS, allow_login
 
 MIGRATION_LOCK = 0x6372_6564
 """The advisory lock that two migrating processes take turns by."""
@@ -49,12 +52,30 @@ def upgrade(database_url: str) -> None:
     engine.dispose()
 
 
+def make_logins(database_url: str, passwords: dict[str, str]) -> None:
+    """Let the worker's and the reader's role log in, each as a member of its group.
+
+    :param database_url: of a role that may create roles.
+    :param passwords: by role: :data:`models.roles.WORKER`, :data:`models.roles.READER`, or one of them.
+    """
+    groups = {WORKER: WORKERS, READER: READERS}
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        for role, password in passwords.items():
+            allow_login(connection, role, password, groups[role])
+
+
 def main() -> None:
-    """Migrate the database of ``CREDITLANE_DATABASE_URL``."""
+    """Migrate the database of ``CREDITLANE_OWNER_URL``, or of ``CREDITLANE_DATABASE_URL``; see the settings."""
     from models.settings import settings
 
-    upgrade(settings().database_url.get_secret_value())
-    sys.stdout.write("the database has the present schema\n")
+    config = settings()
+    url = (config.owner_url or config.database_url).get_secret_value()
+    upgrade(url)
+    given = {WORKER: config.worker_password, READER: config.reader_password}
+    passwords = {role: password.get_secret_value() for role, password in given.items() if password is not None}
+    make_logins(url, passwords)
+    made = f"; {' and '.join(passwords)} may log in" if passwords else ""
+    sys.stdout.write(f"the database has the present schema{made}\n")
 
 
 if __name__ == "__main__":

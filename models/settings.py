@@ -26,8 +26,17 @@ class Settings(BaseSettings):
     """Where messages come from: ``redis://:password@host:port/0``."""
 
     database_url: SecretStr
-    """The ledger: ``postgresql://user:password@host:port/name``. A direct connection or session pooling:
-    a lane is owned by a session's advisory lock."""
+    """The ledger, in the process's own role: ``postgresql://user:password@host:port/name``. A direct connection or
+    session pooling: a lane is owned by a session's advisory lock."""
+
+    owner_url: SecretStr | None = None
+    """The same database for who owns its tables and migrates it; ``database_url`` unless given."""
+
+    worker_password: SecretStr | None = None
+    """Given to the role ``creditlane_worker`` by the migration, which makes it if need be; left alone unless given."""
+
+    reader_password: SecretStr | None = None
+    """The same for the role ``creditlane_reader``."""
 
     result_url: SecretStr | None = None
     """Where results for waiting senders go; the broker unless given."""
@@ -50,6 +59,15 @@ class Settings(BaseSettings):
     result_expires_seconds: int = Field(24 * 3600, ge=60)
     """How long results for waiting senders are kept in the result backend; in ``operations`` for ever."""
 
+    audit_processes: int = Field(2, ge=1, le=64)
+    """How many processes share the daily audit, where there is enough of it."""
+
+    audit_catalogs: str = ""
+    """Catalogs of the past for the daily replay, besides ``catalog``: names or paths, with commas between them."""
+
+    seal_wait_seconds: float = Field(120.0, gt=0, le=3600)
+    """How long a seal waits for transactions that may still write what belongs to it, before it is tried again."""
+
     max_retry_seconds: float = Field(30.0, gt=0)
     """The longest pause between two attempts at a database that is away."""
 
@@ -71,10 +89,12 @@ class Settings(BaseSettings):
         matching(patterns)
         return patterns
 
-    @field_validator("database_url")
+    @field_validator("database_url", "owner_url")
     @classmethod
-    def _is_a_connection_url(cls, url: SecretStr) -> SecretStr:
+    def _is_a_connection_url(cls, url: SecretStr | None) -> SecretStr | None:
         """Refuse a mistyped URL here, in words of ours: the driver's would quote it, with its password."""
+        if url is None:
+            return None
         try:
             conninfo_to_dict(url.get_secret_value())
         except ProgrammingError:

@@ -142,7 +142,15 @@ class OperationRow(Base):
     """One message and its first answer; immutable."""
 
     __tablename__ = "operations"
-    __table_args__ = (UniqueConstraint("account", "number", name="operations_in_order"),)
+    __table_args__ = (
+        UniqueConstraint("account", "number", name="operations_in_order"),
+        Index(
+            "operations_by_time",
+            "applied_at",
+            postgresql_using="brin",
+            postgresql_with={"pages_per_range": 16, "autosummarize": "on"},
+        ),
+    )
 
     account: Mapped[str] = mapped_column(primary_key=True)
     operation: Mapped[str] = mapped_column(primary_key=True)
@@ -171,6 +179,14 @@ class EntryRow(Base):
     """So many credits in or out of one grant; immutable, chained by hash."""
 
     __tablename__ = "entries"
+    __table_args__ = (
+        Index(
+            "entries_by_time",
+            "recorded_at",
+            postgresql_using="brin",
+            postgresql_with={"pages_per_range": 16, "autosummarize": "on"},
+        ),
+    )
 
     account: Mapped[str] = mapped_column(primary_key=True)
     seq: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
@@ -278,3 +294,94 @@ class QuarantineRow(Base):
     received_at: Mapped[datetime]
     resolved_at: Mapped[datetime | None]
     resolved_by: Mapped[str | None]
+
+
+class SealRow(Base):
+    """A root over where all accounts stood, chained to the seal before; immutable."""
+
+    __tablename__ = "seals"
+
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    cutoff: Mapped[datetime]
+    """Everything recorded before it is in this seal or in one before."""
+    accounts: Mapped[int] = mapped_column(BigInteger)
+    """How many accounts had moved since the seal before: as many leaves it has."""
+    operations: Mapped[int] = mapped_column(BigInteger)
+    entries: Mapped[int] = mapped_column(BigInteger)
+    previous: Mapped[bytes]
+    root: Mapped[bytes]
+    sealed_at: Mapped[datetime]
+
+
+class SealLeafRow(Base):
+    """Where an account stood at a seal, if it had moved since the one before; immutable."""
+
+    __tablename__ = "seal_leaves"
+    __table_args__ = (
+        Index(
+            "seal_leaves_by_seal",
+            "seal",
+            postgresql_using="brin",
+            postgresql_with={"pages_per_range": 16, "autosummarize": "on"},
+        ),
+    )
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    seal: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    seq: Mapped[int] = mapped_column(BigInteger)
+    head: Mapped[bytes]
+    operations: Mapped[int] = mapped_column(BigInteger)
+    operations_head: Mapped[bytes]
+    """A hash over all its operations so far, every column of theirs."""
+
+
+class AuditRow(Base):
+    """An incremental audit that held; immutable."""
+
+    __tablename__ = "audits"
+
+    number: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    cutoff: Mapped[datetime | None]
+    """The next one looks at what was recorded from here on; NULL for everything."""
+    audited_at: Mapped[datetime]
+    accounts: Mapped[int] = mapped_column(BigInteger)
+    operations: Mapped[int] = mapped_column(BigInteger)
+    entries: Mapped[int] = mapped_column(BigInteger)
+
+
+class Counted:
+    """The ten counters as an audit found them."""
+
+    granted_micro: Mapped[int] = mapped_column(BigInteger)
+    received_micro: Mapped[int] = mapped_column(BigInteger)
+    restored_micro: Mapped[int] = mapped_column(BigInteger)
+    available_micro: Mapped[int] = mapped_column(BigInteger)
+    held_micro: Mapped[int] = mapped_column(BigInteger)
+    in_transit_micro: Mapped[int] = mapped_column(BigInteger)
+    consumed_micro: Mapped[int] = mapped_column(BigInteger)
+    expired_micro: Mapped[int] = mapped_column(BigInteger)
+    revoked_micro: Mapped[int] = mapped_column(BigInteger)
+    sent_micro: Mapped[int] = mapped_column(BigInteger)
+
+
+class CheckpointRow(Counted, Base):
+    """Where an account stood at the last incremental audit that held and saw it."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = ({"postgresql_with": {"fillfactor": "70"}},)
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    operations: Mapped[int] = mapped_column(BigInteger)
+    seq: Mapped[int] = mapped_column(BigInteger)
+    head: Mapped[bytes]
+    debt_micro: Mapped[int] = mapped_column(BigInteger)
+
+
+class CheckpointGrantRow(Counted, Base):
+    """Where a grant stood at the last incremental audit that held and saw it move."""
+
+    __tablename__ = "checkpoint_grants"
+    __table_args__ = ({"postgresql_with": {"fillfactor": "70"}},)
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    grant_id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)

@@ -1,7 +1,8 @@
-"""The daily audit: the whole ledger checked against its own entries (ledger rules: proof)."""
+"""Audits: daily the whole ledger, replayed; hourly what was written since (ledger rules: proof)."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import psycopg
@@ -9,15 +10,31 @@ from celery import shared_task
 from celery.schedules import crontab
 from celery.utils.log import get_task_logger
 
-from models.audit import audit
-from models.settings import settings
+from models.audit import audit, audit_new
+from models.catalog import load_catalog
+from models.report import Report
+from models.settings import Settings, settings
+from tasks.replay import Replayer
 
 logger = get_task_logger(__name__)
 
-SCHEDULE = {"audit": {"task": "schedules.audit", "schedule": crontab(hour="3", minute="17")}}
+SCHEDULE = {
+    "audit": {"task": "schedules.audit", "schedule": crontab(hour="3", minute="17")},
+    "audit of what is new": {
+        "task": "schedules.audit_new",
+        "schedule": crontab(minute="47"),
+        "options": {"expires": 3600},  # a tick that nobody took is made good by the next one
+    },
+}
 
 NAMED_FAULTS = 20
 """Faults that the log names; ``creditlane audit`` names all."""
+
+TOLD_SECONDS = 1.0
+"""How often the task's state is brought up to date."""
+
+LOGGED_SECONDS = 30.0
+"""How often the log is told how far it is."""
 
 
 class AuditError(RuntimeError):
@@ -25,24 +42,79 @@ class AuditError(RuntimeError):
 
 
 @shared_task(name="schedules.audit", bind=True)
-def audit_all(self: Any) -> dict[str, int]:
-    """Audit every account; fails, so that Flower shows it, when there is a fault.
+def audit_all(self: Any) -> dict[str, Any]:
+    """Audit every account, and feed every operation to the rules again.
 
-    :returns: how many accounts, operations and entries were looked at.
+    Fails, so that Flower shows it, when there is a fault.
+
+    :returns: how much was looked at; operations that could not be replayed, by the catalog that is not at hand.
     :raises AuditError: when a row is not as it should be.
     """
+    config = settings()
+    with psycopg.connect(config.database_url.get_secret_value(), autocommit=True) as connection:
+        report = audit(
+            connection, progress=_Progress(self), processes=config.audit_processes, replayer=replayer(config)
+        )
+    return _verdict("audit", report)
 
-    def progress(done: int, total: int) -> None:
-        self.update_state(state="PROGRESS", meta={"done": done, "total": total})
 
+@shared_task(name="schedules.audit_new", bind=True)
+def audit_since(self: Any) -> dict[str, Any]:
+    """Audit what was written since the last such audit that held.
+
+    :returns: how much was looked at.
+    :raises AuditError: when a row is not as it should be; then the next one begins where this one did.
+    :raises models.cutoff.BusyError: when another one is running.
+    """
     with psycopg.connect(settings().database_url.get_secret_value(), autocommit=True) as connection:
-        report = audit(connection, progress=progress)
+        report = audit_new(connection, progress=_Progress(self))
+    return _verdict("audit of what is new", report)
+
+
+def replayer(config: Settings) -> Replayer:
+    """What replays with the catalog in force and with those of the past that the settings name.
+
+    :raises models.catalog.CatalogError: when one of them cannot be read.
+    """
+    names = [config.catalog, *filter(None, (name.strip() for name in config.audit_catalogs.split(",")))]
+    return Replayer({catalog.label: catalog for catalog in map(load_catalog, names)})
+
+
+class _Progress:
+    """Tells the task's state and the log how many operations are done."""
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+        self._began = self._logged = time.monotonic()
+        self._told = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        rate = round(done / max(now - self._began, 0.001))
+        if now - self._told >= TOLD_SECONDS or done >= total:
+            self._told = now
+            self._task.update_state(state="PROGRESS", meta={"done": done, "total": total, "per_second": rate})
+        if now - self._logged >= LOGGED_SECONDS:
+            self._logged = now
+            logger.info("audit: %d of %d operations, %d/s", done, total, rate)
+
+
+def _verdict(what: str, report: Report) -> dict[str, Any]:
     for fault in report.faults[:NAMED_FAULTS]:
-        logger.error("audit: %s, %s %s: %s", fault.account, fault.table, fault.key, fault.what)
+        logger.error("%s: %s, %s %s: %s", what, fault.account, fault.table, fault.key, fault.what)
+    for label, count in report.not_replayed.items():
+        logger.error("%s: %d operations cannot be replayed: the catalog %s is not at hand", what, count, label)
     if not report.holds:
         first = report.faults[0]
         raise AuditError(
             f"{report.fault_count} faults; the first: {first.account}, {first.table} {first.key}: {first.what}"
         )
-    logger.info("audit: %d accounts, %d operations hold", report.accounts, report.operations)
-    return {"accounts": report.accounts, "operations": report.operations, "entries": report.entries}
+    logger.info("%s: %d accounts, %d operations hold", what, report.accounts, report.operations)
+    return {
+        "accounts": report.accounts,
+        "operations": report.operations,
+        "entries": report.entries,
+        "replayed": report.replayed,
+        "not_replayed": report.not_replayed,
+        "seals": report.seals,
+    }

@@ -13,7 +13,8 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,7 +31,7 @@ import typer
 from kombu.exceptions import KombuError
 from psycopg import Connection
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 
 from creditlane.client import CreditClient
@@ -38,7 +39,12 @@ from creditlane.codes import Code
 from creditlane.contract import ContractError, Result
 from creditlane.errors import BrokerUnavailableError, CreditlaneError, NoAnswerError, QuarantinedError
 from creditlane.lanes import LANES
+from models.audit import Report, audit_new
 from models.audit import audit as audit_ledger
+from models.audit_processes import HelperError
+from models.catalog import SHIPPED, CatalogError, load_catalog
+from models.cutoff import WAIT_SECONDS as SEAL_WAIT_SECONDS
+from models.cutoff import BusyError
 from models.database import connect
 from models.reading import (
     DEFAULT_PAGE,
@@ -50,6 +56,8 @@ from models.reading import (
     quarantined_message,
 )
 from models.reading import history as read_history
+from models.rules.catalog import Catalog
+from models.seal import make_seal, read_seals
 from scripts.embedded import process_exists
 from scripts.lane_state import MAX_LANES, lane_states
 from scripts.requeue import RequeueError, as_it_was, drop, mended, open_message, replay
@@ -65,10 +73,14 @@ from scripts.showing import (
     said,
     summary_lines,
 )
+from tasks.replay import Replayer
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / ".creditlane" / "stack.json"
 """Where a running embedded stack says how to reach it."""
+
+LINE_SECONDS = 10.0
+"""How often a long audit says how far it is where there is no terminal."""
 
 WAIT_SECONDS = 10.0
 """How long a command waits for the ledger's answer unless told otherwise."""
@@ -197,6 +209,36 @@ def ledger(application: str = "creditlane command line", *, read_only: bool = Tr
     """A connection to the ledger's database; one that cannot write unless it has to."""
     with connect(deployment().database_url, application, read_only=read_only) as connection:
         yield connection
+
+
+class AuditProgress:
+    """How far an audit is: a bar with the rate in a terminal, elsewhere a line now and then; on stderr."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._errors = console(stderr=True)
+        self._lines = not quiet and not self._errors.is_terminal
+        self._began = self._told = time.monotonic()
+        self._bar = Progress(
+            TextColumn("auditing"), BarColumn(), TextColumn("{task.fields[figures]}"), TimeElapsedColumn(),
+            console=self._errors, transient=True, disable=quiet or self._lines,
+        )  # fmt: skip
+        self._task = self._bar.add_task("audit", total=None, figures="")
+
+    def __enter__(self) -> AuditProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Tell how many operations are done, and how many there are."""
+        now = time.monotonic()
+        figures = f"{done:,} of {total:,} operations, {done / max(now - self._began, 0.001):,.0f}/s"
+        self._bar.update(self._task, completed=done, total=total, figures=figures)
+        if self._lines and now - self._told >= LINE_SECONDS:
+            self._told = now
+            self._errors.print(f"auditing: {figures}")
 
 
 # --- How it ends -------------------------------------------------------------------------------------
@@ -1030,63 +1072,180 @@ def quarantine_drop(
 
 @app.command(
     rich_help_panel=STATE_PANEL,
-    epilog=examples("creditlane audit", "creditlane audit alice bob", "creditlane audit --json | jq .faults"),
-)
+    epilog=examples(
+        "creditlane audit", "creditlane audit alice bob", "creditlane audit --replay --catalog old.toml",
+        "creditlane audit --expect 5f2e…", "creditlane audit --json | jq .faults",
+    ),
+)  # fmt: skip
 def audit(
     accounts: Annotated[
         list[str] | None, typer.Argument(metavar="[ACCOUNT]...", help="Only these accounts.", show_default=False)
     ] = None,
+    replay: Annotated[
+        bool,
+        typer.Option("--replay", help="Feed every operation to the rules again as well; takes longer."),
+    ] = False,
+    catalog: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A catalog that operations were applied under: a name or a path; several may be given.",
+            show_default="CREDITLANE_CATALOG and the shipped ones",
+        ),
+    ] = None,
+    incremental: Annotated[
+        bool,
+        typer.Option("--incremental", help="Only what was written since the last such audit that held."),
+    ] = False,
+    seals: Annotated[
+        int | None, typer.Option(min=0, help="Compute only the roots of so many of the last seals again.")
+    ] = None,
+    expect: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROOT", help="A seal's root that was kept elsewhere; several may be given."),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, max=64, help="How many processes share the work.", show_default="one per core")
+    ] = os.cpu_count() or 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Prove the ledger: chains, sequences, balances and the closing identity of every account.
+    """Prove the ledger: chains, sequences, balances, seals and the closing identity of every account.
 
-    Each row that is not as it should be is named; then the exit code is 1.
+    Each row that is not as it should be is named; then the exit code is 1. So it is when operations cannot be replayed
+    because the catalog that they were applied under is not at hand.
     """
     wanted = sorted(set(accounts)) if accounts else None
-    errors = console(stderr=True)
-    progress = Progress(
-        TextColumn("auditing"), BarColumn(), MofNCompleteColumn(), TextColumn("accounts"), TimeElapsedColumn(),
-        console=errors, transient=True, disable=as_json or not errors.is_terminal,
-    )  # fmt: skip
-    with ledger() as connection:
-        if wanted is not None:
-            for account in wanted:
-                if not account_exists(connection, account):
-                    unknown_account(account)
-        with progress:
-            bar = progress.add_task("audit", total=None)
-            report = audit_ledger(
-                connection, wanted, lambda done, total: progress.update(bar, completed=done, total=total)
-            )
-    count = max(len(report.faults), getattr(report, "fault_count", 0))
+    if incremental and (wanted or replay or expect or seals is not None):
+        fail("--incremental looks at what is new, and at nothing else: give it alone", USAGE)
+    expected = [read_root(text) for text in expect or ()]
+    replayer = Replayer(catalogs_at_hand(catalog or ())) if replay else None
+    with ledger(read_only=not incremental) as connection:
+        for account in wanted or ():
+            if not account_exists(connection, account):
+                unknown_account(account)
+        started = time.monotonic()
+        with AuditProgress(quiet=as_json) as progress:
+            try:
+                if incremental:
+                    report = audit_new(connection, progress)
+                else:
+                    report = audit_ledger(
+                        connection, wanted, progress, processes=processes, replayer=replayer, seals=seals,
+                        expected=expected,
+                    )  # fmt: skip
+            except (BusyError, HelperError) as error:
+                fail(str(error), AWAY)
+    show_audit(report, time.monotonic() - started, as_json)
+    if report.fault_count or not report.is_whole:
+        raise typer.Exit(FAULTS)
+
+
+def read_root(text: str) -> bytes:
+    """Read ``--expect``: 64 hexadecimal digits."""
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        fail("--expect is a seal's root: 64 hexadecimal digits", USAGE)
+    return bytes.fromhex(text)
+
+
+def catalogs_at_hand(given: Sequence[str]) -> dict[str, Catalog]:
+    """The catalogs to replay with, by label: those given, the one of the environment, and those that are shipped."""
+    names = [path.stem for path in sorted(SHIPPED.glob("*.toml"))]
+    names += [name for name in (os.environ.get("CREDITLANE_CATALOG"), *given) if name]
+    try:
+        return {catalog.label: catalog for catalog in map(load_catalog, names)}
+    except CatalogError as error:
+        fail(str(error), USAGE)
+
+
+def show_audit(report: Report, seconds: float, as_json: bool) -> None:
+    """Show what an audit found."""
     checked = f"{report.accounts:,} accounts, {report.operations:,} operations, {report.entries:,} entries"
     if as_json:
         show_json(
             {
-                "holds": not count,
+                "holds": report.holds,
                 "accounts": report.accounts,
                 "operations": report.operations,
                 "entries": report.entries,
-                "fault_count": count,
+                "replayed": report.replayed,
+                "not_replayed": report.not_replayed,
+                "seals": report.seals,
+                "fault_count": report.fault_count,
                 "faults": report.faults,
             }
         )
+        return
+    if report.replayed:
+        checked += f", {report.replayed:,} replayed"
+    if report.seals:
+        checked += f", {report.seals:,} seals"
+    out = console()
+    for fault in report.faults:
+        owner = f"[bold]{said(fault.account)}[/] " if fault.account else ""
+        where = f"{owner}{said(fault.table)} {said(fault.key)}"
+        out.print(f"[red]fault[/] {where}: {said(fault.what)}", soft_wrap=True)
+    if report.fault_count > len(report.faults):
+        out.print(f"… and {report.fault_count - len(report.faults):,} more")
+    for label, count in report.not_replayed.items():
+        out.print(
+            f"[red]not replayed[/]: {count:,} operations, because the catalog {said(label)} is not at hand or stands"
+            " before them; give it with --catalog",
+            soft_wrap=True,
+        )
+    if report.fault_count:
+        out.print(f"[red]{report.fault_count:,} faults[/] in {checked}")
+    elif report.is_whole:
+        rate = f", {report.operations / max(seconds, 0.001):,.0f} operations/s" if report.operations else ""
+        out.print(f"[green]the audit holds[/]: {checked} in {seconds:.1f} s{rate}", soft_wrap=True)
     else:
-        out = console()
-        for fault in report.faults:
-            out.print(
-                f"[red]fault[/] [bold]{said(fault.account)}[/] {said(fault.table)} {said(fault.key)}:"
-                f" {said(fault.what)}",
-                soft_wrap=True,
-            )
-        if count > len(report.faults):
-            out.print(f"… and {count - len(report.faults):,} more")
-        if count:
-            out.print(f"[red]{count:,} faults[/] in {checked}")
-        else:
-            out.print(f"[green]the audit holds[/]: {checked}")
-    if count:
-        raise typer.Exit(FAULTS)
+        out.print(f"[yellow]no fault, but not all was proven[/]: {checked}", soft_wrap=True)
+
+
+@app.command(
+    rich_help_panel=STATE_PANEL,
+    epilog=examples("creditlane seal", "creditlane seal --list", "creditlane seal --json | jq -r .root"),
+)
+def seal(
+    listed: Annotated[bool, typer.Option("--list", help="Show the seals there are, and make none.")] = False,
+    wait: Annotated[
+        float, typer.Option(min=0, max=3600, help="How many seconds running transactions are waited for.")
+    ] = SEAL_WAIT_SECONDS,
+    as_json: JsonOption = False,
+) -> None:
+    """Seal the ledger as it stands: one root over where every account stands, chained to the seal before.
+
+    Keep the root elsewhere: with it, creditlane audit --expect ROOT proves that nothing sealed was changed, whoever
+    owns the database.
+    """
+
+    def waiting(pids: list[int]) -> None:
+        backends = ", ".join(map(str, pids))
+        console(stderr=True).print(f"waiting for the transactions of backends {backends}", soft_wrap=True)
+
+    with ledger(read_only=listed) as connection:
+        try:
+            made = read_seals(connection) if listed else [make_seal(connection, wait, waiting)]
+        except BusyError as error:
+            fail(str(error), AWAY)
+    shown = [
+        {
+            "number": one.number,
+            "root": one.root.hex(),
+            "cutoff": one.cutoff,
+            "accounts": one.accounts,
+            "operations": one.operations,
+            "entries": one.entries,
+        }
+        for one in made
+    ]
+    if as_json:
+        show_json(shown if listed else shown[0])
+        return
+    for one in made:
+        console().print(
+            f"[green]seal {one.number}[/] {one.root.hex()} of {one.cutoff:%Y-%m-%d %H:%M} UTC:"
+            f" {one.accounts:,} accounts that moved, {one.operations:,} operations, {one.entries:,} entries in all",
+            soft_wrap=True,
+        )
 
 
 def main() -> None:

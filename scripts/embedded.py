@@ -649,6 +649,10 @@ class Postgres(_Server):
         """The URL of a database of this server; it holds the password."""
         return f"postgresql://{USER}:{self._password}@{HOST}:{self.port}/{database}"
 
+    def url_as(self, user: str, password: str, database: str = DATABASE) -> str:
+        """The URL of a database of this server for another role than its owner's; it holds that role's password."""
+        return f"postgresql://{user}:{password}@{HOST}:{self.port}/{database}"
+
     def create_database(self, name: str, *, template: str = "template1") -> str:
         """Create a database unless it exists.
 

@@ -9,6 +9,7 @@ import msgspec
 from psycopg import Connection
 
 from creditlane.contract import BATCH, MAX_MESSAGE_BYTES, check_id, decode_batch, decode_message
+from creditlane.errors import BrokerUnavailableError
 from creditlane.lanes import lane_of
 from creditlane.sending import Outgoing, make_sender
 from models.reading import QuarantinedMessage, quarantined_message
@@ -173,15 +174,11 @@ def _resolve(connection: Connection[Any], id: int, status: str, who: str) -> Non
 
 
 def _publish(broker_url: str, ready: Ready) -> None:
+    message = Outgoing(
+        ready.queue, ready.body, ready.headers, content_type=ready.content_type, properties=ready.properties
+    )
     with closing(make_sender(broker_url)) as sender:
-        sender.send(
-            [
-                Outgoing(
-                    ready.queue,
-                    ready.body,
-                    ready.headers,
-                    content_type=ready.content_type,
-                    properties=ready.properties,
-                )
-            ]
-        )
+        try:
+            sender.send([message])
+        except BrokerUnavailableError as error:
+            raise BrokerUnavailableError(f"{error}; it is still open") from error

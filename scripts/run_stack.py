@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import secrets
 import shlex
 import signal
 import sys
@@ -39,7 +40,8 @@ from creditlane.errors import CreditlaneError
 from creditlane.lanes import LANES, lane_name
 from models.audit import Report, audit
 from models.catalog import CatalogError, load_catalog
-from models.migrate import upgrade
+from models.migrate import make_logins, upgrade
+from models.roles import READER, WORKER
 from scripts.embedded import (
     HOST,
     DirectoryLock,
@@ -196,18 +198,21 @@ class Running:
                 raise StackError(f"{server.service} has ended; the end of its log ({log}):\n{last_lines(log)}")
 
 
-def child_environment(stack: Stack, catalog: str, lanes: int) -> dict[str, str]:
-    """The environment of the workers: ours, with the stack's addresses in place of any others."""
+def child_environment(stack: Stack, catalog: str, lanes: int, database_url: str | None = None) -> dict[str, str]:
+    """The environment of the workers: ours, with the stack's addresses in place of any others.
+
+    :param database_url: the ledger in the workers' role, which cannot change what is written once; else the owner's.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
         # A PGHOST or a result store of another deployment would lead astray.
-        if not name.startswith("PG") and name != "CREDITLANE_RESULT_URL"
+        if not name.startswith("PG") and name not in ("CREDITLANE_RESULT_URL", "CREDITLANE_OWNER_URL")
     }
     return {
         **kept,
         "CREDITLANE_BROKER_URL": stack.broker_url,
-        "CREDITLANE_DATABASE_URL": stack.database_url,
+        "CREDITLANE_DATABASE_URL": database_url or stack.database_url,
         "CREDITLANE_CATALOG": catalog,
         "CREDITLANE_LANES": str(lanes),
         "PYTHONUNBUFFERED": "1",
@@ -618,7 +623,7 @@ def show_addresses(running: Running, state: Path, flower_port: int, account: str
     console.print(
         Panel.fit(
             f"Flower      http://{HOST}:{flower_port}\n"
-            f"PostgreSQL  postgresql://creditlane@{HOST}:{running.stack.postgres.port}/creditlane\n"
+            f"PostgreSQL  postgresql://{READER}@{HOST}:{running.stack.postgres.port}/creditlane\n"
             f"Redis       redis://{HOST}:{running.stack.redis.port}/0\n"
             f"Passwords   {escape(str(state))} (readable by you only)\n"
             f"Logs        {escape(str(running.children.directory))}",
@@ -690,11 +695,15 @@ def running_stack(
     stack = start_stack(data, postgres_port=postgres_port, redis_port=redis_port)
     state = data / "stack.json"
     logs = data / "logs"
-    children = Children(logs, child_environment(stack, catalog, lanes))
+    # New ones at each start: nobody has to keep them.
+    passwords = {role: secrets.token_urlsafe(24) for role in (WORKER, READER)}
+    worker_url, reader_url = (stack.postgres.url_as(role, password) for role, password in passwords.items())
+    children = Children(logs, child_environment(stack, catalog, lanes, worker_url))
     signals.children = children
     try:
         logs.mkdir(mode=0o700, exist_ok=True)
         upgrade(stack.database_url)
+        make_logins(stack.database_url, passwords)
         console.print(f"Starting {workers} lane workers, a general worker, beat and Flower")
         start_children(children, workers)
         running = Running(stack, children, lanes)
@@ -709,7 +718,8 @@ def running_stack(
         wait_for(lambda: answers(flower_port), running.check, READY_SECONDS, "Flower did not answer")
         content = {
             "broker_url": stack.broker_url,
-            "database_url": stack.database_url,
+            "database_url": worker_url,
+            "reader_url": reader_url,
             "flower_url": f"http://{HOST}:{flower_port}",
             "catalog": catalog,
             "lanes": lanes,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
+import json
 from abc import ABC, abstractmethod
 from contextlib import closing
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 import amqp
@@ -40,8 +42,27 @@ class Broker(ABC):
         """Close everybody's connections, whatever they are doing."""
 
     @abstractmethod
+    def messages(self, lane: str) -> list[Message]:
+        """What stands in a lane, the oldest first; it stays there."""
+
+    def has_queue(self, queue: str) -> bool:
+        """Whether what is sent to a queue is kept there."""
+        return True
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave what was looked at to others."""
+
+    @abstractmethod
     def remove(self) -> None:
         """Delete everything in it."""
+
+
+class Message(NamedTuple):
+    """One message of a lane."""
+
+    headers: dict[str, Any]
+    body: bytes
 
 
 class RedisBroker(Broker):
@@ -49,9 +70,11 @@ class RedisBroker(Broker):
 
     kind = "redis"
 
-    def __init__(self, server: Redis) -> None:
-        self.url = server.url_of(next(_numbers) % 15 + 1)
-        self.remove()
+    def __init__(self, server: Redis, database: int | None = None) -> None:
+        """Look at a database as it is; at a new one unless it is named."""
+        self.url = server.url_of(next(_numbers) % 15 + 1 if database is None else database)
+        if database is None:
+            self.remove()
 
     def push(self, lane: str, body: bytes, headers: dict[str, Any] | None = None) -> None:
         """Push bytes as they are: kombu's envelope would be part of them."""
@@ -62,6 +85,16 @@ class RedisBroker(Broker):
         """Among them those that wait for messages, and those that are about to acknowledge."""
         with redis.Redis.from_url(self.url) as store:
             store.client_kill_filter(_type="normal", skipme=True)
+
+    def messages(self, lane: str) -> list[Message]:
+        """Read the list."""
+        with redis.Redis.from_url(self.url) as store:
+            payloads: Any = store.lrange(lane, 0, -1)
+        wrappers = map(json.loads, reversed(payloads))
+        return [Message(wrapper["headers"], base64.b64decode(wrapper["body"])) for wrapper in wrappers]
+
+    def close(self) -> None:
+        """Nothing is kept from others."""
 
     def remove(self) -> None:
         """Flush the database."""
@@ -83,14 +116,20 @@ class RabbitBroker(Broker):
         self.server = server
         self.vhost = f"test-{next(_numbers)}"
         self.url = server.create_vhost(self.vhost)
+        self._reader: Any = None
+        self._read: dict[str, tuple[Any, list[Message]]] = {}
 
     def push(self, lane: str, body: bytes, headers: dict[str, Any] | None = None) -> None:
         """Publish a body with no properties but these headers."""
+        self.publish(lane, amqp.Message(body, application_headers=headers or {}))
+
+    def publish(self, lane: str, *messages: amqp.Message) -> None:
+        """Publish messages as they are."""
         with closing(self.connect()) as connection:
             channel = connection.channel()
             declare_lane(channel, lane)
-            channel.confirm_select()
-            channel.basic_publish_confirm(amqp.Message(body, application_headers=headers or {}), "", lane)
+            for message in messages:
+                channel.basic_publish_confirm(message, "", lane)
 
     def cut(self) -> None:
         """By the server, as an operator would."""
@@ -98,8 +137,49 @@ class RabbitBroker(Broker):
             name = quote(connection["name"], safe="")
             self.server.manage("DELETE", f"/api/connections/{name}", missing_ok=True)
 
+    def messages(self, lane: str) -> list[Message]:
+        """Take what there is, as a consumer that acknowledges nothing."""
+        if self._reader is None:
+            self._reader = self.connect()
+        if self.depth(lane) is None:
+            return []
+        if lane not in self._read:
+            channel, found = self._reader.channel(), list[Message]()
+            channel.auto_decode = False
+            self._read[lane] = channel, found
+            channel.basic_consume(
+                lane, callback=lambda message: found.append(Message(message.headers or {}, bytes(message.body)))
+            )
+        while True:
+            waits = self.depth(lane)
+            try:
+                while True:
+                    self._reader.drain_events(timeout=0.05)
+            except TimeoutError:
+                if not waits:
+                    return list(self._read[lane][1])
+
+    def close(self) -> None:
+        """What was looked at goes back to its place."""
+        if self._reader is not None:
+            self._reader.close()
+        self._reader, self._read = None, {}
+
+    def has_queue(self, queue: str) -> bool:
+        """Whether somebody has made it: what is sent before comes back."""
+        return self.depth(queue) is not None
+
+    def depth(self, queue: str) -> int | None:
+        """How many messages of a queue nobody has; None when there is no such queue."""
+        with closing(self.connect()) as connection:
+            try:
+                return int(connection.channel().queue_declare(queue, passive=True).message_count)
+            except amqp.NotFound:
+                return None
+
     def remove(self) -> None:
         """Delete the virtual host."""
+        self.close()
         self.server.delete_vhost(self.vhost)
 
     def connect(self) -> Any:

@@ -19,6 +19,7 @@ from models.catalog import load_catalog
 from models.migrate import upgrade
 from scripts.embedded import Stack, temporary_directory, temporary_stack
 from scripts.rabbitmq import RabbitMQ
+from tasks.replay import Replayer
 from tests.broker import Broker, RabbitBroker, RedisBroker
 from tests.brokers import need_rabbitmq
 from tests.support import Ledger, Worker, eventually, owned_lanes
@@ -27,6 +28,9 @@ from workers.quarantine import Quarantined
 
 LANES = 8
 """Few lanes, so that two workers have some each and every lane some accounts."""
+
+CATALOGS = [load_catalog(name) for name in ("packs", "metering")]
+"""What the operations of the tests are replayed with in the end; those of other catalogs are not."""
 
 TEMPLATE = "migrated"
 _numbers = itertools.count(1)
@@ -47,7 +51,7 @@ def database(stack: Stack) -> Iterator[str]:
     url = stack.create_database(name, template=TEMPLATE)
     yield url
     with psycopg.connect(url, autocommit=True) as connection:
-        report = audit(connection)
+        report = audit(connection, replayer=Replayer({catalog.label: catalog for catalog in CATALOGS}))
     stack.postgres.drop_database(name)
     assert report.holds, report.faults
 

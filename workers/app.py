@@ -74,4 +74,4 @@ def make_app(name: str, config: Settings | None = None) -> Celery:
 
 
 app = make_app("creditlane")
-app.conf.imports = ("tasks.queries", "schedules.expiry", "schedules.audit", "schedules.outbox")
+app.conf.imports = ("tasks.queries", "schedules.expiry", "schedules.audit", "schedules.outbox", "schedules.seal")

@@ -9,6 +9,7 @@ from creditlane.rabbitmq import is_rabbitmq
 from models.settings import settings
 from workers.app import make_app
 from workers.lane_consumer import LaneStep, LedgerTask
+from workers.rabbit_lanes import READ_SECONDS, tolerant_frames
 
 NO_QUEUE = "lanes"
 """Lane workers begin without a queue: which lanes they consume is decided as they run."""
@@ -26,7 +27,9 @@ def make_lane_app() -> Celery:
         worker_enable_prefetch_count_reduction=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,
     )
-    if not is_rabbitmq(app.conf.broker_url):
+    if is_rabbitmq(app.conf.broker_url):
+        app.conf.broker_transport_options = {"read_timeout": READ_SECONDS, "frame_handler": tolerant_frames}
+    else:
         app.conf.broker_transport = "workers.redis_lanes:Transport"
     for name in (*OPERATIONS, BATCH):
         app.register_task(type(name, (LedgerTask,), {"name": name, "__module__": __name__})())

@@ -71,6 +71,7 @@ that it does not search the middle of each."""
 
 _body = msgspec.json.Decoder(tuple[list[Any], msgspec.Raw, msgspec.Raw])
 _json = msgspec.json.Encoder(enc_hook=repr)
+_sorted = msgspec.json.Encoder(enc_hook=repr, order="deterministic")
 
 
 class LedgerTask(Task):
@@ -214,8 +215,11 @@ class Doorbell:
 class LaneBroker(Protocol):
     """What a broker does for the lane consumer."""
 
-    def take(self, lane: str) -> None:
-        """Begin to consume a lane; what its last owner left unacknowledged comes first."""
+    def take(self, lanes: Sequence[str]) -> list[str]:
+        """Begin to consume lanes; what their last owners left unacknowledged comes first.
+
+        :returns: those that are consumed now; the broker may refuse some, which is told in the log.
+        """
 
     def forget(self, lanes: Sequence[str]) -> None:
         """Stop consuming lanes; what is unacknowledged of them is for their next owner."""
@@ -300,11 +304,13 @@ class LaneStep(bootsteps.StartStopStep):
                     self.flush(more=False)
             except Exception as error:
                 logger.warning("stopping with %d messages unapplied, they go back: %r", len(self.buffer), error)
-        if self.broker is not None:
-            self.broker.close()
-        self.drop_buffer()
-        self.consuming.clear()
-        self.close_database()
+        try:
+            if self.broker is not None:
+                self.broker.close()
+        finally:
+            self.drop_buffer()
+            self.consuming.clear()
+            self.close_database()
 
     def close_database(self) -> None:
         """Close the connection, and with it give every lane up."""
@@ -330,11 +336,8 @@ class LaneStep(bootsteps.StartStopStep):
                 self.give_up(found.excess)
                 if self.ownership is None:
                     return  # the database was lost meanwhile
-            for lane in found.taken:
-                self.consume(lane)
-            # A lane may be held without being consumed: when giving it up failed half way.
-            for lane in self.ownership.mine - self.consuming:
-                self.consume(lane)
+            # A lane may be held without being consumed: when giving it up failed half way, or the broker refused.
+            self.consume(sorted(self.ownership.mine - self.consuming))
         except psycopg.Error as error:
             self.lose_database(error)
             return
@@ -361,11 +364,11 @@ class LaneStep(bootsteps.StartStopStep):
         self.outbox = Outbox(connection, self.sender, self.settings.lanes)
         self.pause_seconds = 0.0
 
-    def consume(self, lane: int) -> None:
-        """Begin to consume a lane that this worker owns; what its last owner left unacknowledged comes first."""
+    def consume(self, lanes: Sequence[int]) -> None:
+        """Begin to consume lanes that this worker owns; what their last owners left unacknowledged comes first."""
         assert self.broker is not None
-        self.broker.take(lane_name(lane))
-        self.consuming.add(lane)
+        taken = set(self.broker.take([lane_name(lane) for lane in lanes]))
+        self.consuming.update(lane for lane in lanes if lane_name(lane) in taken)
 
     def give_up(self, lanes: Sequence[int]) -> None:
         """Give lanes to other workers, once everything that is buffered is applied."""
@@ -432,7 +435,7 @@ class LaneStep(bootsteps.StartStopStep):
         delivery.name = name if isinstance(name, str) else None
         delivery.id = identity if isinstance(identity, str) else None
         if message.content_type == UNREADABLE:
-            reason = "what stood in the lane is no message of kombu's: not JSON, or without properties"
+            reason = "what stood in the lane is no message of kombu's: its properties or headers cannot be read"
         self.refuse(delivery, code, reason)
         self.append(delivery)
 
@@ -751,9 +754,12 @@ def lane_of_message(message: Any) -> str:
 
 
 def envelope(message: Any) -> bytes:
-    """A message's headers and properties as JSON; as text where they are more than JSON can say."""
+    """A message's headers and properties as JSON; as text where they are more than JSON can say.
+
+    Sorted: RabbitMQ gives the headers back in another order when it delivers again.
+    """
     try:
-        return _json.encode({"headers": message.headers, "properties": message.properties})
+        return _sorted.encode({"headers": message.headers, "properties": message.properties})
     except Exception:
         return _json.encode(printable(repr((message.headers, message.properties)), MAX_MESSAGE_BYTES))
 

@@ -317,13 +317,15 @@ class RedisLanes:
         self.room = room
         self.guard = guard
 
-    def take(self, lane: str) -> None:
-        """Begin to consume a lane; what its last owner left unacknowledged comes first."""
-        queue = Queue(lane, exchange=Exchange(""), routing_key=lane)
-        self.consumer.app.amqp.queues.select_add(queue)
+    def take(self, lanes: Sequence[str]) -> list[str]:
+        """Begin to consume lanes; what their last owners left unacknowledged comes first."""
         tasks = self.consumer.task_consumer
-        tasks.add_queue(queue)
-        tasks.consume()
+        for lane in lanes:
+            queue = Queue(lane, exchange=Exchange(""), routing_key=lane)
+            self.consumer.app.amqp.queues.select_add(queue)
+            tasks.add_queue(queue)
+            tasks.consume()
+        return list(lanes)
 
     def forget(self, lanes: Sequence[str]) -> None:
         """Stop consuming lanes; what is unacknowledged of them stays there for their next owner."""

@@ -16,6 +16,7 @@ from kombu import Connection
 
 from creditlane.contract import BATCH, ContractError, check_id
 from creditlane.errors import QuarantinedError
+from creditlane.rabbitmq import connect
 from workers import metrics
 
 if TYPE_CHECKING:
@@ -56,11 +57,21 @@ class QueueReplies:
         wanted = [(reply, to, meta) for reply, message, meta in answers if (to := message.properties.get("reply_to"))]
         if not wanted:
             return
+        kept = self._connection.connected
+        try:
+            self._publish(wanted)
+        except self._connection.connection_errors:
+            if not kept:
+                raise
+            self._publish(wanted)  # over a new connection: the old one may have been dead for long
+
+    def _publish(self, answers: Iterable[tuple[str, str, bytes]]) -> None:
         try:
             if not self._connection.connected:
-                self._connection.connect()
+                self._connection.collect()
+                connect(self._connection)
             channel = self._connection.default_channel
-            for reply, to, meta in wanted:
+            for reply, to, meta in answers:
                 answer = amqp.Message(
                     meta, correlation_id=reply, content_type="application/json", content_encoding="utf-8"
                 )

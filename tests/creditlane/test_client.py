@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from decimal import Decimal
 from typing import Any
 
@@ -19,16 +19,10 @@ from creditlane.contract import INTERNAL, MAX_BATCH, MAX_MESSAGE_BYTES, Contract
 from creditlane.errors import BrokerUnavailableError, NoAnswerError, QuarantinedError, RefusedError, UnsentError
 from creditlane.lanes import lane_name, lane_of
 from scripts.embedded import Redis, free_port, temporary_directory
+from tests.broker import Broker, RedisBroker, on_both_brokers
 from tests.conftest import LANES, Spawn
 from tests.support import Worker, eventually, rows, value
 from workers.redis_lanes import keys_of
-
-
-@pytest.fixture
-def store(broker_url: str) -> Iterator[redis.Redis]:
-    """A plain client, to look at the lanes."""
-    with redis.Redis.from_url(broker_url) as plain:
-        yield plain
 
 
 @pytest.fixture
@@ -40,24 +34,22 @@ def own_redis() -> Iterator[Redis]:
         server.stop()
 
 
-def sent(store: redis.Redis) -> dict[str, list[dict[str, Any]]]:
+def sent(broker: Broker) -> dict[str, list[dict[str, Any]]]:
     """Every message of every lane, in order: headers, and the body's keyword arguments."""
     found: dict[str, list[dict[str, Any]]] = {}
     for number in range(LANES):
         lane = lane_name(number)
-        for payload in reversed(store.lrange(lane, 0, -1)):
-            wrapper = json.loads(payload)
-            args, kwargs, _ = json.loads(base64.b64decode(wrapper["body"]))
+        for headers, body in broker.messages(lane):
+            args, kwargs, _ = json.loads(body)
             assert args == []
-            size = len(base64.b64decode(wrapper["body"]))
-            found.setdefault(lane, []).append({"headers": wrapper["headers"], "kwargs": kwargs, "size": size})
+            found.setdefault(lane, []).append({"headers": headers, "kwargs": kwargs, "size": len(body)})
     return found
 
 
-def members(store: redis.Redis) -> dict[str, list[str]]:
+def members(broker: Broker) -> dict[str, list[str]]:
     """The operation ids of each account in order, single or in batches."""
     ids: dict[str, list[str]] = {}
-    for messages in sent(store).values():
+    for messages in sent(broker).values():
         for message in messages:
             inside = [(message["headers"]["id"], message["kwargs"])]
             if message["headers"]["task"] == "credits.batch":
@@ -75,10 +67,11 @@ def done(database: str) -> int:
 # One message
 
 
-def test_a_call_without_wait_puts_one_message_into_the_accounts_lane(client: CreditClient, store: redis.Redis) -> None:
+@on_both_brokers
+def test_a_call_without_wait_puts_one_message_into_the_accounts_lane(client: CreditClient, broker: Broker) -> None:
     assert client.consume("alice", feature="image", quantity=Decimal("12.50"), id="order-1", metadata={"é": 1}) is None
     assert client.adjust("bob", "-0.5", actor="admin", reason="because", id="a-1") is None
-    found = sent(store)
+    found = sent(broker)
     assert set(found) == {lane_of("alice", LANES), lane_of("bob", LANES)}
     ((message,), (other,)) = (found[lane_of(account, LANES)] for account in ("alice", "bob"))
     assert message["kwargs"] == {"account": "alice", "feature": "image", "quantity": "12.5", "metadata": {"é": 1}}
@@ -87,7 +80,8 @@ def test_a_call_without_wait_puts_one_message_into_the_accounts_lane(client: Cre
     assert other["kwargs"]["amount"] == "-0.5"
 
 
-def test_what_does_not_fit_the_contract_is_not_sent(client: CreditClient, store: redis.Redis) -> None:
+@on_both_brokers
+def test_what_does_not_fit_the_contract_is_not_sent(client: CreditClient, broker: Broker) -> None:
     for wrong in (
         lambda: client.consume("alice", id="x"),
         lambda: client.consume("", feature="image", id="x"),
@@ -108,28 +102,30 @@ def test_what_does_not_fit_the_contract_is_not_sent(client: CreditClient, store:
             client.grant("alice", inexact, source="pack", id="x")  # type: ignore[arg-type]
     with client.buffer() as buffer, pytest.raises(ContractError):
         buffer.consume("alice", id="x")
-    assert sent(store) == {}
+    assert sent(broker) == {}
 
 
 @pytest.mark.parametrize("name", sorted(INTERNAL))
-def test_what_the_ledger_sends_itself_no_client_sends(name: str, client: CreditClient, store: redis.Redis) -> None:
+def test_what_the_ledger_sends_itself_no_client_sends(name: str, client: CreditClient, broker: Broker) -> None:
     with pytest.raises(ContractError, match="sent by the ledger itself") as refused:
         client.submit(name, "forged", {"account": "a", "transfer": "t"})
     assert refused.value.code is Code.UNKNOWN_OPERATION
-    assert sent(store) == {}
+    assert sent(broker) == {}
 
 
+@on_both_brokers
 def test_without_a_worker_there_is_no_answer_in_time_and_the_message_waits(
-    client: CreditClient, store: redis.Redis
+    client: CreditClient, broker: Broker
 ) -> None:
     began = time.monotonic()
     with pytest.raises(NoAnswerError, match="'c-1'"):
         client.consume("alice", feature="image", id="c-1", wait=0.2)
     assert time.monotonic() - began < 5
-    assert members(store) == {"alice": ["c-1"]}
-    assert sent(store)[lane_of("alice", LANES)][0]["headers"]["ignore_result"] is False
+    assert members(broker) == {"alice": ["c-1"]}
+    assert sent(broker)[lane_of("alice", LANES)][0]["headers"]["ignore_result"] is False
 
 
+@on_both_brokers
 def test_answers_are_typed_told_apart_and_given_again(
     lane_worker: Worker, client: CreditClient, broker_url: str
 ) -> None:
@@ -160,6 +156,7 @@ def test_answers_are_typed_told_apart_and_given_again(
     ]
 
 
+@on_both_brokers
 def test_threads_that_wait_at_once_get_their_own_answers(lane_worker: Worker, client: CreditClient) -> None:
     client.open("alice", id="open", wait=10)
     answers: dict[str, str] = {}
@@ -178,19 +175,22 @@ def test_threads_that_wait_at_once_get_their_own_answers(lane_worker: Worker, cl
     assert answers == {f"{thread}-{number}": f"{thread}-{number}" for thread in range(8) for number in range(20)}
 
 
-def test_a_batch_over_several_lanes_or_none_is_refused(client: CreditClient, store: redis.Redis) -> None:
+@on_both_brokers
+def test_a_batch_over_several_lanes_or_none_is_refused(client: CreditClient, broker: Broker) -> None:
     accounts = [f"account-{number}" for number in range(20)]
     assert len({lane_of(account, LANES) for account in accounts}) > 1
     for operations in ([("credits.settle", account, {"account": account}) for account in accounts], []):
         with pytest.raises(ContractError, match="one lane"):
             client.batch(operations, id="batch", wait=1)
-    assert sent(store) == {}
+    assert sent(broker) == {}
 
 
+@on_both_brokers
 def test_balance_is_asked_of_a_general_worker(
-    lane_worker: Worker, spawn: Spawn, client: CreditClient, store: redis.Redis
+    lane_worker: Worker, spawn: Spawn, client: CreditClient, broker: Broker
 ) -> None:
     spawn("general", kind="general")
+    eventually(lambda: broker.has_queue("queries"))
     client.open("alice", id="open", wait=10)
     client.hold("alice", amount=2, id="h", wait=10)
     balance = client.balance("alice", wait=30)
@@ -202,6 +202,7 @@ def test_balance_is_asked_of_a_general_worker(
 # Reservations
 
 
+@on_both_brokers
 def test_reserve_captures_what_it_is_told_or_all_and_releases_on_an_exception(
     lane_worker: Worker, client: CreditClient, database: str
 ) -> None:
@@ -240,62 +241,68 @@ def test_reserve_captures_what_it_is_told_or_all_and_releases_on_an_exception(
 # Buffers
 
 
-def test_a_buffer_keeps_the_order_of_each_account_in_few_messages(client: CreditClient, store: redis.Redis) -> None:
+@on_both_brokers
+def test_a_buffer_keeps_the_order_of_each_account_in_few_messages(client: CreditClient, broker: Broker) -> None:
     expected: dict[str, list[str]] = {}
     with client.buffer(linger_ms=1) as buffer:
         for number in range(2000):
             account = f"account-{number % 7}"
             expected.setdefault(account, []).append(f"c-{number}")
             buffer.consume(account, feature="export", id=f"c-{number}")
-    assert members(store) == expected
+    assert members(broker) == expected
     assert buffer.sent == 2000
-    assert sum(map(len, sent(store).values())) < 1000
+    assert sum(map(len, sent(broker).values())) < 1000
 
 
-def test_a_buffered_operation_is_sent_when_it_has_lingered(client: CreditClient, store: redis.Redis) -> None:
+@on_both_brokers
+def test_a_buffered_operation_is_sent_when_it_has_lingered(client: CreditClient, broker: Broker) -> None:
     with client.buffer(linger_ms=20) as buffer:
         for number in range(3):
             buffer.consume("alice", feature="export", id=f"c-{number}")
-            eventually(lambda wanted=number + 1: len(members(store).get("alice", ())) == wanted, 2)  # type: ignore[misc]
+            eventually(lambda wanted=number + 1: len(members(broker).get("alice", ())) == wanted, 2)  # type: ignore[misc]
         assert buffer.sent == 3
 
 
-def test_a_buffer_sends_nothing_before_its_time_unless_it_is_flushed(client: CreditClient, store: redis.Redis) -> None:
+@on_both_brokers
+def test_a_buffer_sends_nothing_before_its_time_unless_it_is_flushed(client: CreditClient, broker: Broker) -> None:
     with client.buffer(linger_ms=60_000) as buffer:
         buffer.consume("alice", feature="export", id="c-1")
-        assert sent(store) == {}
+        assert sent(broker) == {}
         buffer.flush()
-        assert members(store) == {"alice": ["c-1"]}
+        assert members(broker) == {"alice": ["c-1"]}
         buffer.consume("alice", feature="export", id="c-2")
         assert buffer.sent == 1
-    assert members(store) == {"alice": ["c-1", "c-2"]}
+    assert members(broker) == {"alice": ["c-1", "c-2"]}
 
 
-def test_a_message_of_a_buffer_never_has_more_operations_than_allowed(client: CreditClient, store: redis.Redis) -> None:
+@on_both_brokers
+def test_a_message_of_a_buffer_never_has_more_operations_than_allowed(client: CreditClient, broker: Broker) -> None:
     with client.buffer(linger_ms=60_000, max_operations=30) as buffer:
         for number in range(100):
             buffer.consume("alice", feature="export", id=f"c-{number}")
         assert buffer.sent == 90
-    (messages,) = sent(store).values()
+    (messages,) = sent(broker).values()
     assert [len(message["kwargs"]["operations"]) for message in messages] == [30, 30, 30, 10]
     for wrong in (0, MAX_BATCH + 1):
         with pytest.raises(ValueError, match="max_operations"):
             client.buffer(max_operations=wrong)
 
 
-def test_a_message_of_a_buffer_never_has_more_than_a_mebibyte(client: CreditClient, store: redis.Redis) -> None:
+@on_both_brokers
+def test_a_message_of_a_buffer_never_has_more_than_a_mebibyte(client: CreditClient, broker: Broker) -> None:
     with client.buffer(linger_ms=60_000) as buffer:
         for number in range(700):
             text = ('"é\\' * 1000)[: 500 + number]
             buffer.consume("alice", feature="export", id=f'"{number}', metadata={"text": text})
-    (messages,) = sent(store).values()
+    (messages,) = sent(broker).values()
     assert len(messages) > 1
     assert all(message["size"] <= MAX_MESSAGE_BYTES for message in messages)
     assert all(message["size"] > MAX_MESSAGE_BYTES - 10_000 for message in messages[:-1])
-    assert members(store) == {"alice": [f'"{number}' for number in range(700)]}
+    assert members(broker) == {"alice": [f'"{number}' for number in range(700)]}
 
 
-def test_eight_threads_share_a_buffer_and_each_keeps_its_order(client: CreditClient, store: redis.Redis) -> None:
+@on_both_brokers
+def test_eight_threads_share_a_buffer_and_each_keeps_its_order(client: CreditClient, broker: Broker) -> None:
     with client.buffer(linger_ms=1, max_operations=50) as buffer:
 
         def produce(thread: int) -> None:
@@ -308,7 +315,7 @@ def test_eight_threads_share_a_buffer_and_each_keeps_its_order(client: CreditCli
         for thread in threads:
             thread.join()
     assert buffer.sent == 2400
-    for account, ids in members(store).items():
+    for account, ids in members(broker).items():
         assert len(ids) == 800
         for producer in range(8):
             own = [identity for identity in ids if identity.startswith(f"{producer}-")]
@@ -316,16 +323,18 @@ def test_eight_threads_share_a_buffer_and_each_keeps_its_order(client: CreditCli
 
 
 @pytest.mark.timeout(60)
-def test_a_buffer_ends_at_once_however_short_its_life(client: CreditClient, store: redis.Redis) -> None:
+@on_both_brokers
+def test_a_buffer_ends_at_once_however_short_its_life(client: CreditClient, broker: Broker) -> None:
     for number in range(200):
         with client.buffer(linger_ms=5 * (number % 2)) as buffer:
             if number % 3 == 0:
                 buffer.consume("alice", feature="export", id=f"c-{number}")
-    assert members(store) == {"alice": [f"c-{number}" for number in range(0, 200, 3)]}
+    assert members(broker) == {"alice": [f"c-{number}" for number in range(0, 200, 3)]}
     assert not [thread for thread in threading.enumerate() if thread.name == "creditlane buffer"]
 
 
-def test_a_buffer_hands_over_what_it_has_when_its_block_raises(client: CreditClient, store: redis.Redis) -> None:
+@on_both_brokers
+def test_a_buffer_hands_over_what_it_has_when_its_block_raises(client: CreditClient, broker: Broker) -> None:
     def fail_half_way() -> None:
         with client.buffer(linger_ms=60_000) as buffer:
             buffer.consume("alice", feature="export", id="c-1")
@@ -333,9 +342,10 @@ def test_a_buffer_hands_over_what_it_has_when_its_block_raises(client: CreditCli
 
     with pytest.raises(ZeroDivisionError):
         fail_half_way()
-    assert members(store) == {"alice": ["c-1"]}
+    assert members(broker) == {"alice": ["c-1"]}
 
 
+@on_both_brokers
 def test_a_buffer_waits_for_no_answers(client: CreditClient) -> None:
     with client.buffer() as buffer, pytest.raises(ValueError, match="waits for no answers"):
         buffer.consume("alice", feature="export", id="c-1", wait=1)
@@ -365,8 +375,8 @@ def test_a_call_after_the_brokers_return_succeeds_on_the_same_client(own_redis: 
             client.consume("alice", feature="export", id="c-2")
         own_redis.start()
         client.consume("alice", feature="export", id="c-2")
-        with redis.Redis.from_url(own_redis.url) as store:
-            assert members(store) == {"alice": ["c-1", "c-2"]}
+        with closing(RedisBroker(own_redis, 0)) as broker:
+            assert members(broker) == {"alice": ["c-1", "c-2"]}
 
 
 def test_what_a_buffer_could_not_hand_over_is_named_in_order_and_applies_once_when_sent_again(
@@ -396,8 +406,8 @@ def test_what_a_buffer_could_not_hand_over_is_named_in_order_and_applies_once_wh
         ((account, last),) = refused
         assert expected[account][-1] == last
         own_redis.start()
-        with redis.Redis.from_url(own_redis.url) as store:
-            confirmed = members(store)
+        with closing(RedisBroker(own_redis, 0)) as broker:
+            confirmed = members(broker)
         # Confirmed, to be sent again and refused at the call: together everything, each account's in order.
         for name in accounts:
             mine = [identity for _, identity, arguments in again if json.loads(arguments)["account"] == name]
@@ -446,7 +456,7 @@ def test_nothing_of_a_buffer_overtakes_what_was_not_confirmed(told_by: str, own_
         with pytest.raises(UnsentError) as unsent:
             overflow()
         again = [identity for _, identity, _ in unsent.value.operations]
-        with redis.Redis.from_url(own_redis.url) as store:
-            arrived = members(store).get("alice", [])
+        with closing(RedisBroker(own_redis, 0)) as broker:
+            arrived = members(broker).get("alice", [])
     assert arrived == []
     assert again == [f"c-{number}" for number in range(count)]

@@ -2,78 +2,30 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
-from typing import Any
+import os
+import signal
+import tracemalloc
 
-import msgspec
 import psycopg
 import pytest
 
-from creditlane.contract import decode_message
 from models import audit as audit_module
+from models import audit_rows
+from models import report as report_module
 from models.audit import Report, audit
+from models.audit_page import Replay
+from models.audit_processes import HelperError
 from models.rules.posting import chain_hash
 from models.rules.state import Entry
+from models.seal import make_seal
+from tasks.replay import Replayer
+from tests.proof import job, live, named, tamper
 from tests.support import Ledger
-from workers.ledger_writer import Job
-
-START = datetime(2026, 1, 31, 12, tzinfo=UTC)
-
-
-def job(name: str, identity: str, /, **arguments: Any) -> Job:
-    """One operation, ready to be written."""
-    raw = msgspec.json.encode(arguments)
-    return Job(name, identity, decode_message(name, raw), raw)
-
-
-def freeze(ledger: Ledger, instant: datetime) -> None:
-    """Let the ledger's clock stand still."""
-    ledger.writer.connection.execute(
-        "CREATE OR REPLACE FUNCTION ledger_now() RETURNS timestamptz LANGUAGE sql VOLATILE"
-        f" AS 'SELECT timestamptz ''{instant.isoformat()}'''"
-    )
-
-
-def live(ledger: Ledger, *accounts: str) -> None:
-    """A life with an entry of every kind, a refusal, an open and a closed hold, for each account."""
-    freeze(ledger, START)
-    for name in accounts:
-        ledger.write(
-            job("credits.open", "open", account=name),  # 1: granted
-            job("credits.grant", "g", account=name, amount=10, source="pack", purchase="p", expires_in=3600),  # 2
-            job("credits.consume", "c", account=name, amount=55),  # 3 and 4
-            job("credits.hold", "h", account=name, amount=2),  # 5
-            job("credits.capture", "k", account=name, hold="h", amount=1),  # 6 released, 7 captured
-            job("credits.refund", "r", account=name, operation="c", amount=3),  # 8 restored
-            job("credits.consume", "no", account=name, amount=1000),
-        )
-        ledger.write(
-            job("credits.revoke", "v", account=name, purchase="p", amount=9),  # revoked and debt_incurred
-            job("credits.grant", "g-2", account=name, amount=20, source="pack"),  # granted, debt_paid
-            job("credits.hold", "open-hold", account=name, amount=2, ttl=86400),
-            job("credits.grant", "g-3", account=name, amount=5, source="promo", expires_in=60),
-        )
-    freeze(ledger, START + timedelta(hours=2))
-    ledger.write(*(job("credits.settle", "s", account=name) for name in accounts))  # expired
 
 
 def audited(ledger: Ledger, *accounts: str) -> Report:
     """The audit of all accounts, or of those named."""
     return audit(ledger.writer.connection, accounts or None)
-
-
-def tamper(ledger: Ledger, *statements: str) -> None:
-    """Change rows as an owner of the tables can who puts the triggers out of action first."""
-    connection = ledger.writer.connection
-    with connection.transaction():
-        connection.execute("SET LOCAL session_replication_role = replica")
-        for statement in statements:
-            connection.execute(statement)
-
-
-def named(report: Report) -> set[tuple[str, str, str]]:
-    """Which rows a report names."""
-    return {(fault.account, fault.table, fault.key) for fault in report.faults}
 
 
 def test_a_ledger_of_every_operation_holds_and_is_counted(ledger: Ledger) -> None:
@@ -207,6 +159,41 @@ TAMPERINGS: dict[str, tuple[list[str], tuple[str, str]]] = {
     ),
     "a charge's receipt gone": (["DELETE FROM receipts WHERE account = 'b' AND operation = 'c'"],
                                 ("receipts", "charge c")),
+    "when an account is due": (["UPDATE accounts SET next_due_at = NULL WHERE account = 'b'"],
+                               ("accounts", "next_due_at")),
+    "an account's time": (["UPDATE accounts SET updated_at = updated_at - interval '1 d' WHERE account = 'b'"],
+                          ("accounts", "updated_at")),
+    "an operation's time": (
+        [f"UPDATE operations SET applied_at = applied_at + interval '1 us' WHERE {OPERATION}"], ("operations", "c"),
+    ),
+    "an operation's time to one before the others": (
+        [f"UPDATE operations SET applied_at = applied_at - interval '1 us' WHERE {OPERATION}"], ("operations", "c"),
+    ),
+    "a refusal's charge": (
+        ["UPDATE operations SET charged_micro = 1 WHERE account = 'b' AND operation = 'no'"], ("operations", "no"),
+    ),
+    "a grant's charge": (
+        ["UPDATE operations SET charged_micro = 1 WHERE account = 'b' AND operation = 'g'"], ("operations", "g"),
+    ),
+    "an entry of nothing": (["UPDATE entries SET amount_micro = 0 WHERE account = 'b' AND seq = 3"],
+                            ("entries", "seq 3")),
+    "a hold of nobody": (
+        ["INSERT INTO holds SELECT 'c', hold, status, amount_micro, captured_micro, feature, member, created_at,"
+         " expires_at, closed_at FROM holds WHERE account = 'b' AND hold = 'h'"],
+        ("holds", "h"),
+    ),
+    "a receipt of nobody": (["INSERT INTO receipts VALUES ('c', 'x', 1, 1, 1, 0)"], ("receipts", "x")),
+    "a grant of nobody": (
+        ["INSERT INTO grants SELECT 'c', 9, source, priority, features, effective_at, expires_at, created_at,"
+         " operation, purchase, price_minor, price_currency, price_per_micro, 0, 0, NULL, true, 7, 0, 0, 7"
+         " FROM grants WHERE account = 'b' AND grant_id = 1"],
+        ("grants", "9"),
+    ),
+    "credits received that nobody sent": (
+        ["UPDATE accounts SET received_micro = received_micro + 5, granted_micro = granted_micro - 5"
+         " WHERE account = 'b'"],
+        ("accounts", "received and sent"),
+    ),
     "an operation's charge": ([f"UPDATE operations SET charged_micro = charged_micro - 1 WHERE {OPERATION}"],
                               ("operations", "c")),
 }  # fmt: skip
@@ -221,7 +208,7 @@ def test_a_tampering_is_found_and_the_row_named(name: str, tampered_ledger: Ledg
     report = audited(tampered_ledger)
     assert not report.holds
     assert report.fault_count == len(report.faults) > 0
-    assert all(fault.account in ("b", "c") and fault.what for fault in report.faults)
+    assert all(fault.account in ("b", "c", "") and fault.what for fault in report.faults)
     assert any((fault.table, fault.key) == (table, key) for fault in report.faults), report.faults
 
 
@@ -268,7 +255,9 @@ def test_only_the_named_accounts_are_audited(tampered_ledger: Ledger) -> None:
     assert {account for account, _, _ in named(audited(tampered_ledger))} == {"b"}
 
 
-def test_progress_is_told_page_by_page(ledger: Ledger) -> None:
+def test_progress_is_told_page_by_page(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_module, "PAGE", 500)
+    monkeypatch.setattr(audit_module, "ACCOUNTS", audit_module.ACCOUNTS.replace("LIMIT 2000", "LIMIT 500"))
     count = 2 * audit_module.PAGE + 1
     ledger.write(*(job("credits.open", "open", account=f"account-{number}") for number in range(count)))
     told: list[tuple[int, int]] = []
@@ -280,7 +269,7 @@ def test_progress_is_told_page_by_page(ledger: Ledger) -> None:
 def test_faults_over_the_limit_are_counted_but_not_named(
     tampered_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit_module, "MAX_FAULTS", 3)
+    monkeypatch.setattr(report_module, "MAX_FAULTS", 3)
     live(tampered_ledger, "a")
     tamper(tampered_ledger, "UPDATE entries SET hash = sha256(hash) WHERE seq > 2")
     report = audited(tampered_ledger)
@@ -308,3 +297,114 @@ def test_the_audit_changes_nothing_and_leaves_no_transaction_open(ledger: Ledger
     audited(ledger)
     assert ledger.writer.connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
     assert ledger.write(job("credits.consume", "after", account="a", amount=1))[0]["status"] == "applied"
+
+
+@pytest.mark.parametrize("table", ["entries", "operations", "grants", "holds", "receipts"])
+def test_a_table_that_was_emptied_is_found(table: str, tampered_ledger: Ledger) -> None:
+    live(tampered_ledger, "a", "b")
+    tamper(tampered_ledger, f"TRUNCATE {table}")
+    assert {account for account, _, _ in named(audited(tampered_ledger))} >= {"a", "b"}
+
+
+def test_emptied_accounts_are_found_by_what_belongs_to_nobody(tampered_ledger: Ledger) -> None:
+    live(tampered_ledger, "a", "b")
+    tamper(tampered_ledger, "ALTER TABLE grants DROP CONSTRAINT grants_account", "TRUNCATE accounts")
+    assert {table for _, table, _ in named(audited(tampered_ledger))} == {
+        "entries", "operations", "grants", "holds", "receipts",
+    }  # fmt: skip
+
+
+# --- Size --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7])
+def test_rows_that_come_in_pieces_are_put_together(chunk: int, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_rows, "CHUNK", chunk)
+    live(ledger, "a", "b", "c")
+    report = audited(ledger)
+    assert (report.faults, report.operations, report.entries) == ([], 36, 45)
+
+
+def test_an_account_is_streamed_and_never_held_whole(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_rows, "CHUNK", 200)
+    ledger.apply("credits.open", "open", account="a")
+
+    def peak(operations: int) -> int:
+        for start in range(0, operations, 1000):
+            ledger.write(
+                *(
+                    job("credits.consume", f"{operations}-{start + n}", account="a", amount="0.0001")
+                    for n in range(1000)
+                )
+            )
+        tracemalloc.start()
+        try:
+            report = audited(ledger)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+            assert report.faults == []
+
+    peak(1000)  # whatever is made once
+    small = peak(2000)
+    large = peak(20_000)
+    assert large < 1.5 * small
+
+
+def test_several_processes_find_what_one_does(tampered_ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_module, "WORTH_HELP", 0)
+    monkeypatch.setattr(audit_module, "MAX_ROWS", 50)
+    accounts = [f"account-{number:02}" for number in range(12)]
+    live(tampered_ledger, *accounts)
+    make_seal(tampered_ledger.writer.connection, 0)
+    tamper(
+        tampered_ledger,
+        "UPDATE entries SET amount_micro = 1 WHERE account IN ('account-03', 'account-09') AND seq = 1",
+        "UPDATE operations SET result = '{}' WHERE account = 'account-05' AND operation = 'c'",
+    )
+    told: list[tuple[int, int]] = []
+    connection = tampered_ledger.writer.connection
+    replayer = Replayer({tampered_ledger.catalog.label: tampered_ledger.catalog})
+    alone = audit(connection, replayer=replayer)
+    shared = audit(connection, None, lambda done, total: told.append((done, total)), processes=3, replayer=replayer)
+    assert named(shared) == named(alone)
+    assert {account for account, _, _ in named(shared)} == {"account-03", "account-05", "account-09"}
+    assert (shared.accounts, shared.operations, shared.entries, shared.replayed, shared.seals) == (
+        alone.accounts, alone.operations, alone.entries, alone.replayed, alone.seals,
+    )  # fmt: skip
+    assert told[-1] == (144, 144)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_a_process_that_cannot_go_on_ends_the_audit(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_module, "WORTH_HELP", 0)
+    live(ledger, "a")
+    with pytest.raises(HelperError, match="could not go on: ZeroDivisionError"):
+        audit(ledger.writer.connection, processes=2, replayer=Broken())
+    assert audited(ledger).holds
+
+
+def test_a_process_that_is_killed_ends_the_audit(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_module, "WORTH_HELP", 0)
+    live(ledger, "a")
+    with pytest.raises(HelperError, match="ended before its work was done"):
+        audit(ledger.writer.connection, processes=2, replayer=Killed())
+
+
+class Broken:
+    """A replay whose code raises."""
+
+    naming = ()
+
+    def begin(self, *_: object) -> Replay:
+        """Fail."""
+        raise ZeroDivisionError("oh no")
+
+
+class Killed(Broken):
+    """A replay in whose process something ends it."""
+
+    def begin(self, *_: object) -> Replay:
+        """End this very process."""
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("it goes on")

@@ -13,6 +13,7 @@ import pytest
 from creditlane.client import CreditClient
 from models.settings import settings
 from schedules import expiry
+from tests.broker import on_both_brokers
 from tests.conftest import LANES
 from tests.support import Worker, eventually, rows, travel, value
 
@@ -87,6 +88,7 @@ EXPECTED = [
 ]
 
 
+@on_both_brokers
 def test_idle_accounts_that_fall_due_are_settled_as_of_the_instants_that_were_due(
     environment: None, idle: None, database: str
 ) -> None:
@@ -103,6 +105,7 @@ def test_idle_accounts_that_fall_due_are_settled_as_of_the_instants_that_were_du
     assert done(database) == before + IDLE
 
 
+@on_both_brokers
 def test_sweeping_twice_at_once_and_before_the_first_was_applied_changes_nothing_more(
     environment: None, idle: None, lane_worker: Worker, database: str, client: CreditClient
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typer.testing import CliRunner, Result
 from creditlane import command
 from creditlane.lanes import lane_of
 from models.audit import Fault, Report
+from models.catalog import load_catalog
 from scripts import command_line
 from scripts.command_line import Deployment, app, masked, parse_instant, parse_span
 from scripts.embedded import free_port
@@ -423,7 +425,8 @@ def test_an_audit_that_holds(run: Run, ledger: Ledger) -> None:
     ledger.apply("credits.open", "o-1", account="bob")
     assert run("audit").stdout.startswith("the audit holds: 2 accounts, 2 operations, 2 entries")
     assert one(run("audit", "alice", "--json")) == {
-        "holds": True, "accounts": 1, "operations": 1, "entries": 1, "fault_count": 0, "faults": [],
+        "holds": True, "accounts": 1, "operations": 1, "entries": 1, "replayed": 0, "not_replayed": {}, "seals": 0,
+        "fault_count": 0, "faults": [],
     }  # fmt: skip
 
 
@@ -441,8 +444,79 @@ def test_an_audit_that_finds_a_row(
     assert not told["holds"]
 
 
+def test_an_audit_with_replay(run: Run, ledger: Ledger, tmp_path: Path) -> None:
+    ledger.apply("credits.open", "o-1", account="alice")
+    assert re.fullmatch(
+        r"the audit holds: 1 accounts, 1 operations, 1 entries, 1 replayed in \d+\.\d s, [\d,]+ operations/s",
+        run("audit", "--replay").stdout.strip(),
+    )
+    assert one(run("audit", "--replay", "--json"))["replayed"] == 1
+    unreadable = run("audit", "--replay", "--catalog", str(tmp_path / "mine.toml"), code=2)
+    assert "mine.toml: cannot be read" in unreadable.stderr
+
+
+def test_an_audit_that_cannot_replay_all_says_so(run: Run, ledger: Ledger, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text('[catalog]\nname = "mine"\nversion = 3\n')
+    ledger.writer.catalog = lambda: load_catalog(str(mine))
+    ledger.apply("credits.open", "o-1", account="alice")
+    ledger.apply("credits.settle", "s-1", account="alice")
+    partly = run("audit", "--replay", code=1).stdout
+    assert "not replayed: 2 operations, because the catalog mine-3 is not at hand" in partly
+    assert "no fault, but not all was proven" in partly
+    assert "2 replayed" in run("audit", "--replay", "--catalog", str(mine)).stdout
+
+
+def test_an_incremental_audit(run: Run, ledger: Ledger) -> None:
+    ledger.apply("credits.open", "o-1", account="alice")
+    assert run("audit", "--incremental").stdout.startswith("the audit holds: 1 accounts, 1 operations")
+    assert run("audit", "--incremental").stdout.startswith("the audit holds: 0 accounts, 0 operations")
+    for other in (["alice"], ["--replay"], ["--expect", "0" * 64], ["--seals", "1"]):
+        assert "give it alone" in run("audit", "--incremental", *other, code=2).stderr
+
+
+def test_a_seal_and_its_root(
+    run: Run, tampered_ledger: Ledger, tampered_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CREDITLANE_DATABASE_URL", tampered_database)
+    tampered_ledger.apply("credits.open", "o-1", account="alice")
+    assert run("seal", "--list").stdout == ""
+    shown = run("seal").stdout
+    sealed = one(run("seal", "--json"))
+    assert (sealed["number"], sealed["accounts"], sealed["operations"]) == (2, 0, 1)
+    (first, second) = json.loads(run("seal", "--list", "--json").stdout)
+    assert shown.startswith(f"seal 1 {first['root']} of ")
+    assert second == sealed
+    assert "2 seals" in run("audit", "--expect", first["root"], "--expect", second["root"].upper()).stdout
+    assert "1 seals" in run("audit", "--seals", "1").stdout
+    assert "64 hexadecimal digits" in run("audit", "--expect", "abc", code=2).stderr
+    strange = run("audit", "--expect", "0" * 64, code=1).stdout
+    assert f"fault seals root {'0' * 64}: was kept elsewhere, and no seal that was checked has it" in strange
+    with psycopg.connect(tampered_database) as connection:
+        connection.execute("SET session_replication_role = replica")
+        connection.execute("UPDATE operations SET result = '{}'")
+    found = run("audit", code=1).stdout
+    assert "fault alice operations o-1: are not as seal 1 has them" in found
+
+
+def test_a_seal_tells_whom_it_waits_for(run: Run, database: str) -> None:
+    with psycopg.connect(database) as writer:
+        writer.execute("SELECT 1")
+        backend = writer.info.backend_pid
+        refused = run("seal", "--wait", "0.3", code=4)
+    assert f"waiting for the transactions of backends {backend}" in refused.stderr
+    assert "have run for more than 0 s" in refused.stderr
+
+
+def test_a_long_audit_tells_how_far_it_is(run: Run, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger.apply("credits.open", "o-1", account="alice")
+    monkeypatch.setattr(command_line, "LINE_SECONDS", 0)
+    assert re.search(r"auditing: 1 of 1 operations, [\d,]+/s", run("audit").stderr)
+    assert run("audit", "--json").stderr == ""
+
+
 def test_an_audit_tells_of_faults_that_it_does_not_name(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def audit(*_: object) -> Report:
+    def audit(*_: object, **__: object) -> Report:
         return Report(accounts=1, fault_count=5, faults=[Fault("[bold]x", "grants", "grant 1", "is \x1b[31mwrong")])
 
     monkeypatch.setattr(command_line, "audit_ledger", audit)
@@ -543,10 +617,12 @@ def test_secrets_are_masked(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "p%40ss" not in repr(Deployment(8, "redis://:p%40ss@h/0", None))
 
 
-def test_brokers_that_cannot_be_looked_into(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CREDITLANE_BROKER_URL", "amqp://guest:hidden@127.0.0.1/")
-    result = run("lanes", code=2)
-    assert "Redis" in result.stderr
+@pytest.mark.parametrize("scheme", ["redis", "amqp"])
+def test_a_broker_that_is_away_cannot_be_looked_into(scheme: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CREDITLANE_BROKER_URL", f"{scheme}://guest:hidden@127.0.0.1:{free_port()}/0")
+    result = run("lanes", code=4)
+    assert "broker" in result.stderr
+    assert "hidden" not in result.stderr
 
 
 # --- The rest ----------------------------------------------------------------------------------------
@@ -573,6 +649,7 @@ def test_every_help_has_examples() -> None:
                 "settle",
                 "lanes",
                 "audit",
+                "seal",
             ],
         ),
         (["account"], ["open", "show", "history"]),

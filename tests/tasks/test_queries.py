@@ -12,8 +12,9 @@ from creditlane.client import CreditClient
 from models import database as pools
 from models.settings import settings
 from tasks.queries import balance
+from tests.broker import Broker, on_both_brokers
 from tests.conftest import Spawn
-from tests.support import Ledger, execute, rows
+from tests.support import Ledger, eventually, execute, rows
 
 
 @pytest.fixture
@@ -104,10 +105,14 @@ def test_a_forked_child_has_a_pool_of_its_own(configured: str, ledger: Ledger) -
         assert connection.execute("SELECT 1").fetchone() == (1,)
 
 
-def test_through_a_real_worker(spawn: Spawn, database: str, client: CreditClient, ledger: Ledger) -> None:
+@on_both_brokers
+def test_through_a_real_worker(
+    spawn: Spawn, database: str, client: CreditClient, broker: Broker, ledger: Ledger
+) -> None:
     ledger.apply("credits.open", "o-1", account="alice")
     ledger.apply("credits.grant", "g-1", account="alice", amount="0.000001", source="pack")
     spawn("general", kind="general")
+    eventually(lambda: broker.has_queue("queries"))
     found = client.balance("alice", wait=60)
     assert found is not None
     assert str(found.available) == "50.000001"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -10,10 +11,10 @@ from datetime import timedelta
 import pytest
 
 from creditlane.client import CreditClient
-from creditlane.contract import Result
+from creditlane.contract import BATCH, Result
 from creditlane.errors import QuarantinedError
-from creditlane.lanes import lane_of
-from tests.broker import Broker, RedisBroker, on_both_brokers
+from creditlane.lanes import lane_name, lane_of
+from tests.broker import Broker, Message, RedisBroker, on_both_brokers
 from tests.conftest import LANES, Spawn
 from tests.support import Worker, eventually, execute, owned_lanes, rows, travel, value
 from workers.crash import POINTS
@@ -58,6 +59,12 @@ def send_mixed(client: CreditClient, accounts: int, rounds: int) -> dict[str, li
         for account in sent:
             client.refund(account, f"consume-{turn}", id=note(account, f"refund-{turn}"))
     return sent
+
+
+def operations(message: Message) -> int:
+    """How many operations a message carries."""
+    _, kwargs, _ = json.loads(message.body)
+    return len(kwargs["operations"]) if message.headers["task"] == BATCH else 1
 
 
 def test_an_accounts_order_is_kept_across_task_names_with_two_workers(
@@ -207,8 +214,12 @@ def test_a_terminated_worker_applies_what_it_took_and_leaves_the_rest_in_order(
     sent = send_mixed(client, accounts=12, rounds=10)
     eventually(lambda: done(database) > 50)
     assert leaving.stop() == 0
+    # What is applied is acknowledged, and nothing else.
+    waiting = [message for lane in range(LANES) for message in broker.messages(lane_name(lane))]
+    assert done(database) + sum(operations(message) for message in waiting) == total(sent)
     if isinstance(broker, RedisBroker):
         assert sum(broker.unacknowledged(lane_of(account, LANES)) for account in sent) == 0
+    broker.close()
     spawn("next")
     eventually(lambda: done(database) == total(sent), SETTLED_SECONDS)
     assert order(database) == sent
@@ -375,3 +386,51 @@ def test_lanes_are_shared_evenly_and_taken_back_from_one_that_leaves(
     assert answer is not None
     assert answer.applied
     assert first.running
+
+
+def test_workers_killed_five_times_under_load_lose_double_and_invert_nothing(
+    spawn: Spawn, database: str, client: CreditClient
+) -> None:
+    small = {"CREDITLANE_BATCH_MESSAGES": "20"}  # most of what a worker has is only prefetched
+    workers = [spawn("worker-0", **small), spawn("worker-1", **small)]
+    eventually(lambda: owned_lanes(database) == LANES)
+    sent: dict[str, list[str]] = {f"account-{number}": ["open"] for number in range(16)}
+    for account in sent:
+        client.open(account, id="open")
+    stop = threading.Event()
+
+    def produce() -> None:
+        for number in range(100_000):
+            if stop.is_set():
+                return
+            for account, identities in sent.items():
+                identities.append(f"consume-{number}")
+                client.consume(account, feature="regeneration", id=f"consume-{number}")
+
+    producer = threading.Thread(target=produce)
+    producer.start()
+    for kill in range(5):
+        before = done(database)
+        eventually(lambda before=before: done(database) > before + 50, SETTLED_SECONDS)  # type: ignore[misc]
+        workers.pop(0).kill()
+        workers.append(spawn(f"worker-{kill + 2}", **small))
+    stop.set()
+    producer.join()
+    eventually(lambda: done(database) == total(sent), SETTLED_SECONDS)
+    assert order(database) == sent
+    assert value(database, "SELECT count(*) FROM quarantine") == 0
+
+
+def test_a_worker_told_twice_to_end_loses_and_doubles_nothing(
+    spawn: Spawn, database: str, client: CreditClient
+) -> None:
+    leaving = spawn("leaving", CREDITLANE_BATCH_MESSAGES="25")
+    eventually(lambda: owned_lanes(database) == LANES)
+    sent = send_mixed(client, accounts=12, rounds=6)
+    eventually(lambda: done(database) > 50)
+    leaving.process.send_signal(signal.SIGTERM)
+    leaving.process.send_signal(signal.SIGTERM)
+    leaving.stop()
+    spawn("next")
+    eventually(lambda: done(database) == total(sent), SETTLED_SECONDS)
+    assert order(database) == sent
