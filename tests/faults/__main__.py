@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -185,8 +186,13 @@ def keep(directory: Path, target: Path) -> None:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
+interrupted = threading.Event()
+"""Set once somebody has asked for the end."""
+
+
 def interrupt(*_: object) -> NoReturn:
-    """End as Ctrl-C would, in good order."""
+    """End in good order; noted as well, since a library that is interrupted may keep it to itself."""
+    interrupted.set()
     raise KeyboardInterrupt
 
 
@@ -241,6 +247,7 @@ def main(
     for name in [name for name in os.environ if name.startswith(("PG", "CREDITLANE_"))]:
         del os.environ[name]  # of another server, or another deployment
     signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
     report = Report(seed or secrets.token_hex(4))
     code = 0
     try:
@@ -284,6 +291,8 @@ def run(report: Report, wanted: list[Row], broker: Brokers, minutes: float, size
                     task = progress.add_task("")
 
                     def announce(act: str, row: Row = row, task: Any = task, name: str = each.name) -> None:
+                        if interrupted.is_set():
+                            raise KeyboardInterrupt
                         progress.update(task, description=f"row {row.number} on {name}: {row.title}: {act}")
 
                     stage = Stage(postgres, TEMPLATE, each, place)
