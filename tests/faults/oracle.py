@@ -1,0 +1,655 @@
+"""The oracle: the one judge of every fault row, a program of its own.
+
+It imports nothing of what it judges. It reads what the producers wrote down before they published, and the database
+by plain SQL, and says what does not fit:
+
+- **O1 exactly once**: the ids in the ledger are the ids published less those in quarantine, and those that follow from
+  other operations (the credit side of a transfer); nothing twice;
+- **O2 replay**: a second, slow ledger (``tests/oracle/model.py``), fed the operations in the ledger's order, gives
+  every answer, entry, ``balance_after``, grant and hold; what senders were told is what the ledger says; every time
+  stamp lies within the run, by the database's own clock;
+- **O3 the closing identity**: ``==`` on both sides, per grant, per account and in all;
+- **O4 order**: per account no gap in ``number`` and ``seq``, the chain of hashes unbroken, and the order is the order
+  published;
+- **O5 nothing left**: every lane is empty, ready and unacknowledged, and so is the outbox.
+
+O6, that the fault hit at all, is counted by the rows themselves.
+
+    CREDITLANE_DATABASE_URL=… python -m tests.faults.oracle models/catalogs/packs.toml PRODUCER_FILE…
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from fractions import Fraction
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psycopg
+
+from tests.oracle.model import BUCKETS, Ledger, Row, meaning, micro
+
+MAX_FAULTS = 20
+"""Faults that a judgement spells out; further ones are only counted."""
+
+DEFAULT_DAYS = 30
+"""How long refunded credits live unless the catalog says otherwise."""
+
+CAME_IN = BUCKETS[:3]
+
+Key = tuple[str, str]
+"""An account and an operation id: what is done once and no more."""
+
+
+# --- What the producers wrote down -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One publication of one operation; a resending after an error is one of its own."""
+
+    producer: str
+    name: str
+    account: str
+    id: str
+    arguments: Row
+    reply: str | None
+    """Under which name the answer was wanted."""
+
+    @property
+    def key(self) -> Key:
+        """What makes it the same operation."""
+        return self.account, self.id
+
+
+@dataclass(frozen=True, slots=True)
+class Poison:
+    """One message that belongs in quarantine."""
+
+    label: str
+    queue: str
+    digest: str
+    """SHA-256 of the body that must be kept, in hex."""
+    code: str
+
+
+@dataclass
+class Record:
+    """What all producers of a row published."""
+
+    sent: list[Sent] = field(default_factory=list)
+    poison: list[Poison] = field(default_factory=list)
+    refused: int = 0
+    """Publications that the broker did not confirm; each was repeated until it did."""
+    unfinished: list[str] = field(default_factory=list)
+    """Producers that have not said that they are done."""
+
+
+def read_record(files: Iterable[Path]) -> Record:
+    """Read producers' files, each line of which was written before what it tells of was published."""
+    record = Record()
+    for path in files:
+        finished = False
+        for line in path.read_text(encoding="utf-8").splitlines():
+            noted = json.loads(line)
+            if "account" in noted:
+                record.sent.append(Sent(*(noted[name] for name in Sent.__slots__)))
+            elif "poison" in noted:
+                record.poison.append(Poison(noted["poison"], noted["queue"], noted["digest"], noted["code"]))
+            elif "refused" in noted:
+                record.refused += 1
+            else:
+                finished = bool(noted["done"])
+        if not finished:
+            record.unfinished.append(path.name)
+    return record
+
+
+def read_policy(catalog: Path) -> Row:
+    """A catalog file as the second ledger takes it; read here, not by the reader under test."""
+    tables = tomllib.loads(catalog.read_text(encoding="utf-8"))
+
+    def welcome(name: str) -> Row:
+        table = tables.get(name, {})
+        return {
+            "credits": micro(table.get("credits", 0)),
+            "source": table.get("source", name),
+            "expires_days": table.get("expires_days"),
+        }
+
+    return {
+        "features": {
+            name: {
+                "price": micro(feature["price"]),
+                "per": micro(feature.get("per", 1)),
+                "rounding": feature.get("rounding", "exact"),
+            }
+            for name, feature in tables.get("features", {}).items()
+        },
+        "signup": welcome("signup"),
+        "lead": welcome("lead"),
+        "priorities": dict(tables.get("priorities", {})),
+        "sources": {name: source["transferable"] for name, source in tables.get("sources", {}).items()},
+        "packs": [
+            {
+                "name": name,
+                "credits": micro(pack.get("credits", 0)),
+                # Of one currency with two decimals, and only compared.
+                "minor": int(Fraction(pack["price"].split()[0]) * 100),
+            }
+            for name, pack in tables.get("packs", {}).items()
+            if "price" in pack
+        ],
+        "on_spent": tables.get("clawback", {}).get("on_spent", "debt"),
+        "refund_days": tables.get("refunds", {}).get("refund_days", DEFAULT_DAYS),
+    }
+
+
+# --- What the ledger says ----------------------------------------------------------------------------
+
+BUCKET_COLUMNS = ", ".join(f"{bucket}_micro" for bucket in BUCKETS)
+QUERIES = {
+    "accounts": f"SELECT account, operations, seq, head, debt_micro, {BUCKET_COLUMNS} FROM accounts ORDER BY account",
+    "operations": "SELECT account, operation, number, name, status, code, charged_micro, first_seq, entries,"
+    " arguments::text, result::text, applied_at FROM operations ORDER BY account, number",
+    "entries": "SELECT account, seq, operation, kind, grant_id, amount_micro, balance_after_micro, at, refers_to,"
+    " recorded_at, hash FROM entries ORDER BY account, seq",
+    "grants": "SELECT account, grant_id, source, priority, features, effective_at, expires_at, purchase, origin,"
+    f" clawed_back_micro, forgiven_micro, {BUCKET_COLUMNS} FROM grants ORDER BY account, grant_id",
+    "holds": "SELECT account, hold, status, amount_micro FROM holds ORDER BY account, hold",
+    "quarantine": "SELECT queue, code, encode(sha256(body), 'hex'), task, operation, reason FROM quarantine"
+    " ORDER BY id",
+    "outbox": "SELECT task, operation FROM outbox ORDER BY id",
+    "clock": "SELECT ledger_now()",
+}
+"""All that is read, in one snapshot."""
+
+
+Tables = dict[str, list[tuple[Any, ...]]]
+"""The rows of each table, by its name."""
+
+
+def read_ledger(database: str) -> Tables:
+    """Read every table in one snapshot.
+
+    :raises psycopg.Error: when the database is away.
+    """
+    with psycopg.connect(database, options="-c timezone=UTC") as connection:
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        return read_tables(connection)
+
+
+def read_tables(connection: psycopg.Connection[Any]) -> Tables:
+    """Read every table in the transaction of a connection."""
+    return {name: connection.execute(query).fetchall() for name, query in QUERIES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A row of ``operations``."""
+
+    account: str
+    id: str
+    number: int
+    name: str
+    status: str
+    code: str | None
+    charged: int
+    first_seq: int | None
+    entries: int
+    arguments: Row
+    result: Row
+    applied_at: datetime
+
+
+def _operation(row: tuple[Any, ...]) -> Operation:
+    *columns, arguments, result, applied_at = row
+    values: list[Any] = [*columns, json.loads(arguments), json.loads(result), applied_at]
+    return Operation(*values)
+
+
+# --- The judgement -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Judgement:
+    """What was looked at, and what does not fit."""
+
+    operations: int = 0
+    """Operations in the ledger."""
+    entries: int = 0
+    quarantined: int = 0
+    sent: int = 0
+    """Publications, resendings and duplicates included."""
+    answered: int = 0
+    """Answers that senders were given."""
+    replayed: int = 0
+    """Answers that say that the operation was applied by an earlier delivery."""
+    conflicts: int = 0
+    """Answers that say that the id belongs to another operation."""
+    fault_count: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.fault_count
+
+    def fault(self, check: str, what: str) -> None:
+        """Note what does not fit, under the check that found it."""
+        self.fault_count += 1
+        if len(self.faults) < MAX_FAULTS:
+            self.faults.append(f"{check}: {what}")
+
+
+def judge(
+    found: Tables,
+    record: Record,
+    policy: Row,
+    *,
+    left: int = 0,
+    started: datetime | None = None,
+    answers: Mapping[str, Row] | None = None,
+    all_answered: bool = False,
+    order: bool = True,
+) -> Judgement:
+    """Judge a ledger that has come to rest.
+
+    :param found: what it holds; see :func:`read_ledger`.
+    :param record: what was published.
+    :param policy: the catalog in force; see :func:`read_policy`.
+    :param left: messages that are in the lanes, ready or unacknowledged.
+    :param started: by the database's clock: nothing may be stamped before it.
+    :param answers: what senders were told, by the name under which they asked.
+    :param all_answered: whether each that asked must have been told.
+    :param order: whether the order published must have been kept; only where lanes were changed against the
+        documented procedure, or two processes made to serve one lane unfenced, it need not.
+    """
+    operations = [_operation(row) for row in found["operations"]]
+    verdict = Judgement(
+        operations=len(operations),
+        entries=len(found["entries"]),
+        quarantined=len(found["quarantine"]),
+        sent=len(record.sent),
+    )
+    published: dict[Key, list[Sent]] = {}
+    for sent in record.sent:
+        published.setdefault(sent.key, []).append(sent)
+    letters = _replay(verdict, published, operations, found, policy)
+    _exactly_once(verdict, published, letters, operations, record.poison, found["quarantine"])
+    _within(verdict, operations, found["entries"], started, found["clock"][0][0])
+    _closes(verdict, found["accounts"], found["grants"])
+    _in_order(verdict, record.sent if order else [], operations, found)
+    _answers(verdict, record.sent, operations, answers or {}, all_answered)
+    if left:
+        verdict.fault("O5", f"{left} messages are still in the lanes")
+    if found["outbox"]:
+        verdict.fault("O5", f"{len(found['outbox'])} messages are still in the outbox: {found['outbox'][0]}")
+    return verdict
+
+
+def _exactly_once(
+    verdict: Judgement,
+    published: Mapping[Key, Sequence[Sent]],
+    letters: Mapping[Key, str],
+    operations: Sequence[Operation],
+    poison: Sequence[Poison],
+    quarantine: Sequence[tuple[Any, ...]],
+) -> None:
+    times = Counter((operation.account, operation.id) for operation in operations)
+    for key, count in times.items():
+        if count > 1:
+            verdict.fault("O1", f"{key} stands in the ledger {count} times")
+        if key not in published and key not in letters:
+            verdict.fault("O1", f"{key} is in the ledger and was never published")
+    for key in letters.keys() - times.keys():
+        verdict.fault("O1", f"{key}, a {letters[key]} that follows from another operation, is lost")
+    for key in published.keys() - times.keys():
+        verdict.fault("O1", f"{key} was published {len(published[key])} times and is lost")
+    expected = Counter((each.queue, each.digest) for each in poison)
+    labels = {(each.queue, each.digest): each for each in poison}
+    kept = Counter((queue, digest) for queue, _, digest, *_ in quarantine)
+    for place, count in expected.items():
+        if kept[place] < count:
+            verdict.fault("O1", f"poison {labels[place].label!r} in {place[0]} is neither applied nor in quarantine")
+    for queue, code, digest, task, operation, reason in quarantine:
+        known = labels.get((queue, digest))
+        if known is None:
+            verdict.fault("O1", f"a good message is in quarantine: {task} {operation!r} in {queue}, {code}: {reason}")
+        elif known.code != code:
+            verdict.fault("O1", f"poison {known.label!r} is quarantined as {code} instead of {known.code}")
+        elif kept[queue, digest] > expected[queue, digest]:
+            verdict.fault("O1", f"poison {known.label!r} stands in quarantine {kept[queue, digest]} times")
+
+
+def _replay(
+    verdict: Judgement,
+    published: Mapping[Key, Sequence[Sent]],
+    operations: Sequence[Operation],
+    found: Tables,
+    policy: Row,
+) -> dict[Key, str]:
+    """Replay every account.
+
+    :returns: the operations that follow from others (the credit side of a transfer), with their names: the ledger sends
+        them itself.
+    """
+    letters: dict[Key, tuple[str, Row]] = {}
+    by_account = _grouped((operation.account, operation) for operation in operations)
+    entries = _by_account(found["entries"])
+    grants = _by_account(found["grants"])
+    holds = _by_account(found["holds"])
+    for account, seen in _by_account(found["accounts"]).items():
+        ledger = Ledger(policy)
+        try:
+            letters |= _replay_account(
+                verdict, account, ledger, published, by_account.get(account, []), entries.get(account, [])
+            )
+            _same_state(verdict, account, ledger, seen[0], grants.get(account, []), holds.get(account, []))
+        except (AssertionError, KeyError, ValueError, TypeError, AttributeError) as error:
+            verdict.fault("O2", f"{account}: the second ledger cannot follow: {type(error).__name__}: {error}")
+    for operation in operations:
+        name, content = letters.get((operation.account, operation.id), (operation.name, None))
+        if content is None or (operation.account, operation.id) in published:
+            continue
+        if name != operation.name or _without_nothing(content) != meaning(name, operation.arguments):
+            verdict.fault("O2", f"{operation.account}: {operation.id!r} is not what follows from the other operation")
+    return {key: name for key, (name, _) in letters.items()}
+
+
+def _without_nothing(said: Any) -> Any:
+    """A message's content without what is left out on the wire."""
+    if isinstance(said, dict):
+        return {name: _without_nothing(value) for name, value in said.items() if value is not None}
+    return [_without_nothing(each) for each in said] if isinstance(said, list) else said
+
+
+def _replay_account(
+    verdict: Judgement,
+    account: str,
+    ledger: Ledger,
+    published: Mapping[Key, Sequence[Sent]],
+    operations: Sequence[Operation],
+    entries: Sequence[tuple[Any, ...]],
+) -> dict[Key, tuple[str, Row]]:
+    """Feed the second ledger an account's operations, and what time did between them.
+
+    :returns: what follows from them.
+    """
+    letters: dict[Key, tuple[str, Row]] = {}
+    # A repetition settles the account as well, at a time that only its entries tell.
+    settled = [row[8] for row in entries if row[1] is None]
+    for operation in operations:
+        while settled and settled[0] <= operation.applied_at:
+            ledger.settle(settled.pop(0))
+        said = [each.arguments for each in published.get((account, operation.id), ()) if each.name == operation.name]
+        if operation.arguments not in said and (account, operation.id) in published:
+            verdict.fault("O2", f"{account}: {operation.id!r} stands in the ledger with arguments nobody sent")
+        expected = ledger.do(operation.name, operation.id, operation.arguments, operation.applied_at)
+        letters |= {(content["account"], id): (name, content) for name, id, content in ledger.letters}
+        given = read_answer(operation.status, operation.code, operation.result)
+        expected.pop("replayed")
+        if given != expected:
+            wrong = {name: (given.get(name), expected.get(name)) for name in given.keys() | expected.keys()
+                     if given.get(name) != expected.get(name)}  # fmt: skip
+            verdict.fault("O2", f"{account}: the answer to {operation.id!r} differs (ledger, replay): {wrong}")
+        if operation.charged != expected["charged"]:
+            verdict.fault("O2", f"{account}: {operation.id!r} is booked as {operation.charged} micro-credits")
+    for instant in settled:
+        ledger.settle(instant)
+    made = [
+        (
+            m["operation"],
+            m["kind"],
+            m["lot"],
+            m["amount"],
+            m["balance_after"],
+            m["at"],
+            m["refers_to"],
+            m["recorded_at"],
+        )
+        for m in ledger.movements
+    ]
+    written = [row[1:9] for row in entries]
+    for place, (one, other) in enumerate(zip(written, made, strict=False), 1):
+        if one != other:
+            verdict.fault("O2", f"{account}: entry {place} is {one}, the replay has {other}")
+            return letters
+    if len(written) != len(made):
+        verdict.fault("O2", f"{account}: {len(written)} entries, the replay has {len(made)}")
+    return letters
+
+
+def _same_state(
+    verdict: Judgement,
+    account: str,
+    ledger: Ledger,
+    row: Sequence[Any],
+    grants: Sequence[Sequence[Any]],
+    holds: Sequence[Sequence[Any]],
+) -> None:
+    """The rows that are updated in place are what the replay ends with."""
+    _, _, _, debt, *buckets = row
+    totals = [sum(lot[bucket] for lot in ledger.lots) for bucket in BUCKETS]
+    if buckets != totals or debt != ledger.debt:
+        verdict.fault(
+            "O2", f"{account}: buckets and debt are {(*buckets, debt)}, the replay's {(*totals, ledger.debt)}"
+        )
+    lots = [
+        (lot["number"], lot["source"], lot["priority"], None if lot["scope"] is None else sorted(lot["scope"]),
+         lot["start"], lot["end"], lot["purchase"], lot["origin"], lot["clawed_back"], lot["forgiven"],
+         *(lot[bucket] for bucket in BUCKETS))
+        for lot in ledger.lots
+    ]  # fmt: skip
+    seen = [(*each[:3], None if each[3] is None else sorted(each[3]), *each[4:]) for each in grants]
+    for one, other in zip(seen, lots, strict=False):
+        if one != other:
+            verdict.fault("O2", f"{account}: grant {one} is {other} in the replay")
+    if len(seen) != len(lots):
+        verdict.fault("O2", f"{account}: {len(seen)} grants, the replay has {len(lots)}")
+    standing = {hold: (status == "open", amount) for hold, status, amount in holds}
+    expected = {name: (hold["open"], hold["amount"]) for name, hold in ledger.holds.items()}
+    if standing != expected:
+        verdict.fault("O2", f"{account}: holds are {standing}, the replay's {expected}")
+
+
+def read_answer(status: str, code: str | None, result: Row) -> Row:
+    """A stored result as the second ledger gives it: amounts in micro-credits, what is left out as nothing."""
+    read: Row = {
+        "status": status,
+        "code": code,
+        "charged": micro(result.get("charged", "0")),
+        "uses": [(use["grant"], micro(use["amount"])) for use in result.get("grants", [])],
+    }
+    for amount in ("required", "available", "shortfall", "owed", "forgiven"):
+        if amount in result:
+            read[amount] = micro(result[amount])
+    for same in ("grant", "hold", "to", "sender", "transfer", "refused"):
+        if same in result:
+            read[same] = result[same]
+    if "expires_at" in result:
+        read["expires_at"] = datetime.fromisoformat(result["expires_at"])
+    if "offer" in result:
+        read["offer"] = result["offer"]["pack"]
+    balance = result["balance"]
+    read["balance"] = {
+        **{each: micro(balance.get(each, "0")) for each in ("available", "held", "debt", "in_transit", "upcoming")},
+        "by_source": {source: micro(each) for source, each in balance.get("by_source", {}).items()},
+    }
+    return read
+
+
+def _within(
+    verdict: Judgement,
+    operations: Sequence[Operation],
+    entries: Sequence[tuple[Any, ...]],
+    started: datetime | None,
+    now: datetime,
+) -> None:
+    """No worker's clock is in any row: all times lie between the beginning and now."""
+    stamps = [(f"{each.account}: {each.id!r}", each.applied_at) for each in operations]
+    stamps += [(f"{row[0]}: entry {row[1]}", row[9]) for row in entries]
+    for what, stamp in stamps:
+        if stamp > now or (started is not None and stamp < started):
+            verdict.fault("O2", f"{what} is stamped {stamp}, outside the run ({started} to {now})")
+
+
+def _closes(verdict: Judgement, accounts: Sequence[tuple[Any, ...]], grants: Sequence[tuple[Any, ...]]) -> None:
+    def check(what: str, buckets: Sequence[int]) -> None:
+        came, went = sum(buckets[: len(CAME_IN)]), sum(buckets[len(CAME_IN) :])
+        if came != went:
+            verdict.fault("O3", f"{what} does not close: {came} came in, {went} are left and went out")
+
+    sums: dict[str, list[int]] = {}
+    for account, grant, *rest in grants:
+        buckets = rest[-len(BUCKETS) :]
+        check(f"{account}: grant {grant}", buckets)
+        sums[account] = [one + other for one, other in zip(sums.get(account, [0] * len(BUCKETS)), buckets, strict=True)]
+    total = [0] * len(BUCKETS)
+    for account, *rest in accounts:
+        buckets = rest[-len(BUCKETS) :]
+        check(account, buckets)
+        if buckets != sums.get(account, [0] * len(BUCKETS)):
+            verdict.fault("O3", f"{account}: its buckets are not the sums of its grants'")
+        total = [one + other for one, other in zip(total, buckets, strict=True)]
+    check("the ledger", total)
+
+
+def _in_order(
+    verdict: Judgement,
+    sent: Sequence[Sent],
+    operations: Sequence[Operation],
+    found: Tables,
+) -> None:
+    numbers = _grouped((operation.account, operation.number) for operation in operations)
+    entries = _by_account(found["entries"])
+    for account, (row,) in _by_account(found["accounts"]).items():
+        last, seq, head, *_ = row
+        if numbers.get(account, []) != list(range(1, last + 1)):
+            verdict.fault("O4", f"{account}: its operations are not numbered 1 to {last} without a gap")
+        own = entries.get(account, [])
+        if [each[0] for each in own] != list(range(1, seq + 1)):
+            verdict.fault("O4", f"{account}: its entries are not numbered 1 to {seq} without a gap")
+        previous = b""
+        for place, (*fields, hashed) in enumerate(own, 1):
+            previous = sha256(previous + msgspec.msgpack.encode((account, *fields))).digest()
+            if previous != bytes(hashed):
+                verdict.fault("O4", f"{account}: entry {place} does not fit the chain")
+                break
+        if own and bytes(own[-1][-1]) != bytes(head):
+            verdict.fault("O4", f"{account}: its head is not the hash of its last entry")
+    places = {(operation.account, operation.id): place for place, operation in enumerate(operations)}
+    for account, publications in _grouped((each.account, each) for each in sent).items():
+        late = first_inversion(publications, places)
+        if late is not None:
+            verdict.fault("O4", f"{account}: {late[0]!r} was published before {late[1]!r} and applied after it")
+
+
+def first_inversion(publications: Sequence[Sent], places: Mapping[Key, int]) -> tuple[str, str] | None:
+    """Two operations of one account that the ledger has the wrong way round, if there are any.
+
+    One must stand before another when every producer that published the other had published the one before: then
+    it reached the lane first, however often and by whomever both were sent.
+
+    :param publications: of one account, each producer's in its order.
+    :param places: where the operations stand in the ledger.
+    """
+    by_producer = _grouped((each.producer, each.key) for each in publications)
+    senders: dict[Key, list[str]] = {}
+    for producer, keys in by_producer.items():
+        for key in dict.fromkeys(keys):
+            senders.setdefault(key, []).append(producer)
+    before: dict[tuple[str, Key], set[Key]] = {}
+    for producer, keys in by_producer.items():
+        latest: Key | None = None
+        seen: set[Key] = set()
+        for key in dict.fromkeys(keys):
+            if key not in places:
+                continue  # lost, or in quarantine: not a matter of order
+            if len(senders[key]) == 1:
+                if latest is not None and places[latest] > places[key]:
+                    return latest[1], key[1]
+            else:
+                before[producer, key] = set(seen)
+            seen.add(key)
+            if latest is None or places[key] > places[latest]:
+                latest = key
+    for key, producers in senders.items():
+        if len(producers) > 1 and key in places:
+            for earlier in set.intersection(*(before[producer, key] for producer in producers)):
+                if places[earlier] > places[key]:
+                    return earlier[1], key[1]
+    return None
+
+
+def _answers(
+    verdict: Judgement,
+    sent: Sequence[Sent],
+    operations: Sequence[Operation],
+    answers: Mapping[str, Row],
+    all_answered: bool,
+) -> None:
+    """What a sender was told is what the ledger says, for ever."""
+    ledger = {(operation.account, operation.id): operation for operation in operations}
+    asked = {each.reply: each for each in sent if each.reply is not None}
+    for reply, each in asked.items():
+        told = answers.get(reply)
+        if told is None:
+            if all_answered:
+                verdict.fault("O2", f"{each.account}: the sender of {each.id!r} was never told what became of it")
+            continue
+        verdict.answered += 1
+        operation = ledger.get(each.key)
+        if told.get("status") != "SUCCESS" or operation is None:
+            verdict.fault("O2", f"{each.account}: {each.id!r} was answered {told}, the ledger has {operation}")
+            continue
+        result = dict(told["result"])
+        same = operation.name == each.name and (
+            meaning(operation.name, operation.arguments) == meaning(each.name, each.arguments)
+        )
+        if result.get("code") == "id_conflict":
+            verdict.conflicts += 1
+            if same:
+                verdict.fault("O2", f"{each.account}: {each.id!r} was refused as a conflict with itself")
+            continue
+        verdict.replayed += result.pop("replayed", False)
+        head = {name: result.pop(name) for name in ("operation", "id", "status", "account")}
+        if not same:
+            verdict.fault(
+                "O2", f"{each.account}: {each.id!r} was sent with other content and not refused as a conflict"
+            )
+        elif head["status"] != operation.status or result != operation.result:
+            verdict.fault("O2", f"{each.account}: the sender of {each.id!r} was told {told}, the ledger says otherwise")
+
+
+def _grouped(pairs: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
+    grouped: dict[str, list[Any]] = {}
+    for key, value in pairs:
+        grouped.setdefault(key, []).append(value)
+    return grouped
+
+
+def _by_account(rows: Iterable[tuple[Any, ...]]) -> dict[str, list[tuple[Any, ...]]]:
+    return _grouped((row[0], row[1:]) for row in rows)
+
+
+def main() -> None:
+    """Judge the ledger of ``CREDITLANE_DATABASE_URL`` by a catalog and producers' files; exits with 1 for faults."""
+    catalog, *files = map(Path, sys.argv[1:])
+    ledger = read_ledger(os.environ["CREDITLANE_DATABASE_URL"])
+    verdict = judge(ledger, read_record(files), read_policy(catalog))
+    print(msgspec.json.format(msgspec.json.encode(verdict)).decode())
+    raise SystemExit(not verdict.holds)
+
+
+if __name__ == "__main__":
+    main()
