@@ -25,14 +25,17 @@ from redis.exceptions import RedisError
 from creditlane.errors import BrokerUnavailableError
 from creditlane.lanes import PREFIX
 from creditlane.rabbitmq import (
+    LANES_EXCHANGE,
     Confirms,
     NackedError,
     UnconfirmedError,
     UnroutableError,
     connect,
+    declare_exchange,
     declare_lane,
     is_rabbitmq,
 )
+from creditlane.tls import TLSOptions, tls_options
 
 CONNECTIONS = 10
 """Broker connections that one sender opens at the most."""
@@ -71,7 +74,7 @@ class Outgoing(NamedTuple):
     headers: dict[str, Any]
     """``id`` among them names the message, and is its correlation id as well."""
     exchange: str = ""
-    """A topic exchange; without it the message goes straight to its queue."""
+    """A topic exchange; without it the message goes to its queue."""
     reply_to: str | None = None
     """The queue that the answer is to go to, where answers travel by queue."""
     content_type: str = JSON
@@ -138,11 +141,17 @@ class RedisSender(Sender):
     """Sends over Redis.
 
     :param url: ``redis://…`` or ``rediss://…``.
+    :param tls: its TLS options.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, tls: TLSOptions = None) -> None:
         super().__init__(
-            Connection(url, transport="creditlane.redis_transport:Transport", transport_options=SOCKET_OPTIONS)
+            Connection(
+                url,
+                transport="creditlane.redis_transport:Transport",
+                transport_options=SOCKET_OPTIONS,
+                ssl=tls or False,
+            )
         )
         self._producers = ProducerPool(self._connections, limit=CONNECTIONS)
 
@@ -200,11 +209,12 @@ class RabbitSender(Sender):
     connections of its own, and leaves its parent's alone.
 
     :param url: ``amqp://…`` or ``amqps://…``.
+    :param tls: its TLS options.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, tls: TLSOptions = None) -> None:
         options = {"read_timeout": READ_SECONDS, "write_timeout": READ_SECONDS}
-        super().__init__(Connection(url, connect_timeout=CONNECT_SECONDS, transport_options=options))
+        super().__init__(Connection(url, connect_timeout=CONNECT_SECONDS, transport_options=options, ssl=tls or False))
         self._begin()
         _senders.add(self)
 
@@ -285,6 +295,7 @@ class RabbitSender(Sender):
         """Send messages and wait for their confirms; of those that are refused the list is what is left to do."""
         confirms = self._confirms.get(connection)
         if confirms is None:
+            self._need_exchange(connection, [message.queue for message in messages])
             confirms = self._confirms[connection] = Confirms(connection.default_channel)
         tags = []
         for message in messages:
@@ -301,7 +312,7 @@ class RabbitSender(Sender):
                         application_headers=message.headers,
                         **_properties(message),
                     ),
-                    message.exchange,
+                    message.exchange or LANES_EXCHANGE,
                     message.queue,
                 )
             )
@@ -312,6 +323,23 @@ class RabbitSender(Sender):
             missing |= error.tags
             messages[:] = [message for tag, message in zip(tags, messages, strict=True) if tag in missing]
             raise
+
+    def _need_exchange(self, connection: Connection, queues: Sequence[str]) -> None:
+        """Have the lanes' exchange, where nothing was ever sent or consumed before.
+
+        :raises UnroutableError: for a user who may not make it; nothing was sent.
+        """
+        with connection.channel() as channel:
+            try:
+                channel.exchange_declare(LANES_EXCHANGE, "direct", passive=True)
+                return
+            except amqp.NotFound:
+                pass
+        with connection.channel() as channel:
+            try:
+                declare_exchange(channel)
+            except amqp.AccessRefused:
+                raise UnroutableError(sorted(set(queues))) from None
 
     def _declare(self, connection: Connection, queues: Sequence[str]) -> None:
         """Make lanes that are not there.
@@ -340,6 +368,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
 
 
-def make_sender(broker_url: str) -> Sender:
-    """A sender for the broker at a URL: ``redis://…``, ``rediss://…``, ``amqp://…`` or ``amqps://…``."""
-    return RabbitSender(broker_url) if is_rabbitmq(broker_url) else RedisSender(broker_url)
+def make_sender(broker_url: str, tls: TLSOptions = None) -> Sender:
+    """A sender for the broker at a URL: ``redis://…``, ``rediss://…``, ``amqp://…`` or ``amqps://…``.
+
+    :param tls: what :func:`creditlane.tls.tls_options` gives for it; by itself it trusts whom the system trusts.
+    """
+    options = tls_options(broker_url) if tls is None else tls
+    return RabbitSender(broker_url, options) if is_rabbitmq(broker_url) else RedisSender(broker_url, options)

@@ -71,7 +71,9 @@ def sweep(self: Any) -> dict[str, int]:
                         if not rows:
                             break
                         last = rows[-1].id
-                        sender = sender or make_sender(config.broker_url.get_secret_value())
+                        sender = sender or make_sender(
+                            config.broker_url.get_secret_value(), config.tls(config.broker_url)
+                        )
                         sender.send(outgoing(rows, config.lanes), retry=not failures)
                         connection.execute("DELETE FROM outbox WHERE id = ANY(%s)", ([row.id for row in rows],))
                 except BrokerUnavailableError as error:

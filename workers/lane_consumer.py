@@ -261,7 +261,9 @@ class LaneStep(bootsteps.StartStopStep):
         self.buffered = 0
         """Operations in the buffer."""
         self.events = matching(self.settings.events)
-        self.sender = make_sender(self.settings.broker_url.get_secret_value())
+        self.sender = make_sender(
+            self.settings.broker_url.get_secret_value(), self.settings.tls(self.settings.broker_url)
+        )
         self.outbox: Outbox | None = None
         self.hub: Any = None
         self.doorbell = Doorbell()
