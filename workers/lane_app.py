@@ -9,7 +9,7 @@ from creditlane.rabbitmq import is_rabbitmq
 from models.settings import settings
 from workers.app import make_app
 from workers.lane_consumer import LaneStep, LedgerTask
-from workers.rabbit_lanes import READ_SECONDS, tolerant_frames
+from workers.rabbit_lanes import READ_SECONDS
 
 NO_QUEUE = "lanes"
 """Lane workers begin without a queue: which lanes they consume is decided as they run."""
@@ -28,7 +28,8 @@ def make_lane_app() -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
     )
     if is_rabbitmq(app.conf.broker_url):
-        app.conf.broker_transport_options = {"read_timeout": READ_SECONDS, "frame_handler": tolerant_frames}
+        app.conf.broker_transport = "workers.rabbit_lanes:Transport"
+        app.conf.broker_transport_options = {"read_timeout": READ_SECONDS}
     else:
         app.conf.broker_transport = "workers.redis_lanes:Transport"
     for name in (*OPERATIONS, BATCH):

@@ -26,6 +26,7 @@ import amqp
 from amqp.method_framing import frame_handler
 from celery.utils.log import get_logger
 from kombu.serialization import prepare_accept_content
+from kombu.transport import pyamqp
 
 from creditlane.rabbitmq import DELIVERY_HEADERS, declare_lane
 from workers.redis_lanes import UNREADABLE
@@ -79,6 +80,19 @@ def _decodes(payload: bytes) -> bool:
     except Exception:
         return False
     return True
+
+
+class Connection(pyamqp.Connection):
+    """A connection with that handler."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, frame_handler=tolerant_frames, **options)
+
+
+class Transport(pyamqp.Transport):
+    """The RabbitMQ transport of lane workers: ``broker_transport = "workers.rabbit_lanes:Transport"``."""
+
+    Connection = Connection
 
 
 class LaneChannel:

@@ -17,6 +17,7 @@ from celery import Celery
 from redis.exceptions import NoPermissionError
 
 from creditlane.client import CreditClient
+from creditlane.contract import Balance
 from creditlane.errors import BrokerUnavailableError
 from creditlane.lanes import lane_name, lane_of
 from scripts.embedded import HOST, _redis_version, free_port, redis_program, spawn, temporary_directory, wait_until
@@ -304,10 +305,19 @@ def test_a_producer_of_ours_needs_no_more_on_rabbitmq(rabbitmq_workers: Guarded,
         (settled,) = client.batch([("credits.settle", "settle", {"account": "alice"})], id="batch", wait=10)
         assert settled.applied
         eventually(lambda: client.backlog(lane_of("alice", LANES)) == 0)
+        eventually(lambda: asked(client), what="the general worker is there")
         found = client.balance("alice")
         assert found is not None
         assert found.available == 55
     eventually(lambda: value(database, "SELECT count(*) FROM operations") == 23)
+
+
+def asked(client: CreditClient) -> Balance | None:
+    """Alice's balance, once there is a queue to ask through."""
+    try:
+        return client.balance("alice")
+    except BrokerUnavailableError:
+        return None
 
 
 def test_a_producer_makes_no_lane_on_rabbitmq(guarded_rabbitmq: Guarded) -> None:

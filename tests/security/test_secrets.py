@@ -67,21 +67,22 @@ def test_what_runs_shows_no_password(broker: Broker, database: str, run: Run) ->
     processes, port = start(run, broker.url, database)
     eventually(lambda: owned_lanes(database) == LANES, what="the worker takes all lanes")
     with Celery("asks", broker=broker.url) as app:
-        control = app.control
 
-        def settings() -> dict[str, Any]:
-            found: dict[str, Any] = control.inspect(timeout=2).conf() or {}
-            return found if len(found) == 2 else {}
+        def ask(command: str, **arguments: Any) -> dict[str, Any]:
+            def answers() -> dict[str, Any]:
+                found: dict[str, Any] = app.control.inspect(timeout=2)._request(command, **arguments) or {}
+                return found if len(found) == 2 else {}
 
-        conf = eventually(settings, what="both workers answer")
+            return eventually(answers, what=f"both workers answer {command}")
+
+        conf = ask("conf")
         told = {
             "conf": conf,
-            "conf with defaults": control.inspect(timeout=2)._request("conf", with_defaults=True),
-            "stats": control.inspect(timeout=2).stats(),
-            "report": control.inspect(timeout=2).report(),
-            "active queues": control.inspect(timeout=2).active_queues(),
+            "conf with defaults": ask("conf", with_defaults=True),
+            "stats": ask("stats"),
+            "report": ask("report"),
+            "active queues": ask("active_queues"),
         }
-        assert all(len(answers) == 2 for answers in told.values())
     texts = {name: json.dumps(answers) for name, answers in told.items()}
     assert "broker_url" in texts["conf"]
     paths = ["/workers", "/api/workers?refresh=1", "/tasks", "/broker", *(f"/worker/{name}" for name in conf)]

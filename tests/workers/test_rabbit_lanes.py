@@ -22,7 +22,7 @@ from kombu.asynchronous import Hub
 from creditlane.client import CreditClient
 from creditlane.errors import BrokerUnavailableError
 from creditlane.lanes import lane_name, lane_of
-from creditlane.rabbitmq import DEAD, LANE, connect
+from creditlane.rabbitmq import DEAD, LANE, LANES_EXCHANGE, connect, declare_exchange
 from scripts.embedded import temporary_directory
 from scripts.rabbitmq import RabbitMQ
 from tests.broker import RabbitBroker
@@ -454,7 +454,10 @@ def test_a_lane_that_is_deleted_is_made_again_and_one_with_other_arguments_stops
     wrong, gone, *_ = sorted(accounts)
     with closing(broker.connect()) as connection:
         other = {**LANE, "x-max-length": 1000}
-        connection.channel().queue_declare(wrong, durable=True, auto_delete=False, arguments=other)
+        channel = connection.channel()
+        channel.queue_declare(wrong, durable=True, auto_delete=False, arguments=other)
+        declare_exchange(channel)
+        channel.queue_bind(wrong, LANES_EXCHANGE, wrong)
     worker = spawn("worker")
     eventually(lambda: owned_lanes(database) == LANES)
     for lane, account in accounts.items():
