@@ -49,12 +49,6 @@ CONNECT_SECONDS = 5
 READ_SECONDS = 30
 """How long it may take for anything else."""
 
-SOCKET_OPTIONS = {
-    "socket_keepalive": True,
-    "socket_connect_timeout": CONNECT_SECONDS,
-    "socket_timeout": READ_SECONDS,
-}
-
 JSON = "application/json"
 
 FINAL = (UnconfirmedError, UnroutableError, amqp.IrrecoverableChannelError)
@@ -138,12 +132,16 @@ class RedisSender(Sender):
     """Sends over Redis.
 
     :param url: ``redis://…`` or ``rediss://…``.
+    :param patience_seconds: how long the broker may take for anything.
     """
 
-    def __init__(self, url: str) -> None:
-        super().__init__(
-            Connection(url, transport="creditlane.redis_transport:Transport", transport_options=SOCKET_OPTIONS)
-        )
+    def __init__(self, url: str, patience_seconds: float = READ_SECONDS) -> None:
+        options = {
+            "socket_keepalive": True,
+            "socket_connect_timeout": min(CONNECT_SECONDS, patience_seconds),
+            "socket_timeout": patience_seconds,
+        }
+        super().__init__(Connection(url, transport="creditlane.redis_transport:Transport", transport_options=options))
         self._producers = ProducerPool(self._connections, limit=CONNECTIONS)
 
     def close(self) -> None:
@@ -200,11 +198,14 @@ class RabbitSender(Sender):
     connections of its own, and leaves its parent's alone.
 
     :param url: ``amqp://…`` or ``amqps://…``.
+    :param patience_seconds: how long the broker may take for anything.
     """
 
-    def __init__(self, url: str) -> None:
-        options = {"read_timeout": READ_SECONDS, "write_timeout": READ_SECONDS}
-        super().__init__(Connection(url, connect_timeout=CONNECT_SECONDS, transport_options=options))
+    def __init__(self, url: str, patience_seconds: float = READ_SECONDS) -> None:
+        options = {"read_timeout": patience_seconds, "write_timeout": patience_seconds}
+        connect_seconds = min(CONNECT_SECONDS, patience_seconds)
+        super().__init__(Connection(url, connect_timeout=connect_seconds, transport_options=options))
+        self._patience_seconds = patience_seconds
         self._begin()
         _senders.add(self)
 
@@ -285,7 +286,7 @@ class RabbitSender(Sender):
         """Send messages and wait for their confirms; of those that are refused the list is what is left to do."""
         confirms = self._confirms.get(connection)
         if confirms is None:
-            confirms = self._confirms[connection] = Confirms(connection.default_channel)
+            confirms = self._confirms[connection] = Confirms(connection.default_channel, self._patience_seconds)
         tags = []
         for message in messages:
             if message.exchange and message.exchange not in self._declared:
@@ -340,6 +341,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
 
 
-def make_sender(broker_url: str) -> Sender:
-    """A sender for the broker at a URL: ``redis://…``, ``rediss://…``, ``amqp://…`` or ``amqps://…``."""
-    return RabbitSender(broker_url) if is_rabbitmq(broker_url) else RedisSender(broker_url)
+def make_sender(broker_url: str, patience_seconds: float = READ_SECONDS) -> Sender:
+    """A sender for the broker at a URL: ``redis://…``, ``rediss://…``, ``amqp://…`` or ``amqps://…``.
+
+    :param patience_seconds: how long the broker may take for anything, such as to confirm a block.
+    """
+    kind = RabbitSender if is_rabbitmq(broker_url) else RedisSender
+    return kind(broker_url, patience_seconds)
