@@ -25,6 +25,7 @@ from kombu import Connection
 
 from creditlane.errors import BrokerUnavailableError
 from creditlane.rabbitmq import connect, is_rabbitmq
+from creditlane.tls import TLSOptions, tls_options
 
 KEY = "celery-task-meta-"
 """What Celery's result backends put before an id."""
@@ -121,11 +122,13 @@ class RedisAnswers(Answers):
     """Answers from a Redis result backend.
 
     :param url: the result backend.
+    :param tls: its TLS options.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, tls: TLSOptions = None) -> None:
         super().__init__()
         self._url = url
+        self._tls = tls or {}
         self._client = self._connect()
         self._pubsub = self._client.pubsub()
 
@@ -165,7 +168,12 @@ class RedisAnswers(Answers):
 
     def _connect(self) -> Any:
         return redis.Redis.from_url(
-            self._url, socket_keepalive=True, socket_connect_timeout=5, socket_timeout=30, health_check_interval=25
+            self._url,
+            socket_keepalive=True,
+            socket_connect_timeout=5,
+            socket_timeout=30,
+            health_check_interval=25,
+            **self._tls,
         )
 
     def close(self) -> None:
@@ -196,11 +204,13 @@ class RabbitAnswers(Answers):
     """Answers through a queue that only this client can read, and that ends with its connection.
 
     :param url: the broker.
+    :param tls: its TLS options.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, tls: TLSOptions = None) -> None:
         super().__init__()
         self._url = url
+        self._tls = tls
         self._queue: str | None = None
         self._ready = threading.Condition(self._lock)
         self._fault: BaseException | None = None
@@ -236,6 +246,7 @@ class RabbitAnswers(Answers):
                 connect_timeout=CONNECT_SECONDS,
                 heartbeat=HEARTBEAT_SECONDS,
                 transport_options={"read_timeout": CONNECT_SECONDS, "write_timeout": CONNECT_SECONDS},
+                ssl=self._tls or False,
             )
             try:
                 connect(connection)
@@ -274,6 +285,10 @@ class RabbitAnswers(Answers):
             return  # nothing of ours
 
 
-def make_answers(url: str) -> Answers:
-    """The answers that come from a result backend: a Redis, or RabbitMQ."""
-    return RabbitAnswers(url) if is_rabbitmq(url) else RedisAnswers(url)
+def make_answers(url: str, tls: TLSOptions = None) -> Answers:
+    """The answers that come from a result backend: a Redis, or RabbitMQ.
+
+    :param tls: what :func:`creditlane.tls.tls_options` gives for it; by itself it trusts whom the system trusts.
+    """
+    options = tls_options(url) if tls is None else tls
+    return RabbitAnswers(url, options) if is_rabbitmq(url) else RedisAnswers(url, options)

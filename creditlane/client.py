@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from decimal import Decimal
+from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, Self
 from uuid import uuid4
@@ -46,6 +47,7 @@ from creditlane.errors import (
 )
 from creditlane.lanes import LANES, lane_of
 from creditlane.sending import Outgoing, make_sender
+from creditlane.tls import tls_options
 
 Amount = int | str | Decimal
 """Credits (or units of a feature), exactly: an integer, a decimal string or a Decimal; never a float."""
@@ -256,12 +258,26 @@ class CreditClient(Operations):
     :param broker_url: where the lanes are, such as ``redis://:password@host:6379/0`` or ``amqp://user:password@host//``.
     :param lanes: how many lanes the deployment has: the workers' number.
     :param result_url: a Redis that answers come from; the broker unless given.
+    :param ca: for ``rediss://`` and ``amqps://``: the certificates of whom to trust, a PEM file; else the system's.
+    :param certificate: our own, a PEM file, for a server that asks for one.
+    :param key: its key, unless it is in the same file.
+    :raises ValueError: for TLS that would be ignored, or checked by nobody.
     """
 
-    def __init__(self, broker_url: str, *, lanes: int = LANES, result_url: str | None = None) -> None:
+    def __init__(
+        self,
+        broker_url: str,
+        *,
+        lanes: int = LANES,
+        result_url: str | None = None,
+        ca: str | PathLike[str] | None = None,
+        certificate: str | PathLike[str] | None = None,
+        key: str | PathLike[str] | None = None,
+    ) -> None:
         self.lanes = lanes
-        self._sender = make_sender(broker_url)
-        self._answers = make_answers(result_url or broker_url)
+        self._sender = make_sender(broker_url, tls_options(broker_url, ca=ca, certificate=certificate, key=key))
+        answers = result_url or broker_url
+        self._answers = make_answers(answers, tls_options(answers, ca=ca, certificate=certificate, key=key))
 
     def __enter__(self) -> Self:
         return self

@@ -18,6 +18,10 @@ DEAD = "lanes.dead"
 """Where a message goes that was delivered too often, or that expired since its sender gave it a time to live. Nothing
 consumes it: ``creditlane lanes`` shows what is in it."""
 
+LANES_EXCHANGE = "credits.lanes"
+"""The direct exchange that lanes, and the queue of queries, are bound to by their names. Producers may write to it
+alone: through the default exchange they would reach every queue, such as those by which workers are told to stop."""
+
 QUORUM = {"x-queue-type": "quorum"}
 
 LANE = {
@@ -45,12 +49,19 @@ def is_rabbitmq(url: str) -> bool:
 
 
 def declare_lane(channel: Any, lane: str) -> None:
-    """Make a lane's queue, unless it is there.
+    """Make a lane's queue, unless it is there, and have the exchange lead to it.
 
     :raises amqp.exceptions.PreconditionFailed: when it is there with other arguments.
     """
     channel.queue_declare(DEAD, durable=True, auto_delete=False, arguments=QUORUM)
     channel.queue_declare(lane, durable=True, auto_delete=False, arguments=LANE)
+    declare_exchange(channel)
+    channel.queue_bind(lane, LANES_EXCHANGE, lane)
+
+
+def declare_exchange(channel: Any) -> None:
+    """Make the lanes' exchange, unless it is there."""
+    channel.exchange_declare(LANES_EXCHANGE, "direct", durable=True, auto_delete=False)
 
 
 def connect(connection: Any) -> None:
@@ -86,12 +97,12 @@ class Confirms:
     """Counts what the broker confirms on one channel, so that a block of messages costs one wait.
 
     :param channel: of py-amqp, not used for publishing by anybody else.
-    :param patience_seconds: how long the broker may be without a word.
+    :param patience_seconds: how long the broker may be without a word; :data:`CONFIRM_SECONDS` unless given.
     """
 
-    def __init__(self, channel: Any, patience_seconds: float = CONFIRM_SECONDS) -> None:
+    def __init__(self, channel: Any, patience_seconds: float | None = None) -> None:
         self.channel = channel
-        self._patience_seconds = patience_seconds
+        self._patience_seconds = CONFIRM_SECONDS if patience_seconds is None else patience_seconds
         self._published = 0
         self._open: set[int] = set()
         self._nacked: set[int] = set()
@@ -102,11 +113,11 @@ class Confirms:
         channel.events["basic_return"].add(self._return)
 
     def publish(self, message: amqp.Message, exchange: str, routing_key: str) -> int:
-        """Send one message, without waiting; one for the default exchange must reach its queue.
+        """Send one message, without waiting; one for the lanes' exchange must reach its queue.
 
         :returns: the tag by which an error names it.
         """
-        self.channel.basic_publish(message, exchange, routing_key, mandatory=not exchange)
+        self.channel.basic_publish(message, exchange, routing_key, mandatory=exchange == LANES_EXCHANGE)
         self._published += 1
         self._open.add(self._published)
         return self._published

@@ -25,14 +25,17 @@ from redis.exceptions import RedisError
 from creditlane.errors import BrokerUnavailableError
 from creditlane.lanes import PREFIX
 from creditlane.rabbitmq import (
+    LANES_EXCHANGE,
     Confirms,
     NackedError,
     UnconfirmedError,
     UnroutableError,
     connect,
+    declare_exchange,
     declare_lane,
     is_rabbitmq,
 )
+from creditlane.tls import TLSOptions, tls_options
 
 CONNECTIONS = 10
 """Broker connections that one sender opens at the most."""
@@ -65,7 +68,7 @@ class Outgoing(NamedTuple):
     headers: dict[str, Any]
     """``id`` among them names the message, and is its correlation id as well."""
     exchange: str = ""
-    """A topic exchange; without it the message goes straight to its queue."""
+    """A topic exchange; without it the message goes to its queue."""
     reply_to: str | None = None
     """The queue that the answer is to go to, where answers travel by queue."""
     content_type: str = JSON
@@ -132,16 +135,25 @@ class RedisSender(Sender):
     """Sends over Redis.
 
     :param url: ``redis://…`` or ``rediss://…``.
-    :param patience_seconds: how long the broker may take for anything.
+    :param tls: its TLS options.
+    :param patience_seconds: how long the broker may take for anything; :data:`READ_SECONDS` unless given.
     """
 
-    def __init__(self, url: str, patience_seconds: float = READ_SECONDS) -> None:
+    def __init__(self, url: str, tls: TLSOptions = None, patience_seconds: float | None = None) -> None:
+        patience = READ_SECONDS if patience_seconds is None else patience_seconds
         options = {
             "socket_keepalive": True,
-            "socket_connect_timeout": min(CONNECT_SECONDS, patience_seconds),
-            "socket_timeout": patience_seconds,
+            "socket_connect_timeout": min(CONNECT_SECONDS, patience),
+            "socket_timeout": patience,
         }
-        super().__init__(Connection(url, transport="creditlane.redis_transport:Transport", transport_options=options))
+        super().__init__(
+            Connection(
+                url,
+                transport="creditlane.redis_transport:Transport",
+                transport_options=options,
+                ssl=tls or False,
+            )
+        )
         self._producers = ProducerPool(self._connections, limit=CONNECTIONS)
 
     def close(self) -> None:
@@ -198,13 +210,15 @@ class RabbitSender(Sender):
     connections of its own, and leaves its parent's alone.
 
     :param url: ``amqp://…`` or ``amqps://…``.
-    :param patience_seconds: how long the broker may take for anything.
+    :param tls: its TLS options.
+    :param patience_seconds: how long the broker may take for anything; :data:`READ_SECONDS` unless given.
     """
 
-    def __init__(self, url: str, patience_seconds: float = READ_SECONDS) -> None:
-        options = {"read_timeout": patience_seconds, "write_timeout": patience_seconds}
-        connect_seconds = min(CONNECT_SECONDS, patience_seconds)
-        super().__init__(Connection(url, connect_timeout=connect_seconds, transport_options=options))
+    def __init__(self, url: str, tls: TLSOptions = None, patience_seconds: float | None = None) -> None:
+        patience = READ_SECONDS if patience_seconds is None else patience_seconds
+        options = {"read_timeout": patience, "write_timeout": patience}
+        connect_seconds = min(CONNECT_SECONDS, patience)
+        super().__init__(Connection(url, connect_timeout=connect_seconds, transport_options=options, ssl=tls or False))
         self._patience_seconds = patience_seconds
         self._begin()
         _senders.add(self)
@@ -286,6 +300,7 @@ class RabbitSender(Sender):
         """Send messages and wait for their confirms; of those that are refused the list is what is left to do."""
         confirms = self._confirms.get(connection)
         if confirms is None:
+            self._need_exchange(connection, [message.queue for message in messages])
             confirms = self._confirms[connection] = Confirms(connection.default_channel, self._patience_seconds)
         tags = []
         for message in messages:
@@ -302,7 +317,7 @@ class RabbitSender(Sender):
                         application_headers=message.headers,
                         **_properties(message),
                     ),
-                    message.exchange,
+                    message.exchange or LANES_EXCHANGE,
                     message.queue,
                 )
             )
@@ -313,6 +328,23 @@ class RabbitSender(Sender):
             missing |= error.tags
             messages[:] = [message for tag, message in zip(tags, messages, strict=True) if tag in missing]
             raise
+
+    def _need_exchange(self, connection: Connection, queues: Sequence[str]) -> None:
+        """Have the lanes' exchange, where nothing was ever sent or consumed before.
+
+        :raises UnroutableError: for a user who may not make it; nothing was sent.
+        """
+        with connection.channel() as channel:
+            try:
+                channel.exchange_declare(LANES_EXCHANGE, "direct", passive=True)
+                return
+            except amqp.NotFound:
+                pass
+        with connection.channel() as channel:
+            try:
+                declare_exchange(channel)
+            except amqp.AccessRefused:
+                raise UnroutableError(sorted(set(queues))) from None
 
     def _declare(self, connection: Connection, queues: Sequence[str]) -> None:
         """Make lanes that are not there.
@@ -341,10 +373,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
 
 
-def make_sender(broker_url: str, patience_seconds: float = READ_SECONDS) -> Sender:
+def make_sender(broker_url: str, tls: TLSOptions = None, patience_seconds: float | None = None) -> Sender:
     """A sender for the broker at a URL: ``redis://…``, ``rediss://…``, ``amqp://…`` or ``amqps://…``.
 
+    :param tls: what :func:`creditlane.tls.tls_options` gives for it; by itself it trusts whom the system trusts.
     :param patience_seconds: how long the broker may take for anything, such as to confirm a block.
     """
+    options = tls_options(broker_url) if tls is None else tls
     kind = RabbitSender if is_rabbitmq(broker_url) else RedisSender
-    return kind(broker_url, patience_seconds)
+    return kind(broker_url, options, patience_seconds)

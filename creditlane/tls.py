@@ -11,6 +11,9 @@ from os import PathLike
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+TLSOptions = dict[str, Any] | None
+"""What the libraries take for a connection with TLS; nothing for one without."""
+
 SECURE = {"rediss": "redis", "amqps": "amqp"}
 """The schemes with TLS, and those that are the same without."""
 
@@ -21,7 +24,7 @@ def tls_options(
     ca: str | PathLike[str] | None = None,
     certificate: str | PathLike[str] | None = None,
     key: str | PathLike[str] | None = None,
-) -> dict[str, Any] | None:
+) -> TLSOptions:
     """The options of a connection to a broker, for its URL.
 
     For ``rediss://`` they are what both ``redis.Redis.from_url(url, **options)`` and kombu's

@@ -57,7 +57,13 @@ def sweep(self: Any) -> dict[str, int]:
     sent = skipped = 0
     with (
         psycopg.connect(config.database_url.get_secret_value(), autocommit=True) as connection,
-        CreditClient(config.broker_url.get_secret_value(), lanes=config.lanes) as client,
+        CreditClient(
+            config.broker_url.get_secret_value(),
+            lanes=config.lanes,
+            ca=config.broker_ca,
+            certificate=config.broker_certificate,
+            key=config.broker_key,
+        ) as client,
         client.buffer(linger_ms=50) as buffer,
     ):
         backlogs: dict[str, int] = {}

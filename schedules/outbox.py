@@ -72,7 +72,7 @@ def sweep(self: Any) -> dict[str, int]:
                     if not rows:
                         break
                     last = rows[-1].id
-                    sender = sender or make_sender(config.broker_url.get_secret_value())
+                    sender = sender or make_sender(config.broker_url.get_secret_value(), config.tls(config.broker_url))
                     sent = run.publish(sender, rows)
                     connection.execute("DELETE FROM outbox WHERE id = ANY(%s)", ([row.id for row in sent],))
                 published += len(sent)

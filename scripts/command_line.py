@@ -39,6 +39,7 @@ from creditlane.codes import Code
 from creditlane.contract import ContractError, Result
 from creditlane.errors import BrokerUnavailableError, CreditlaneError, NoAnswerError, QuarantinedError
 from creditlane.lanes import LANES
+from creditlane.tls import TLSOptions, tls_options
 from models.audit import Report, audit_new
 from models.audit import audit as audit_ledger
 from models.audit_processes import HelperError
@@ -118,6 +119,8 @@ class Deployment:
     _broker_url: str | None = field(repr=False)
     _database_url: str | None = field(repr=False)
     result_url: str | None = field(repr=False, default=None)
+    tls_files: dict[str, str] = field(default_factory=dict)
+    """The files of a broker with TLS: ``ca``, ``certificate``, ``key``."""
 
     @property
     def broker_url(self) -> str:
@@ -130,6 +133,17 @@ class Deployment:
         return self._given(
             self._database_url, "CREDITLANE_DATABASE_URL", "postgresql://user:password@host:5432/creditlane"
         )
+
+    @property
+    def tls(self) -> TLSOptions:
+        """The TLS options of a connection to the broker.
+
+        :raises ConfigurationError: when files and address do not fit together.
+        """
+        try:
+            return tls_options(self.broker_url, **self.tls_files)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None
 
     @staticmethod
     def _given(value: str | None, variable: str, example: str) -> str:
@@ -165,7 +179,9 @@ def deployment() -> Deployment:
         count = 0
     if not 1 <= count <= MAX_LANES:
         raise ConfigurationError(f"CREDITLANE_LANES is a number from 1 to {MAX_LANES}, not {plain(str(lanes))!r}")
-    return Deployment(count, broker, database, results)
+    names = ("ca", "certificate", "key")
+    files = {name: path for name in names if (path := os.environ.get(f"CREDITLANE_BROKER_{name.upper()}"))}
+    return Deployment(count, broker, database, results, files)
 
 
 def _embedded_stack() -> dict[str, Any]:
@@ -388,7 +404,7 @@ def operate(
     where = deployment()
     identity = str(uuid4()) if id is None else id
     try:
-        client = CreditClient(where.broker_url, lanes=where.lanes, result_url=where.result_url)
+        client = CreditClient(where.broker_url, lanes=where.lanes, result_url=where.result_url, **where.tls_files)
         with client:
             result = send(client, identity, wait or None)
     except NoAnswerError:
@@ -900,7 +916,7 @@ def lanes(
             if watch:
                 _watch(connection, where, every=every, all=all)
                 return
-            states = lane_states(connection, where.broker_url, where.lanes)
+            states = lane_states(connection, where.broker_url, where.lanes, where.tls)
     except ValueError as error:
         fail(str(error), USAGE)
     if as_json:
@@ -916,7 +932,7 @@ def _watch(connection: Connection[Any], where: Deployment, *, every: float, all:
     try:
         with Live(console=out, auto_refresh=False, screen=out.is_terminal) as live:
             while True:
-                states = lane_states(connection, where.broker_url, where.lanes)
+                states = lane_states(connection, where.broker_url, where.lanes, where.tls)
                 rows = max(1, out.height - states.workers - 7)
                 live.update(lanes_view(states, every=all, rows=rows), refresh=True)
                 pause.wait(every)
@@ -1038,7 +1054,7 @@ def quarantine_replay(
             ready = as_it_was(message)
         else:
             ready = mended(message, where.lanes, encoded, id, task)
-        replay(connection, where.broker_url, number, ready, who)
+        replay(connection, where.broker_url, number, ready, who, where.tls)
     if as_json:
         show_json({"id": number, "status": "replayed", "queue": ready.queue, "operation": ready.operation, "by": who})
     else:

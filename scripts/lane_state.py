@@ -14,6 +14,7 @@ from psycopg import Connection
 from creditlane.lanes import lane_name
 from creditlane.rabbitmq import DEAD, is_rabbitmq
 from creditlane.sending import make_sender
+from creditlane.tls import TLSOptions
 from models.reading import Owner, lane_owners
 from workers.ownership import LANE_CLASS, PRESENCE_CLASS
 from workers.redis_lanes import keys_of
@@ -64,11 +65,12 @@ Depth = tuple[int, int | None, float | None]
 """Messages that wait in a lane, those taken and not finished, and when the oldest was sent."""
 
 
-def lane_states(connection: Connection[Any], broker_url: str, lanes: int) -> LaneStates:
+def lane_states(connection: Connection[Any], broker_url: str, lanes: int, tls: TLSOptions = None) -> LaneStates:
     """Look at all lanes: on Redis in one round trip, on RabbitMQ in one for each.
 
     :param broker_url: ``redis://…`` or ``amqp://…``.
     :param lanes: how many lanes the deployment has, at most :data:`MAX_LANES`.
+    :param tls: the TLS options of a connection to the broker.
     :raises redis.RedisError: when a Redis is away, ``BrokerUnavailableError`` when a RabbitMQ is, ``psycopg.Error``
         when the database is.
     """
@@ -77,11 +79,11 @@ def lane_states(connection: Connection[Any], broker_url: str, lanes: int) -> Lan
     names = [lane_name(number) for number in range(lanes)]
     dead = 0
     if is_rabbitmq(broker_url):
-        with closing(make_sender(broker_url)) as sender:
+        with closing(make_sender(broker_url, tls)) as sender:
             depths: list[Depth] = [(sender.depth(name), None, None) for name in names]
             dead = sender.depth(DEAD)
     else:
-        depths = _redis_depths(broker_url, names)
+        depths = _redis_depths(broker_url, names, tls)
     now = time.time()
     owned = lane_owners(connection, LANE_CLASS, PRESENCE_CLASS)
     return LaneStates(
@@ -100,8 +102,8 @@ def lane_states(connection: Connection[Any], broker_url: str, lanes: int) -> Lan
     )
 
 
-def _redis_depths(url: str, names: Sequence[str]) -> list[Depth]:
-    with closing(redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5)) as client:
+def _redis_depths(url: str, names: Sequence[str], tls: TLSOptions) -> list[Depth]:
+    with closing(redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5, **(tls or {}))) as client:
         keys = [key for name in names for key in keys_of(name)[:2]]
         found: Any = client.eval(LOOK, len(keys), *keys)
     return [(ready, unacknowledged, None if sent is None else int(sent)) for ready, unacknowledged, sent in found]

@@ -12,6 +12,7 @@ from creditlane.contract import BATCH, MAX_MESSAGE_BYTES, check_id, decode_batch
 from creditlane.errors import BrokerUnavailableError
 from creditlane.lanes import lane_of
 from creditlane.sending import Outgoing, make_sender
+from creditlane.tls import TLSOptions
 from models.reading import QuarantinedMessage, quarantined_message
 from workers.redis_lanes import UNREADABLE
 
@@ -142,7 +143,9 @@ def _arguments_of(message: QuarantinedMessage) -> bytes:
     return bytes(kwargs)
 
 
-def replay(connection: Connection[Any], broker_url: str, id: int, ready: Ready, who: str) -> None:
+def replay(
+    connection: Connection[Any], broker_url: str, id: int, ready: Ready, who: str, tls: TLSOptions = None
+) -> None:
     """Publish a message and note that it was replayed.
 
     The note is committed after the broker has the message: a crash in between leaves the message open, and
@@ -150,12 +153,13 @@ def replay(connection: Connection[Any], broker_url: str, id: int, ready: Ready, 
 
     :param connection: one that may write.
     :param who: who replays it.
+    :param tls: the TLS options of a connection to the broker.
     :raises RequeueError: when somebody resolved it meanwhile.
     :raises BrokerUnavailableError: when the broker does not confirm it; it stays open.
     """
     with connection.transaction():
         _resolve(connection, id, "replayed", who)
-        _publish(broker_url, ready)
+        _publish(broker_url, ready, tls)
 
 
 def drop(connection: Connection[Any], id: int, who: str, reason: str | None) -> None:
@@ -173,11 +177,11 @@ def _resolve(connection: Connection[Any], id: int, status: str, who: str) -> Non
         raise RequeueError(f"message {id} was resolved by somebody else meanwhile")
 
 
-def _publish(broker_url: str, ready: Ready) -> None:
+def _publish(broker_url: str, ready: Ready, tls: TLSOptions) -> None:
     message = Outgoing(
         ready.queue, ready.body, ready.headers, content_type=ready.content_type, properties=ready.properties
     )
-    with closing(make_sender(broker_url)) as sender:
+    with closing(make_sender(broker_url, tls)) as sender:
         try:
             sender.send([message])
         except BrokerUnavailableError as error:

@@ -6,8 +6,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from celery import Celery
+from kombu import Exchange, Queue
 
-from creditlane.rabbitmq import is_rabbitmq
+from creditlane.rabbitmq import LANES_EXCHANGE, is_rabbitmq
 from models.settings import Settings, settings
 from workers import flower_guard, unpacking
 
@@ -100,5 +101,11 @@ def make_app(name: str, config: Settings | None = None) -> Celery:
 
 
 app = make_app("creditlane")
+if is_rabbitmq(app.conf.broker_url):
+    # Producers may ask: their exchange leads to ``queries``, and to nothing else but lanes.
+    app.conf.task_queues = (
+        Queue(QUERIES, exchange=Exchange(LANES_EXCHANGE, type="direct"), routing_key=QUERIES),
+        Queue(MAINTENANCE, exchange=Exchange(""), routing_key=MAINTENANCE),
+    )
 flower_guard.install(app)
 app.conf.imports = ("tasks.queries", "schedules.expiry", "schedules.audit", "schedules.outbox", "schedules.seal")

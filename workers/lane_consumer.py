@@ -268,7 +268,11 @@ class LaneStep(bootsteps.StartStopStep):
         """Operations in the buffer."""
         self.pieces = Pieces(self.settings.batch_operations)
         self.events = matching(self.settings.events)
-        self.sender = make_sender(self.settings.broker_url.get_secret_value(), PATIENCE_SECONDS)
+        self.sender = make_sender(
+            self.settings.broker_url.get_secret_value(),
+            self.settings.tls(self.settings.broker_url),
+            PATIENCE_SECONDS,
+        )
         self.outbox: Outbox | None = None
         self.hub: Any = None
         self.doorbell = Doorbell()

@@ -17,6 +17,7 @@ from kombu import Connection
 from creditlane.contract import BATCH, ContractError, check_id
 from creditlane.errors import QuarantinedError
 from creditlane.rabbitmq import connect
+from creditlane.tls import TLSOptions
 from workers import metrics
 
 if TYPE_CHECKING:
@@ -43,11 +44,14 @@ class QueueReplies:
     Not confirmed: an answer that is lost is asked for again, with the same id.
 
     :param broker_url: where the queues are.
+    :param tls: the TLS options of a connection to it.
     """
 
-    def __init__(self, broker_url: str) -> None:
+    def __init__(self, broker_url: str, tls: TLSOptions = None) -> None:
         options = {"read_timeout": REPLY_TIMEOUT_SECONDS, "write_timeout": REPLY_TIMEOUT_SECONDS}
-        self._connection = Connection(broker_url, connect_timeout=REPLY_TIMEOUT_SECONDS, transport_options=options)
+        self._connection = Connection(
+            broker_url, connect_timeout=REPLY_TIMEOUT_SECONDS, transport_options=options, ssl=tls or False
+        )
 
     def send(self, answers: Iterable[tuple[str, Any, bytes]]) -> None:
         """Send answers.
@@ -90,7 +94,9 @@ class Results:
     def __init__(self, app: Any) -> None:
         self.backend = app.backend
         self.expires = int(app.conf.result_expires)
-        self.replies = QueueReplies(app.conf.broker_url) if app.conf.result_backend == BY_QUEUE else None
+        self.replies = (
+            QueueReplies(app.conf.broker_url, app.conf.broker_use_ssl) if app.conf.result_backend == BY_QUEUE else None
+        )
 
     def store(self, batch: Sequence[Delivery]) -> None:
         """Write the results that somebody waits for, in one round trip.

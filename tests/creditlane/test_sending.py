@@ -22,7 +22,7 @@ from creditlane.answers import RabbitAnswers
 from creditlane.client import CreditClient
 from creditlane.errors import BrokerUnavailableError, NoAnswerError
 from creditlane.lanes import lane_name, lane_of
-from creditlane.rabbitmq import DEAD, LANE, QUORUM
+from creditlane.rabbitmq import DEAD, LANE, LANES_EXCHANGE, QUORUM, declare_exchange
 from creditlane.sending import Outgoing, RabbitSender
 from scripts.embedded import free_port
 from scripts.rabbitmq import RabbitMQ
@@ -66,6 +66,8 @@ def small(rabbit: RabbitBroker, lane: str, length: int) -> None:
         channel = connection.channel()
         channel.queue_declare(DEAD, durable=True, auto_delete=False, arguments=QUORUM)
         channel.queue_declare(lane, durable=True, auto_delete=False, arguments={**LANE, "x-max-length": length})
+        declare_exchange(channel)
+        channel.queue_bind(lane, LANES_EXCHANGE, lane)
 
 
 def fill_up(sender: RabbitSender) -> None:

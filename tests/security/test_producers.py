@@ -339,13 +339,14 @@ FORBIDDEN_ON_RABBITMQ: dict[str, Attempt] = {
     "command workers": lambda channel: publish(channel, "celery.pidbox"),
     "send events": lambda channel: publish(channel, "celeryev"),
     "publish elsewhere": lambda channel: publish(channel, "amq.direct"),
+    "reach a queue by its name": lambda channel: publish(channel, "", "lanes@host.celery.pidbox"),
 }  # fmt: skip
 
 
-def publish(channel: Any, exchange: str) -> None:
+def publish(channel: Any, exchange: str, routing_key: str = "x") -> None:
     """Publish, and wait until the server has said what it thinks of it."""
     channel.confirm_select()
-    channel.basic_publish_confirm(amqp.Message("x"), exchange, "x")
+    channel.basic_publish_confirm(amqp.Message("x"), exchange, routing_key)
 
 
 @pytest.mark.parametrize("what", FORBIDDEN_ON_RABBITMQ)

@@ -16,6 +16,9 @@ from kombu import Connection
 from kombu.exceptions import KombuError
 from pydantic import SecretStr, ValidationError
 
+from creditlane.client import CreditClient
+from creditlane.contract import Balance
+from creditlane.errors import BrokerUnavailableError, NoAnswerError
 from creditlane.lanes import lane_of
 from creditlane.tls import tls_options
 from models.settings import Settings
@@ -184,32 +187,34 @@ def environment(secure: Secure) -> dict[str, str]:
     return {f"CREDITLANE_BROKER_{name.upper()}": str(path) for name, path in secure.files.items()}
 
 
-def has_queue(connection: Connection, queue: str) -> bool:
-    with connection.channel() as channel:
-        try:
-            channel.queue_declare(queue, passive=True)
-        except connection.channel_errors:
-            return False
-        return True
-
-
 def test_workers_and_beat_work_over_tls(secure: Secure, database: str, run: Run, papers: Papers) -> None:
     for kind in ("lanes", "general", "beat"):
         run(kind, secure.url, database, **environment(secure))
     eventually(lambda: owned_lanes(database) == LANES, what="the worker takes all lanes")
-    body = b'[[],{"account":"alice"},{}]'
-    headers = {"task": "credits.open", "id": "open"}
-    with Connection(secure.url, ssl=tls_options(secure.url, **secure.files)) as connection:
-        eventually(lambda: has_queue(connection, lane_of("alice", LANES)) or secure.front is not None)
-        connection.Producer().publish(
-            body,
-            routing_key=lane_of("alice", LANES),
-            headers=headers,
-            content_type="application/json",
-            content_encoding="utf-8",
-            correlation_id="open",
-        )
-    eventually(lambda: value(database, "SELECT count(*) FROM operations") == 1)
+    ca, certificate, key = map(secure.files.get, ("ca", "certificate", "key"))
+    with CreditClient(secure.url, lanes=LANES, ca=ca, certificate=certificate, key=key) as client:
+        answer = client.open("alice", id="open", wait=20)
+        assert answer is not None
+        assert answer.applied
+        eventually(lambda: asked(client) is not None, what="the general worker answers")
+    assert value(database, "SELECT count(*) FROM operations") == 1
+    assert secure.front is None or secure.front.plain == []
+
+
+def asked(client: CreditClient) -> Balance | None:
+    """The balance, once there is somebody to ask."""
+    try:
+        return client.balance("alice", wait=5)
+    except (BrokerUnavailableError, NoAnswerError):
+        return None
+
+
+def test_a_client_that_trusts_another_authority_sends_nothing(secure: Secure, papers: Papers) -> None:
+    with CreditClient(secure.url, lanes=LANES, ca=papers.other_ca) as client:
+        with pytest.raises(BrokerUnavailableError):
+            client.open("alice", id="open")
+        with pytest.raises(BrokerUnavailableError):
+            client.open("alice", id="open", wait=2)
     assert secure.front is None or secure.front.plain == []
 
 

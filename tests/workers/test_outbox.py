@@ -358,7 +358,7 @@ def test_a_broker_that_says_nothing_does_not_cost_the_lanes_and_is_let_rest_over
 ) -> None:
     """The database ends the session of a worker that waits too long; that must not begin the wait anew."""
     opened(ledger, "anna", "bert")
-    with closing(make_sender(silent_url, PATIENCE_SECONDS)) as sender:
+    with closing(make_sender(silent_url, patience_seconds=PATIENCE_SECONDS)) as sender:
         outbox = Outbox(ledger.writer.connection, sender, LANES)
         for number in range(2):
             ledger.apply("credits.transfer", f"gift-{number}", account="anna", to="bert", amount=4)

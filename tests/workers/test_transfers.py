@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from contextlib import closing
 from datetime import timedelta
+from socket import gethostname
 
 import pytest
+from celery import Celery
+from kombu import Queue
 
 from creditlane.client import CreditClient
-from creditlane.errors import BrokerUnavailableError
-from creditlane.sending import Outgoing, make_sender
 from tests.broker import on_both_brokers
 from tests.conftest import LANES, Spawn
 from tests.support import eventually, owned_lanes, rows, travel, value
@@ -47,18 +47,12 @@ def send_transfers(client: CreditClient, seed: int) -> int:
 def sweep(database: str, broker_url: str, spawn: Spawn) -> None:
     """Have what was left in the outbox published, as beat would in ten seconds."""
     travel(database, timedelta(seconds=11))
-    spawn("general", kind="general")
-    tick = Outgoing("maintenance", b"[[],{},{}]", {"lang": "py", "task": "schedules.outbox", "id": "sweep"})
-
-    def sent() -> bool:
-        try:
-            sender.send([tick])
-        except BrokerUnavailableError:
-            return False  # on RabbitMQ the queue is there when the worker is
-        return True
-
-    with closing(make_sender(broker_url)) as sender:
-        eventually(sent)
+    spawn("general", "general")
+    with Celery("tick", broker=broker_url, set_as_current=False) as app:
+        eventually(lambda: app.control.ping([f"general@{gethostname()}"], timeout=0.5), what="it listens")
+        app.send_task(
+            "schedules.outbox", queue=Queue("maintenance", no_declare=True), exchange="", routing_key="maintenance"
+        )
 
 
 @pytest.mark.parametrize("crash", ["after-commit", "before-publish", "after-publish"])
@@ -87,4 +81,4 @@ def test_a_worker_killed_on_the_way_of_transfers_loses_and_doubles_no_credit(
         "credits.confirm applied": arriving,
         "credits.bounce applied": TRANSFERS - arriving,
     }
-    assert value(database, "SELECT count(*) FROM quarantine") == 0
+    assert rows(database, "SELECT code, reason, queue, task, body FROM quarantine") == []
