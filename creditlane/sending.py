@@ -52,6 +52,9 @@ CONNECT_SECONDS = 5
 READ_SECONDS = 30
 """How long it may take for anything else."""
 
+SHORT_BYTES = 255
+"""The longest property that AMQP has room for; an operation id may be twice as long."""
+
 JSON = "application/json"
 
 FINAL = (UnconfirmedError, UnroutableError, amqp.IrrecoverableChannelError)
@@ -196,7 +199,10 @@ def _publish(producer: Any, message: Outgoing, retry: bool) -> None:
 
 
 def _properties(message: Outgoing) -> dict[str, Any]:
-    properties = {"correlation_id": message.headers.get("id"), "timestamp": int(time.time()), **message.properties}
+    properties = {"timestamp": int(time.time()), **message.properties}
+    name = message.headers.get("id")
+    if name is not None and len(name.encode()) <= SHORT_BYTES:
+        properties.setdefault("correlation_id", name)  # a longer one is in the headers alone
     if message.reply_to is not None:
         properties["reply_to"] = message.reply_to
     return properties
