@@ -316,7 +316,7 @@ def receiving_id(sender: str, transfer: str) -> str:
     ``transfer.receive:`` and the SHA-256 of sender and transfer, both with their length in front: an id that a
     producer makes up is the same only if it was computed so.
     """
-    return f"transfer.receive:{_digest(sender, transfer)}"
+    return f"{RECEIVING}{_digest(sender, transfer)}"
 
 
 def concluding_id(sender: str, transfer: str) -> str:
@@ -324,7 +324,30 @@ def concluding_id(sender: str, transfer: str) -> str:
 
     One for :class:`Confirm` and :class:`Bounce` alike: of a transfer's two possible ends only one can be applied.
     """
-    return f"transfer.conclude:{_digest(sender, transfer)}"
+    return f"{CONCLUDING}{_digest(sender, transfer)}"
+
+
+RECEIVING, CONCLUDING = "transfer.receive:", "transfer.conclude:"
+"""What the ids of the ledger's own operations begin with."""
+
+
+def check_reserved(name: str, operation_id: str, message: Message) -> None:
+    """Keep the ids of the ledger's own operations for those operations.
+
+    An operation that had such an id before, even a refused one, would keep a transfer from ever ending: an id has one
+    answer for ever.
+
+    :raises ContractError: with ``invalid_message``.
+    """
+    if isinstance(message, Receive):
+        derived = operation_id == receiving_id(message.sender, message.transfer)
+    elif isinstance(message, Confirm | Bounce):
+        derived = operation_id == concluding_id(message.account, message.transfer)
+    else:
+        derived = not operation_id.startswith((RECEIVING, CONCLUDING))
+    if not derived:
+        reason = f"{name} under this id: ids that begin with {RECEIVING} or {CONCLUDING} are derived by the ledger"
+        raise ContractError(Code.INVALID_MESSAGE, reason)
 
 
 def _digest(sender: str, transfer: str) -> str:
@@ -572,6 +595,7 @@ __all__ = [
     "Transfer",
     "UnitPrice",
     "check_id",
+    "check_reserved",
     "concluding_id",
     "decode_batch",
     "decode_message",

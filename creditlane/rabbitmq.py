@@ -97,10 +97,12 @@ class Confirms:
     """Counts what the broker confirms on one channel, so that a block of messages costs one wait.
 
     :param channel: of py-amqp, not used for publishing by anybody else.
+    :param patience_seconds: how long the broker may be without a word; :data:`CONFIRM_SECONDS` unless given.
     """
 
-    def __init__(self, channel: Any) -> None:
+    def __init__(self, channel: Any, patience_seconds: float | None = None) -> None:
         self.channel = channel
+        self._patience_seconds = CONFIRM_SECONDS if patience_seconds is None else patience_seconds
         self._published = 0
         self._open: set[int] = set()
         self._nacked: set[int] = set()
@@ -125,14 +127,14 @@ class Confirms:
 
         :raises UnroutableError: naming the queues that do not exist; everything else has arrived.
         :raises NackedError: naming what was refused; everything else has arrived.
-        :raises UnconfirmedError: after :data:`CONFIRM_SECONDS` without a word.
+        :raises UnconfirmedError: when its patience ends without a word.
         """
         while self._open:
             try:
-                self.channel.connection.drain_events(timeout=CONFIRM_SECONDS)
+                self.channel.connection.drain_events(timeout=self._patience_seconds)
             except TimeoutError as error:
                 raise UnconfirmedError(
-                    f"no word of the broker for {CONFIRM_SECONDS} s; it may be short of memory or disk"
+                    f"no word of the broker for {self._patience_seconds:g} s; it may be short of memory or disk"
                 ) from error
         returned, self._returned = sorted(set(self._returned)), []
         nacked, self._nacked = self._nacked, set()

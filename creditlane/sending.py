@@ -52,11 +52,8 @@ CONNECT_SECONDS = 5
 READ_SECONDS = 30
 """How long it may take for anything else."""
 
-SOCKET_OPTIONS = {
-    "socket_keepalive": True,
-    "socket_connect_timeout": CONNECT_SECONDS,
-    "socket_timeout": READ_SECONDS,
-}
+SHORT_BYTES = 255
+"""The longest property that AMQP has room for; an operation id may be twice as long."""
 
 JSON = "application/json"
 
@@ -142,14 +139,21 @@ class RedisSender(Sender):
 
     :param url: ``redis://…`` or ``rediss://…``.
     :param tls: its TLS options.
+    :param patience_seconds: how long the broker may take for anything; :data:`READ_SECONDS` unless given.
     """
 
-    def __init__(self, url: str, tls: TLSOptions = None) -> None:
+    def __init__(self, url: str, tls: TLSOptions = None, patience_seconds: float | None = None) -> None:
+        patience = READ_SECONDS if patience_seconds is None else patience_seconds
+        options = {
+            "socket_keepalive": True,
+            "socket_connect_timeout": min(CONNECT_SECONDS, patience),
+            "socket_timeout": patience,
+        }
         super().__init__(
             Connection(
                 url,
                 transport="creditlane.redis_transport:Transport",
-                transport_options=SOCKET_OPTIONS,
+                transport_options=options,
                 ssl=tls or False,
             )
         )
@@ -195,7 +199,10 @@ def _publish(producer: Any, message: Outgoing, retry: bool) -> None:
 
 
 def _properties(message: Outgoing) -> dict[str, Any]:
-    properties = {"correlation_id": message.headers.get("id"), "timestamp": int(time.time()), **message.properties}
+    properties = {"timestamp": int(time.time()), **message.properties}
+    name = message.headers.get("id")
+    if name is not None and len(name.encode()) <= SHORT_BYTES:
+        properties.setdefault("correlation_id", name)  # a longer one is in the headers alone
     if message.reply_to is not None:
         properties["reply_to"] = message.reply_to
     return properties
@@ -210,11 +217,15 @@ class RabbitSender(Sender):
 
     :param url: ``amqp://…`` or ``amqps://…``.
     :param tls: its TLS options.
+    :param patience_seconds: how long the broker may take for anything; :data:`READ_SECONDS` unless given.
     """
 
-    def __init__(self, url: str, tls: TLSOptions = None) -> None:
-        options = {"read_timeout": READ_SECONDS, "write_timeout": READ_SECONDS}
-        super().__init__(Connection(url, connect_timeout=CONNECT_SECONDS, transport_options=options, ssl=tls or False))
+    def __init__(self, url: str, tls: TLSOptions = None, patience_seconds: float | None = None) -> None:
+        patience = READ_SECONDS if patience_seconds is None else patience_seconds
+        options = {"read_timeout": patience, "write_timeout": patience}
+        connect_seconds = min(CONNECT_SECONDS, patience)
+        super().__init__(Connection(url, connect_timeout=connect_seconds, transport_options=options, ssl=tls or False))
+        self._patience_seconds = patience_seconds
         self._begin()
         _senders.add(self)
 
@@ -296,7 +307,7 @@ class RabbitSender(Sender):
         confirms = self._confirms.get(connection)
         if confirms is None:
             self._need_exchange(connection, [message.queue for message in messages])
-            confirms = self._confirms[connection] = Confirms(connection.default_channel)
+            confirms = self._confirms[connection] = Confirms(connection.default_channel, self._patience_seconds)
         tags = []
         for message in messages:
             if message.exchange and message.exchange not in self._declared:
@@ -368,10 +379,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
 
 
-def make_sender(broker_url: str, tls: TLSOptions = None) -> Sender:
+def make_sender(broker_url: str, tls: TLSOptions = None, patience_seconds: float | None = None) -> Sender:
     """A sender for the broker at a URL: ``redis://…``, ``rediss://…``, ``amqp://…`` or ``amqps://…``.
 
     :param tls: what :func:`creditlane.tls.tls_options` gives for it; by itself it trusts whom the system trusts.
+    :param patience_seconds: how long the broker may take for anything, such as to confirm a block.
     """
     options = tls_options(broker_url) if tls is None else tls
-    return RabbitSender(broker_url, options) if is_rabbitmq(broker_url) else RedisSender(broker_url, options)
+    kind = RabbitSender if is_rabbitmq(broker_url) else RedisSender
+    return kind(broker_url, options, patience_seconds)

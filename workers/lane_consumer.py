@@ -31,6 +31,7 @@ from creditlane.contract import (
     MAX_MESSAGE_BYTES,
     ContractError,
     check_id,
+    check_reserved,
     decode_batch,
     decode_message,
 )
@@ -43,7 +44,7 @@ from models.settings import settings
 from workers import metrics
 from workers.crash import crash_point
 from workers.ledger_writer import APPLICATION, CONFLICT, SILENT_SECONDS, Job, LedgerWriter, connect
-from workers.outbox import Outbox
+from workers.outbox import PATIENCE_SECONDS, Outbox
 from workers.ownership import Ownership, check_session
 from workers.quarantine import Quarantined, printable
 from workers.rabbit_lanes import RabbitLanes
@@ -58,6 +59,11 @@ FIRST_RETRY_SECONDS = 0.1
 FAILURES_PER_CONNECTION = 8
 """Attempts at a batch over one connection; after that the lanes are let go and a new one is made, in case it is the
 connection that is at fault (a statement prepared before a migration, say)."""
+
+QUICK_SECONDS, SLOW_SECONDS = 0.5, 2.0
+"""Transactions that take less may be followed by one of twice as many operations, one that takes more by one of half as
+many: the database ends a session that is silent in the middle of a transaction (see
+:data:`workers.ledger_writer.SILENT_SECONDS`), and a batch that takes longer than that would be begun anew for ever."""
 
 SILENT_BALANCES = 3
 """Looks at the lanes that a worker may miss before the database takes it for gone."""
@@ -260,9 +266,12 @@ class LaneStep(bootsteps.StartStopStep):
         """Attempts in a row at the present batch that the database refused."""
         self.buffered = 0
         """Operations in the buffer."""
+        self.pieces = Pieces(self.settings.batch_operations)
         self.events = matching(self.settings.events)
         self.sender = make_sender(
-            self.settings.broker_url.get_secret_value(), self.settings.tls(self.settings.broker_url)
+            self.settings.broker_url.get_secret_value(),
+            self.settings.tls(self.settings.broker_url),
+            PATIENCE_SECONDS,
         )
         self.outbox: Outbox | None = None
         self.hub: Any = None
@@ -318,7 +327,7 @@ class LaneStep(bootsteps.StartStopStep):
         """Close the connection, and with it give every lane up."""
         if self.writer is not None:
             self.writer.connection.close()
-        self.writer = self.ownership = self.outbox = None
+        self.writer = self.ownership = None
 
     # Lanes
 
@@ -363,7 +372,9 @@ class LaneStep(bootsteps.StartStopStep):
         check_session(connection)
         self.ownership = Ownership(connection, self.settings.lanes)
         self.writer = LedgerWriter(connection, lambda: self.catalog, poison_of_job, self.events)
-        self.outbox = Outbox(connection, self.sender, self.settings.lanes)
+        if self.outbox is None:
+            self.outbox = Outbox(connection, self.sender, self.settings.lanes)
+        self.outbox.connection = connection  # the same outbox: that the broker is away is not forgotten
         self.pause_seconds = 0.0
 
     def consume(self, lanes: Sequence[int]) -> None:
@@ -476,14 +487,18 @@ class LaneStep(bootsteps.StartStopStep):
             ]
         else:
             arguments = bytes(kwargs)
-            delivery.members = [Job(task.name, operation, decode_message(task.name, arguments), arguments, delivery)]
+            content = decode_message(task.name, arguments)
+            check_reserved(task.name, operation, content)
+            delivery.members = [Job(task.name, operation, content, arguments, delivery)]
         delivery.revoked = operation in state.revoked
 
     def member(self, delivery: Delivery, name: str, identity: str, arguments: msgspec.Raw) -> Job | Quarantined:
         """One operation of a batch; one that does not fit the contract fails alone."""
         raw = bytes(arguments)
         try:
-            return Job(name, identity, decode_message(name, raw), raw, delivery)
+            content = decode_message(name, raw)
+            check_reserved(name, identity, content)
+            return Job(name, identity, content, raw, delivery)
         except ContractError as error:
             return member_row(delivery, name, identity, raw, error.code, str(error))
 
@@ -603,7 +618,7 @@ class LaneStep(bootsteps.StartStopStep):
         operations = 0
         for delivery in self.buffer:
             operations += len(delivery.members)
-            if batch and operations > self.settings.batch_operations:
+            if batch and operations > self.pieces.size:
                 break
             batch.append(delivery)
         return batch
@@ -611,13 +626,15 @@ class LaneStep(bootsteps.StartStopStep):
     def write(self, batch: Sequence[Delivery]) -> None:
         """Write a batch, and make sure that one bad operation stops nobody.
 
+        One transaction, unless it is a message of more operations than one may take at present.
+
         :raises psycopg.Error: for what is no operation's fault; the batch is to be tried again whole.
         """
         assert self.writer is not None
         jobs = [job for delivery in batch if not delivery.revoked for job in delivery.jobs()]
         quarantined = [delivery.quarantined for delivery in batch if delivery.quarantined is not None]
         quarantined += [member for delivery in batch for member in delivery.members if isinstance(member, Quarantined)]
-        write_around(self.writer, jobs, quarantined)
+        self.pieces.write(self.writer, jobs, quarantined)
         for job in jobs:
             if job.status == CONFLICT:
                 logger.warning("id conflict: %s %s of %s", job.name, shown(job.operation), shown(job.account))
@@ -692,6 +709,50 @@ DATA_FAULTS = ("22", "23", "54")
 """SQLSTATE classes that a row can be at fault for: data exception, constraint violation, program limit."""
 
 UNIQUE_VIOLATION = "23505"
+
+
+class Pieces:
+    """How many operations one transaction takes: all that wait, up to a limit, and fewer while they take long.
+
+    :param limit: the most that one takes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.size = limit
+        """The most that the next one takes."""
+
+    def write(self, writer: LedgerWriter, jobs: Sequence[Job], quarantined: Sequence[Quarantined] = ()) -> None:
+        """Write in one transaction, or in some, one after the other.
+
+        :raises psycopg.Error: for what is no operation's fault; what was committed before is found again by its ids.
+        """
+        done = self.size
+        slowest = self._write(writer, jobs[:done], quarantined)
+        while done < len(jobs):
+            size = self.size
+            slowest = max(slowest, self._write(writer, jobs[done : done + size], ()))
+            done += size
+        # Not before all are written: those that were written before are quick, and say nothing of the others.
+        if slowest < QUICK_SECONDS:
+            self.size = min(self.limit, 2 * self.size)
+
+    def _write(self, writer: LedgerWriter, jobs: Sequence[Job], quarantined: Sequence[Quarantined]) -> float:
+        """Write in one transaction; returns the seconds that it took."""
+        began = time.monotonic()
+        try:
+            write_around(writer, jobs, quarantined)
+        except psycopg.Error:
+            if writer.connection.closed:  # maybe because it took too long: a smaller one gets through
+                self._halve(len(jobs))
+            raise
+        seconds = time.monotonic() - began
+        if seconds > SLOW_SECONDS:
+            self._halve(len(jobs))
+        return seconds
+
+    def _halve(self, operations: int) -> None:
+        self.size = max(1, min(self.size, operations) // 2)
 
 
 def write_around(writer: LedgerWriter, jobs: Sequence[Job], quarantined: Sequence[Quarantined] = ()) -> None:

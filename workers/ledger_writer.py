@@ -288,6 +288,9 @@ class LedgerWriter:
             crash_point("before-commit")
             # Not in the pipeline: the flush that ends one keeps the server from counting the silence after it.
             cursor.execute("COMMIT")
+            if cursor.statusmessage != "COMMIT":
+                # A transaction that failed is rolled back by this, without an error.
+                raise psycopg.OperationalError(f"COMMIT was answered with {cursor.statusmessage}")
         self.outbox += outbox
         crash_point("after-commit")
 

@@ -29,6 +29,11 @@ REST_SECONDS = 10.0
 """How long nothing is published after the broker did not confirm: the sweep does it meanwhile, and a lane does not
 wait for a broker at each batch."""
 
+PATIENCE_SECONDS = 2.0
+"""How long the broker may take for one step of that; a connection is tried twice. Lanes stand still meanwhile, and the
+database ends a session that is silent for longer than :data:`workers.ledger_writer.SILENT_SECONDS`: a broker that gives
+messages and takes none (it is short of memory or disk) must not cost the lanes."""
+
 DELETE = """
 DELETE FROM outbox WHERE id IN (SELECT id FROM outbox WHERE id = ANY(%s) FOR UPDATE SKIP LOCKED)
 """
@@ -50,13 +55,13 @@ class OutboxRow(NamedTuple):
 class Outbox:
     """Publishes what a lane worker has just committed.
 
-    :param connection: in autocommit mode; the lane's own will do, between two batches.
-    :param sender: sends in confirmed blocks.
+    :param connection: in autocommit mode; the lane's own will do, between two batches. Another may take its place.
+    :param sender: sends in confirmed blocks, with :data:`PATIENCE_SECONDS`.
     :param lanes: how many lanes the deployment has.
     """
 
     def __init__(self, connection: Connection[Any], sender: Sender, lanes: int) -> None:
-        self._connection = connection
+        self.connection = connection
         self._sender = sender
         self._lanes = lanes
         self._resting_until = 0.0
@@ -72,7 +77,7 @@ class Outbox:
         try:
             self._sender.send(outgoing(rows, self._lanes), retry=False)
             crash_point("after-publish")
-            self._connection.execute(DELETE, ([row.id for row in rows],))
+            self.connection.execute(DELETE, ([row.id for row in rows],))
         except BrokerUnavailableError as error:
             self._resting_until = time.monotonic() + REST_SECONDS
             logger.warning("outbox: %d messages wait for the sweep, the broker is away: %s", len(rows), error)

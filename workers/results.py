@@ -17,6 +17,7 @@ from kombu import Connection
 from creditlane.contract import BATCH, ContractError, check_id
 from creditlane.errors import QuarantinedError
 from creditlane.rabbitmq import connect
+from creditlane.sending import SHORT_BYTES
 from creditlane.tls import TLSOptions
 from workers import metrics
 
@@ -54,11 +55,15 @@ class QueueReplies:
         )
 
     def send(self, answers: Iterable[tuple[str, Any, bytes]]) -> None:
-        """Send answers.
+        """Send answers. One that is waited for under a longer name than AMQP has room for cannot be sent.
 
         :param answers: of each, the name it is waited for under, the message that it answers, and the answer.
         """
-        wanted = [(reply, to, meta) for reply, message, meta in answers if (to := message.properties.get("reply_to"))]
+        wanted = [
+            (reply, to, meta)
+            for reply, message, meta in answers
+            if (to := message.properties.get("reply_to")) and len(reply.encode()) <= SHORT_BYTES
+        ]
         if not wanted:
             return
         kept = self._connection.connected

@@ -314,3 +314,11 @@ def test_the_broker_hears_of_a_client_that_has_answers_all_the_time(
             channel.basic_publish(amqp.Message(b'{"status":"STARTED"}', correlation_id="a"), "", queue)
             time.sleep(0.02)
         assert ticks
+
+
+def test_an_id_that_is_longer_than_a_property_may_be_is_sent_all_the_same(rabbit: RabbitBroker) -> None:
+    long = "\N{GRINNING FACE}" * 128
+    with CreditClient(rabbit.url, lanes=LANES) as client:
+        client.settle("anna", id="short")
+        client.settle("anna", id=long)
+    assert ids(rabbit, lane_of("anna", LANES)) == ["short", long]

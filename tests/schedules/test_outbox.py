@@ -127,22 +127,23 @@ def test_without_a_broker_the_rows_stay_and_the_task_fails(
 
 
 def test_a_lane_that_takes_nothing_does_not_stop_the_others(
-    left: list[str], ledger: Ledger, database: str, broker_url: str, monkeypatch: pytest.MonkeyPatch
+    left: list[str], ledger: Ledger, database: str, broker_url: str
 ) -> None:
     assert lane_of("emil", LANES) != lane_of("bert", LANES)
     ledger.apply("credits.grant", "more", account="anna", amount=1, source="pack")
     ledger.apply("credits.transfer", "other", account="anna", to="emil", amount=1)
     travel(database, AGE)
-    monkeypatch.setattr(outbox, "MAX_FAILURES", 10)
     with redis.Redis.from_url(broker_url) as plain:
         plain.set(lane_of("bert", LANES), "no list")
-        with pytest.raises(BrokerUnavailableError):
-            sweep()
+        for _ in range(2):
+            with pytest.raises(BrokerUnavailableError):
+                sweep()
         plain.delete(lane_of("bert", LANES))
-    # The last page of Bert's had the message to Emil in it: it is sent again until the whole page is confirmed.
-    assert set(in_lane(broker_url, "emil")) == {receiving_id("anna", "other")}
-    assert sweep() >= 10
-    assert set(in_lane(broker_url)) == set(left)
+    # The last page of Bert's had the message to Emil in it.
+    assert in_lane(broker_url, "emil") == [receiving_id("anna", "other")]
+    assert value(database, "SELECT count(*) FROM outbox") == 10
+    assert sweep() == 10
+    assert in_lane(broker_url) == left
     assert value(database, "SELECT count(*) FROM outbox") == 0
 
 

@@ -29,8 +29,8 @@ from tasks.ledger import apply
 from tasks.operation import Context, Outcome
 from tasks.registry import OPERATIONS
 from tests.conftest import TEMPLATE
-from tests.support import Ledger, rows, value
-from workers.lane_consumer import write_around
+from tests.support import Ledger, rows, travel, value
+from workers.lane_consumer import Pieces, write_around
 from workers.ledger_writer import FIRST_PLANS, Job, LedgerWriter, connect
 from workers.quarantine import Quarantined
 
@@ -869,3 +869,43 @@ def test_a_plan_made_for_empty_tables_is_not_kept(ledger: Ledger) -> None:
         ledger.write(*(ledger.job("credits.settle", f"{start + n}", account="alice") for n in range(100)))
     assert "operations_pkey" in plan()
     assert "Filter" not in plan()
+
+
+# Transactions that take long.
+
+
+def test_a_batch_that_takes_longer_than_the_database_waits_is_written_in_pieces(ledger: Ledger, database: str) -> None:
+    """The server ends the session; the same batch again would be ended again, and its lanes stand still."""
+    names = [f"slow-{number}" for number in range(24)]
+    for name in names:
+        ledger.write(
+            ledger.job("credits.open", "open", account=name, kind="pool"),
+            *(
+                ledger.job("credits.grant", f"g{n}", account=name, amount=2, source="pack", expires_in=9000 + n)
+                for n in range(250)
+            ),
+            *(ledger.job("credits.hold", f"h{n}", account=name, amount=1, ttl=5000 + n) for n in range(250)),
+        )
+    travel(database, timedelta(days=1))
+    jobs = [ledger.job("credits.settle", "settle", account=name) for name in names]
+    pieces = Pieces(1000)
+    cut = 0
+    written = False
+    while not written:
+        with connect(database) as connection:
+            connection.execute("SET transaction_timeout = '500ms'")
+            writer = LedgerWriter(connection, lambda: ledger.catalog, ledger.writer.poison)
+            try:
+                pieces.write(writer, jobs)
+                written = True
+            except psycopg.Error:
+                assert connection.closed
+                cut += 1
+                assert cut < 20
+    assert cut
+    assert pieces.size < 1000
+    assert value(database, "SELECT count(*) FROM operations WHERE name = 'credits.settle'") == len(names)
+    assert value(database, "SELECT count(*) FROM holds WHERE status = 'open'") == 0
+    for number in range(20):
+        pieces.write(ledger.writer, [ledger.job("credits.settle", f"quick-{number}", account=names[0])])
+    assert pieces.size == 1000

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -33,8 +35,8 @@ from tests.broker import Broker, RabbitBroker, on_both_brokers
 from tests.conftest import LANES
 from tests.support import ROOT, Ledger, rows, value
 from workers.crash import OUTBOX_POINTS
-from workers.ledger_writer import Job
-from workers.outbox import Outbox, OutboxRow
+from workers.ledger_writer import SILENT_SECONDS, Job
+from workers.outbox import PATIENCE_SECONDS, Outbox, OutboxRow
 
 START = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
@@ -340,6 +342,31 @@ def test_without_a_broker_nothing_is_raised_and_the_rows_stay(
         sender.close()
     assert "1 messages wait for the sweep" in caplog.text
     assert value(database, "SELECT count(*) FROM outbox") == 1
+
+
+@pytest.fixture
+def silent_url(broker_kind: str) -> Iterator[str]:
+    """A broker that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host = f"127.0.0.1:{server.getsockname()[1]}"
+        yield f"redis://{host}/0" if broker_kind == "redis" else f"amqp://{host}//"
+
+
+@on_both_brokers
+def test_a_broker_that_says_nothing_does_not_cost_the_lanes_and_is_let_rest_over_a_new_connection(
+    ledger: Ledger, database: str, silent_url: str
+) -> None:
+    """The database ends the session of a worker that waits too long; that must not begin the wait anew."""
+    opened(ledger, "anna", "bert")
+    with closing(make_sender(silent_url, patience_seconds=PATIENCE_SECONDS)) as sender:
+        outbox = Outbox(ledger.writer.connection, sender, LANES)
+        for number in range(2):
+            ledger.apply("credits.transfer", f"gift-{number}", account="anna", to="bert", amount=4)
+            began = time.monotonic()
+            outbox.publish(ledger.writer.take_outbox())
+            assert time.monotonic() - began < (SILENT_SECONDS - 1, 0.5)[number]
+            outbox.connection = ledger.writer.connection
+    assert value(database, "SELECT count(*) FROM outbox") == 2
 
 
 def test_without_the_database_nothing_is_raised_and_the_rows_are_sent(

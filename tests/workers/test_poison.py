@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from creditlane.codes import Code
-from creditlane.contract import MAX_BATCH, MAX_MESSAGE_BYTES, Result
+from creditlane.contract import MAX_BATCH, MAX_MESSAGE_BYTES, Result, concluding_id, receiving_id
 from creditlane.lanes import lane_name, lane_of
 from models.audit import audit
 from scripts.embedded import Stack
@@ -280,6 +280,15 @@ POISON: dict[str, Poison] = {
     "version 99": consume('{"account":"alice","feature":"export","v":99}', "99", Code.UNKNOWN_VERSION),
     "version 99 of something unknown": consume('{"v":99,"whatever":[1,2]}', "99", Code.UNKNOWN_VERSION),
     "version 0": consume('{"account":"alice","feature":"export","v":0}'),
+    # Ids of the ledger's own operations: who had one first, even refused, would keep a transfer from ever ending
+    "an id that a recipient's lane waits for": header("derived", id=receiving_id("bob", "gift")),
+    "an id that a sender's lane waits for": header("derived", id=concluding_id(ACCOUNT, "gift")),
+    "credits received under another transfer's id": consume(
+        '{"account":"alice","sender":"eve","transfer":"x","lots":[{"source":"pack","amount":"1","priority":1}]}',
+        "derived", headers={"task": "credits.receive", "id": receiving_id("bob", "gift")}),
+    "a transfer confirmed under another's id": consume(
+        '{"account":"alice","transfer":"x"}', "derived",
+        headers={"task": "credits.confirm", "id": concluding_id(ACCOUNT, "gift")}),
     # Batches
     "an empty batch": batch([]),
     "a batch of 1001": batch([MEMBER] * (MAX_BATCH + 1)),
@@ -340,6 +349,18 @@ def test_a_batch_in_a_batch_fails_alone(place: Place) -> None:
     ((code, _, queue, kept, _, _),) = quarantined_after(place, last)
     assert (code, queue) == (Code.UNKNOWN_OPERATION, LANE)
     assert json.dumps(inner).encode() in kept
+
+
+def test_a_member_of_a_batch_under_a_reserved_id_fails_alone(place: Place) -> None:
+    taken = receiving_id("bob", "gift")
+    members = [["credits.consume", identity, {"account": ACCOUNT, "feature": "export"}] for identity in ("own", taken)]
+    last = last_row(place)
+    applied, quarantined = place.counts()
+    place.push(task("credits.batch", "reserved", {"v": 1, "operations": members}))
+    eventually(lambda: place.counts() == (applied + 1, quarantined + 1))
+    ((code, reason, *_),) = quarantined_after(place, last)
+    assert code == INVALID
+    assert "derived" in reason
 
 
 def test_poison_delivered_again_is_the_same_row_seen_once_more(place: Place) -> None:
