@@ -28,6 +28,7 @@ from celery.worker.request import Request
 from creditlane.codes import Code
 from creditlane.contract import (
     BATCH,
+    INTERNAL,
     MAX_MESSAGE_BYTES,
     ContractError,
     check_id,
@@ -490,7 +491,8 @@ class LaneStep(bootsteps.StartStopStep):
             content = decode_message(task.name, arguments)
             check_reserved(task.name, operation, content)
             delivery.members = [Job(task.name, operation, content, arguments, delivery)]
-        delivery.revoked = operation in state.revoked
+        # What follows from committed operations cannot be called off: nobody would send it again.
+        delivery.revoked = operation in state.revoked and task.name not in INTERNAL
 
     def member(self, delivery: Delivery, name: str, identity: str, arguments: msgspec.Raw) -> Job | Quarantined:
         """One operation of a batch; one that does not fit the contract fails alone."""

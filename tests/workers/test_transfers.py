@@ -11,9 +11,10 @@ from celery import Celery
 from kombu import Queue
 
 from creditlane.client import CreditClient
+from creditlane.contract import concluding_id, receiving_id
 from tests.broker import on_both_brokers
 from tests.conftest import LANES, Spawn
-from tests.support import eventually, owned_lanes, rows, travel, value
+from tests.support import Worker, eventually, owned_lanes, rows, travel, value
 
 pytestmark = on_both_brokers
 
@@ -53,6 +54,21 @@ def sweep(database: str, broker_url: str, spawn: Spawn) -> None:
         app.send_task(
             "schedules.outbox", queue=Queue("maintenance", no_declare=True), exchange="", routing_key="maintenance"
         )
+
+
+def test_what_follows_from_a_transfer_cannot_be_revoked(
+    lane_worker: Worker, database: str, client: CreditClient, broker_url: str
+) -> None:
+    for account in ("anna", "bert"):
+        client.open(account, kind="pool", id="open", wait=10)
+    client.grant("anna", 5, source="pack", id="grant", wait=10)
+    with Celery("tick", broker=broker_url, set_as_current=False) as app:
+        ids = [receiving_id("anna", "gift"), concluding_id("anna", "gift"), "dropped"]
+        answers = eventually(lambda: app.control.revoke(ids, reply=True, timeout=1), what="the worker knows")
+        assert all("ok" in answer for told in answers for answer in told.values())
+    client.consume("anna", amount=1, id="dropped")
+    client.transfer("anna", "bert", 2, id="gift", wait=10)
+    eventually(lambda: rows(database, MOVED) == [(2_000_000, 2_000_000, 0, 5_000_000)], what="it arrives")
 
 
 @pytest.mark.parametrize("crash", ["after-commit", "before-publish", "after-publish"])
