@@ -72,6 +72,7 @@ class AccountRow(Buckets, Base):
         CheckConstraint(CLOSING_IDENTITY, name="accounts_close"),
         CheckConstraint(f"{NOT_NEGATIVE} AND debt_micro >= 0", name="accounts_not_negative"),
         Index("accounts_due", "next_due_at", postgresql_where=text("next_due_at IS NOT NULL")),
+        Index("accounts_in_transit", "account", postgresql_where=text("in_transit_micro > 0")),
         {"postgresql_with": {"fillfactor": "70"}},
     )
 

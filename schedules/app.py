@@ -5,9 +5,9 @@ Beat only ticks. What is due is a fact in the database: two beats, or none for a
 
 from __future__ import annotations
 
-from schedules import audit, expiry, outbox, seal
+from schedules import audit, expiry, outbox, seal, transfers
 from workers.app import app
 
-app.conf.beat_schedule = {**expiry.SCHEDULE, **outbox.SCHEDULE, **audit.SCHEDULE, **seal.SCHEDULE}
+app.conf.beat_schedule = {**expiry.SCHEDULE, **outbox.SCHEDULE, **audit.SCHEDULE, **seal.SCHEDULE, **transfers.SCHEDULE}
 
 __all__ = ["app"]

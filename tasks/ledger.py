@@ -137,12 +137,22 @@ def _repeat(account: Account, name: str, operation: str, message: Message, known
     if first is None and known.name == name and known.arguments is not None:
         first = decode_message(known.name, known.arguments)
     if known.name == name and first == message:
-        return Answer(answer(name, operation, known.status, account.account, known.result, replayed=True), None)
+        repeated = OPERATIONS[name].repeated
+        follow = () if repeated is None else repeated(message, operation, _decode_refusal(known.result).code)
+        told = answer(name, operation, known.status, account.account, known.result, replayed=True)
+        return Answer(told, None, False, follow)
     fields = {
         "code": str(Code.ID_CONFLICT),
         "reason": f"this id belongs to another {known.name} of the account; choose a new one",
     }
     return Answer(answer(name, operation, "rejected", account.account, encode(fields)), None, conflict=True)
+
+
+class _Refusal(msgspec.Struct):
+    code: Code | None = None
+
+
+_decode_refusal = msgspec.json.Decoder(_Refusal).decode
 
 
 def answer(name: str, operation: str, status: str, account: str, stored: bytes, replayed: bool = False) -> bytes:

@@ -74,6 +74,9 @@ class Operation(NamedTuple):
     """Whether it ends what the account began, and so is applied to a closed account as well."""
     refused: Callable[[Any, str, Code], Sequence[FollowUp]] | None = None
     """What follows from its being refused, by the message, the operation id and the code."""
+    repeated: Callable[[Any, str, Code | None], Sequence[FollowUp]] | None = None
+    """What follows again from its coming again, by the message, the operation id and the code it was refused with: for
+    what nobody else would send again."""
 
 
 def operation(
@@ -82,10 +85,11 @@ def operation(
     opens: bool = False,
     concludes: bool = False,
     refused: Callable[[Any, str, Code], Sequence[FollowUp]] | None = None,
+    repeated: Callable[[Any, str, Code | None], Sequence[FollowUp]] | None = None,
 ) -> Callable[[Callable[[Account, Any, Context], Outcome]], Operation]:
     """Make a function the implementation of a message type."""
 
     def register(run: Callable[[Account, Any, Context], Outcome]) -> Operation:
-        return Operation(kind.operation, run, need, opens, concludes, refused)
+        return Operation(kind.operation, run, need, opens, concludes, refused, repeated)
 
     return register

@@ -15,7 +15,7 @@ from typing import Any
 from creditlane.amounts import format_amount
 from creditlane.codes import Code
 from creditlane.contract import VERSION, Bounce, Confirm, Receive, Transfer, concluding_id, receiving_id
-from models.rules.burning import burn, check_room, come_back, new_grant, pay_debt, plan_burn
+from models.rules.burning import Plan, burn, check_room, come_back, new_grant, pay_debt, plan_burn
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import MAX_OPEN_GRANTS, Account, Grant, Line
@@ -39,19 +39,28 @@ def transfer(account: Account, message: Transfer, context: Context) -> Outcome:
             raise insufficient(context, amount, short)
         raise RefusedError(Code.NOT_TRANSFERABLE, **shortage(context, amount, missing))
     receipt = burn(account, plan, "transferred", context.now, context.operation)
-    follow = FollowUp(
+    follow = receiving(account.account, context.operation, message, plan)
+    return Outcome(amount, plan, receipt, {"to": message.to}, follow=[follow])
+
+
+def receiving(sender: str, transfer: str, message: Transfer, plan: Plan) -> FollowUp:
+    """What brings a transfer to its recipient; the same each time it is made.
+
+    :param transfer: the transfer's operation id.
+    :param plan: which lots gave how many micro-credits.
+    """
+    return FollowUp(
         Receive.operation,
-        receiving_id(account.account, context.operation),
+        receiving_id(sender, transfer),
         {
             "account": message.to,
-            "sender": account.account,
-            "transfer": context.operation,
+            "sender": sender,
+            "transfer": transfer,
             "lots": [_parcel(grant, taken) for grant, taken in plan],
             **({} if message.message is None else {"message": message.message}),
             "v": VERSION,
         },
     )
-    return Outcome(amount, plan, receipt, {"to": message.to}, follow=[follow])
 
 
 def _parcel(grant: Grant, amount_micro: int) -> dict[str, Any]:
@@ -81,7 +90,12 @@ def _refused(message: Receive, operation: str, code: Code) -> Sequence[FollowUp]
     return [_concluded(Bounce.operation, message, refused=code.value)]
 
 
-@operation(Receive, refused=_refused)
+def _repeated(message: Receive, operation: str, code: Code | None) -> Sequence[FollowUp]:
+    """The sender is told again how it ended: what told it before may be lost."""
+    return [_concluded(Confirm.operation, message)] if code is None else _refused(message, operation, code)
+
+
+@operation(Receive, refused=_refused, repeated=_repeated)
 def receive(account: Account, message: Receive, context: Context) -> Outcome:
     """Add a lot for each one that the sender gave, of its source, priority, expiry and unit price, for any feature.
 

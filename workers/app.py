@@ -108,4 +108,11 @@ if is_rabbitmq(app.conf.broker_url):
         Queue(MAINTENANCE, exchange=Exchange(""), routing_key=MAINTENANCE),
     )
 flower_guard.install(app)
-app.conf.imports = ("tasks.queries", "schedules.expiry", "schedules.audit", "schedules.outbox", "schedules.seal")
+app.conf.imports = (
+    "tasks.queries",
+    "schedules.expiry",
+    "schedules.audit",
+    "schedules.outbox",
+    "schedules.seal",
+    "schedules.transfers",
+)

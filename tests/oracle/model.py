@@ -120,6 +120,10 @@ class Ledger:
         if operation in self.answers:
             first_name, first_said, first_answer = self.answers[operation]
             if (first_name, first_said) == (name, said):
+                if name == "credits.receive" and first_answer["status"] == "applied":
+                    self.answer_the_sender("credits.confirm", said)
+                elif name == "credits.receive" and operation == derived("receive", said["sender"], said["transfer"]):
+                    self.answer_the_sender("credits.bounce", said, refused=first_answer["code"])
                 return {**first_answer, "replayed": True}
             return {"status": "rejected", "code": "id_conflict", "replayed": False}
         try:
