@@ -413,7 +413,7 @@ class LaneStep(bootsteps.StartStopStep):
             "database away for %.0f s (%s): %d lanes let go, %d messages go back; trying again every %.0f s",
             self.outage.seconds, describe(error), len(self.consuming), len(self.buffer), self.settings.balance_seconds,
         )  # fmt: skip
-        self.tell_waiting(self.buffer, f"{describe(error)}; the message went back to its lane")
+        self.tell_waiting(f"{describe(error)}; the message went back to its lane")
         self.close_database()
         self.drop_buffer()
         self.flush_armed = False
@@ -633,7 +633,7 @@ class LaneStep(bootsteps.StartStopStep):
         :raises psycopg.Error: for what is no operation's fault; the batch is to be tried again whole.
         """
         assert self.writer is not None
-        jobs = [job for delivery in batch if not delivery.revoked for job in delivery.jobs()]
+        jobs = jobs_of(batch)
         quarantined = [delivery.quarantined for delivery in batch if delivery.quarantined is not None]
         quarantined += [member for delivery in batch for member in delivery.members if isinstance(member, Quarantined)]
         self.pieces.write(self.writer, jobs, quarantined)
@@ -661,13 +661,13 @@ class LaneStep(bootsteps.StartStopStep):
             "the database refused a batch for %.0f s now (%s): %d messages wait, next attempt in %.1f s",
             self.outage.seconds, describe(error), len(self.buffer), self.pause_seconds,
         )  # fmt: skip
-        self.tell_waiting(self.buffer, f"{describe(error)}; next attempt in {self.pause_seconds:.1f} s")
+        self.tell_waiting(f"{describe(error)}; next attempt in {self.pause_seconds:.1f} s")
         self.arm(self.pause_seconds)
 
-    def tell_waiting(self, deliveries: Iterable[Delivery], reason: str) -> None:
+    def tell_waiting(self, reason: str) -> None:
         """Have Flower show what waits for the database, and why: as tasks that are tried again."""
         assert self.results is not None
-        self.results.announce_waiting(islice(deliveries, SHOWN_WAITING), reason, self.consumer.event_dispatcher)
+        self.results.announce_waiting(islice(self.buffer, SHOWN_WAITING), reason, self.consumer.event_dispatcher)
 
     def recover(self) -> None:
         """The database works: say so, if it did not."""
@@ -679,7 +679,7 @@ class LaneStep(bootsteps.StartStopStep):
         """Count a batch that is done."""
         metrics.BATCH_SECONDS.observe(seconds)
         metrics.BATCH_OPERATIONS.observe(sum(len(delivery.members) for delivery in batch))
-        jobs = [job for delivery in batch if not delivery.revoked for job in delivery.jobs()]
+        jobs = jobs_of(batch)
         for status, count in Counter(job.status for job in jobs if job.quarantined is None).items():
             metrics.OPERATIONS.labels(status).inc(count)
         sent = batch[0].message.properties.get("timestamp")
@@ -787,6 +787,11 @@ def write_around(writer: LedgerWriter, jobs: Sequence[Job], quarantined: Sequenc
     middle = len(jobs) // 2
     write_around(writer, jobs[:middle])
     write_around(writer, jobs[middle:])
+
+
+def jobs_of(batch: Iterable[Delivery]) -> list[Job]:
+    """The operations of a batch that are to be applied, in order."""
+    return [job for delivery in batch if not delivery.revoked for job in delivery.jobs()]
 
 
 def finish(delivery: Delivery) -> None:
