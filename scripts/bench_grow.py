@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.connection import wait
@@ -23,9 +23,17 @@ from creditlane.amounts import format_amount
 from creditlane.contract import decode_message
 from models.catalog import load_catalog
 from models.rules.posting import chain_hash
-from models.rules.state import COUNTERS, Account, Entry
+from models.rules.state import Account, Entry
 from tasks.ledger import apply
-from workers.ledger_writer import COPY_ENTRIES, COPY_OPERATIONS
+from workers.ledger_writer import (
+    COPY_ACCOUNTS,
+    COPY_ENTRIES,
+    COPY_GRANTS,
+    COPY_OPERATIONS,
+    _grant_row,
+    account_fields,
+)
+from workers.rows import entry_line, operation_line, row_line
 
 CATALOG = "metering"
 GRANTED_MICRO = 10**15
@@ -43,14 +51,11 @@ SORT_MEMORY = "512MB"
 LOADED = ("operations", "entries", "accounts", "grants")
 """The tables that are filled."""
 
-BUCKETS = ", ".join(f"{counter}_micro" for counter in COUNTERS)
-
 Progress = Callable[[int, int], None]
 """Told how many entries are written and how many there will be."""
 
 _NAME, _NOW = "account-of-all", datetime(2000, 1, 1, tzinfo=UTC)
 """What stands in the rows of the life for the name of an account, and for the instant of an operation."""
-_HASH = "hash-of-entry"
 
 
 class FillError(RuntimeError):
@@ -204,27 +209,30 @@ def _write(pipe: Pipe, database_url: str, stripe: Stripe) -> None:
 
 
 class Step(NamedTuple):
-    """What one operation writes, as lines of COPY in which :data:`_NAME`, :data:`_NOW` and :data:`_HASH` stand."""
+    """What one operation writes, as lines of COPY in which :data:`_NAME` and :data:`_NOW` stand."""
 
     operation: str
-    entry_line: str | None
     entry: Entry | None
+    entry_line: str
 
 
 class Life(NamedTuple):
-    """What every account went through, and where it stands after each of its charges."""
+    """What every account went through, and where it stands after each of its operations."""
 
     steps: list[Step]
-    account: list[str]
+    accounts: list[str]
     """A line of ``accounts`` after each step."""
-    grant: list[str]
+    grants: list[str]
+    """A line of ``grants`` after each step but the first, by which it was opened."""
+    heads: list[bytes]
+    """The hash in it that stands for that of an account's last entry, after each step."""
 
 
 def _life(charges: int) -> Life:
     """Let the rules apply the life of an account: opened, granted, charged so many times."""
     catalog = load_catalog(CATALOG)
     account = Account(_NAME)
-    life = Life([], [], [])
+    life = Life([], [], [], [])
     operations: list[tuple[str, dict[str, Any]]] = [
         ("credits.open", {}),
         ("credits.grant", {"amount": format_amount(GRANTED_MICRO), "source": "bench"}),
@@ -236,31 +244,12 @@ def _life(charges: int) -> Life:
         row = apply(account, name, operation, decode_message(name, raw), raw, _NOW, catalog).row
         assert row is not None
         entry = account.entries.pop() if account.entries else None
-        line = None if entry is None else _line(_NAME, *entry[:-1], _HASH)
-        life.steps.append(Step(_line(_NAME, *row), line, entry))
-        life.account.append(
-            _line(
-                _NAME, account.kind, account.status, account.opened_at, account.updated_at, account.operations,
-                account.seq, _HASH, account.last_grant, *(getattr(account, counter) for counter in COUNTERS),
-            )
-        )  # fmt: skip
-        life.grant.extend(
-            _line(
-                _NAME, grant.id, grant.source, grant.priority, grant.effective_at, grant.created_at, grant.operation,
-                grant.is_open, *(getattr(grant, counter) for counter in COUNTERS),
-            )
-            for grant in account.order
-        )  # fmt: skip
+        line = "" if entry is None else entry_line(_NAME, entry)
+        life.steps.append(Step(operation_line(_NAME, row), entry, line))
+        life.accounts.append(row_line((_NAME, *account_fields(account))))
+        life.grants.extend(row_line(_grant_row(_NAME, grant)) for grant in account.order)
+        life.heads.append(account.head)
     return life
-
-
-def _line(*values: Any) -> str:
-    """A row as COPY takes it; nothing in a life has to be escaped."""
-    line = "\t".join(
-        "\\N" if value is None else str(value, "utf-8") if isinstance(value, bytes) else str(value) for value in values
-    )
-    assert "\\" not in line.replace("\\N", "")
-    return line.replace(_HASH, "\\\\x" + _HASH)
 
 
 class Stripe(NamedTuple):
@@ -301,12 +290,12 @@ class Stripe(NamedTuple):
                     names = [name for name, last in zip(names, last_of(place), strict=True) if last == number]
                 now = at(number, place)
                 _copy(connection, COPY_OPERATIONS, _filled(step.operation, names, now))
-                if step.entry is not None and step.entry_line is not None:
+                if step.entry is not None:
                     chain = heads[place]
                     entry = step.entry._replace(at=now, recorded_at=now)
                     for index, name in enumerate(names):
                         chain[index] = chain_hash(chain[index], name, entry)
-                    _copy(connection, COPY_ENTRIES, _filled(step.entry_line, names, now, chain))
+                    _copy(connection, COPY_ENTRIES, _filled(step.entry_line, names, now, step.entry.hash, chain))
                     yield len(names)
         for place, names in enumerate(own):
             ends = last_of(place)
@@ -315,28 +304,28 @@ class Stripe(NamedTuple):
                 few = [index for index, last in enumerate(ends) if last == end]
                 chosen, chain = [names[index] for index in few], [heads[place][index] for index in few]
                 # Opened at its first operation, updated at its last.
-                account = life.account[end].replace(str(_NOW), str(opened), 1)
-                _copy(connection, COPY_ACCOUNTS, _filled(account, chosen, at(end, place), chain))
-                _copy(connection, COPY_GRANTS, _filled(life.grant[end - 1], chosen, granted))
+                account = life.accounts[end].replace(_NOW.isoformat(), opened.isoformat(), 1)
+                _copy(connection, COPY_ACCOUNTS, _filled(account, chosen, at(end, place), life.heads[end], chain))
+                _copy(connection, COPY_GRANTS, _filled(life.grants[end - 1], chosen, granted))
 
 
-COPY_ACCOUNTS = (
-    "COPY accounts (account, kind, status, opened_at, updated_at, operations, seq, head, last_grant,"
-    f" {BUCKETS}) FROM STDIN"
-)
-COPY_GRANTS = (
-    "COPY grants (account, grant_id, source, priority, effective_at, created_at, operation, is_open,"
-    f" {BUCKETS}) FROM STDIN"
-)
+def _filled(
+    line: str, names: Sequence[str], now: datetime, head: bytes = b"", heads: Sequence[bytes] | None = None
+) -> str:
+    """A line for each account.
 
-
-def _filled(line: str, names: Iterable[str], now: datetime, heads: Iterable[bytes] | None = None) -> str:
-    """A line for each account."""
-    line = line.replace(str(_NOW), str(now)) + "\n"
+    :param head: the hash in the line that those of the accounts take the place of, if it has one.
+    """
+    line = line.replace(_NOW.isoformat(), now.isoformat()) + "\n"
     if heads is None:
         return "".join([line.replace(_NAME, name) for name in names])
+    before, after = line.split(head.hex())
+    # What is left over of the chains is of accounts whose life ended a charge earlier.
     return "".join(
-        [line.replace(_NAME, name).replace(_HASH, head.hex()) for name, head in zip(names, heads, strict=False)]
+        [
+            f"{before.replace(_NAME, name)}{own.hex()}{after.replace(_NAME, name)}"
+            for name, own in zip(names, heads, strict=False)
+        ]
     )
 
 
