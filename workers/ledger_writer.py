@@ -10,7 +10,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import psycopg
@@ -331,7 +331,9 @@ class LedgerWriter:
             if grant.is_new
         ]
         copy(cursor, COPY_GRANTS, grants)
-        copy(cursor, COPY_OPERATIONS, [operation_line(account, row) for account, row in rows])
+        # By account, as the entries are: neighbours in the indexes one after the other.
+        operations = [operation_line(account, row) for account, row in sorted(rows, key=itemgetter(0))]
+        copy(cursor, COPY_OPERATIONS, operations)
         copy(
             cursor,
             COPY_ENTRIES,
@@ -396,9 +398,9 @@ class Loaded:
         needs = _needs(jobs)
         with connection.pipeline():
             connection.execute("BEGIN")
-            accounts = connection.execute(LOCK_ACCOUNTS, ids)
+            accounts = connection.execute(LOCK_ACCOUNTS, ids, binary=True)
             clock = connection.execute("SELECT ledger_now()")
-            grants = [connection.execute(OPEN_GRANTS, ids)]
+            grants = [connection.execute(OPEN_GRANTS, ids, binary=True)]
             holds = [connection.execute(OPEN_HOLDS, ids)]
             hold_lines = connection.execute(OPEN_HOLD_LINES, ids)
             known = connection.execute(KNOWN, keys)

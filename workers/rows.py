@@ -1,4 +1,4 @@
-"""How rows travel to Postgres: COPY in text form for new ones, one ``UPDATE … FROM unnest`` for those that changed.
+"""How rows travel to Postgres: COPY in text form for new ones, one ``UPDATE`` from arrays for those that changed.
 
 Values are put into their text form here: the driver, asked to adapt one by one, takes several times as long.
 """
@@ -185,7 +185,7 @@ def _statement(changing: Changing, changed: tuple[bool, ...]) -> str:
     given = (*changing.keys, *columns)
     return (
         f"UPDATE {changing.table} r SET {', '.join(f'{column.name} = u.{column.name}' for column in columns)}"
-        f" FROM unnest({', '.join(f'%s::{column.type}[]' for column in given)})"
-        f" AS u({', '.join(column.name for column in given)})"
+        # Side by side as they are read; FROM unnest(…, …) would first put each array into a table of its own.
+        f" FROM (SELECT {', '.join(f'unnest(%s::{column.type}[]) AS {column.name}' for column in given)}) u"
         f" WHERE {' AND '.join(f'r.{key.name} = u.{key.name}' for key in changing.keys)}"
     )
