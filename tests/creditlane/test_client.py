@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from decimal import Decimal
 from typing import Any
@@ -18,20 +17,11 @@ from creditlane.codes import Code
 from creditlane.contract import INTERNAL, MAX_BATCH, MAX_MESSAGE_BYTES, ContractError
 from creditlane.errors import BrokerUnavailableError, NoAnswerError, QuarantinedError, RefusedError, UnsentError
 from creditlane.lanes import lane_name, lane_of
-from scripts.embedded import Redis, free_port, temporary_directory
+from scripts.embedded import Redis, free_port
 from tests.broker import Broker, RedisBroker, on_both_brokers
 from tests.conftest import LANES, Spawn
 from tests.support import Worker, eventually, rows, value
 from workers.redis_lanes import keys_of
-
-
-@pytest.fixture
-def own_redis() -> Iterator[Redis]:
-    """A Redis that a test may stop."""
-    with temporary_directory() as directory:
-        server = Redis(directory / "redis", free_port(), appendfsync="always").start()
-        yield server
-        server.stop()
 
 
 def sent(broker: Broker) -> dict[str, list[dict[str, Any]]]:
