@@ -10,7 +10,6 @@ same call again; it is applied once and answered alike.
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -487,7 +486,7 @@ class Buffer(Operations):
         self._client = client
         self._linger = linger_seconds
         self._max = max_operations
-        self._name = uuid4()
+        self._name = str(uuid4())
         self._numbers = count()
         self._groups: dict[str, Group] = {}
         self._full: list[Group] = []
@@ -697,5 +696,5 @@ def _shown(arguments: dict[str, Any]) -> str:
 
 
 def _counted(members: Sequence[Member]) -> str:
-    counts = Counter(name for name, _, _ in members)
-    return ", ".join(f"{count} × {name}" for name, count in counts.items())
+    names = [name for name, _, _ in members]
+    return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))

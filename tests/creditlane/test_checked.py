@@ -20,7 +20,9 @@ CHARGES = sorted(client._known)
 texts = st.sampled_from(
     ["a", "user_1", "é", "", '"', "\\", '","feature":"', "a\n", "\x7f", "\u2028", "x" * 129, "\ud800"]
 )
-values = st.sampled_from([0, 1, 1.0, True, False, "1", "0.5", "-1", None, 10**13, "x", Decimal(1), [], {}, {"a": 1}])
+values: st.SearchStrategy[object] = st.sampled_from(
+    [0, 1, 1.0, True, False, "1", "0.5", "-1", None, 10**13, "x", Decimal(1), [], {}, {"a": 1}]
+)
 names = st.sampled_from(["feature", "quantity", "amount", "member", "partial", "ttl", "metadata", "v", "more"])
 
 

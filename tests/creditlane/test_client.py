@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from contextlib import closing
@@ -310,6 +312,26 @@ def test_eight_threads_share_a_buffer_and_each_keeps_its_order(client: CreditCli
         for producer in range(8):
             own = [identity for identity in ids if identity.startswith(f"{producer}-")]
             assert own == [f"{producer}-{number}" for number in range(300) if f"account-{number % 3}" == account]
+
+
+def test_a_buffer_collects_on_while_the_broker_takes_its_time(own_redis: Redis) -> None:
+    ids = [f"c-{number}" for number in range(100)]
+    with CreditClient(own_redis.url, lanes=LANES) as client, client.buffer(linger_ms=1) as buffer:
+        buffer.consume("alice", feature="export", id=ids[0])
+        eventually(lambda: buffer.sent == 1)
+        assert own_redis.pid is not None
+        os.kill(own_redis.pid, signal.SIGSTOP)
+        try:
+            buffer.consume("alice", feature="export", id=ids[1])
+            eventually(lambda: buffer._sending.locked() and not buffer._groups)
+            for identity in ids[2:]:
+                buffer.consume("alice", feature="export", id=identity)
+            assert buffer.sent == 1
+        finally:
+            os.kill(own_redis.pid, signal.SIGCONT)
+    assert buffer.sent == len(ids)
+    with closing(RedisBroker(own_redis, 0)) as broker:
+        assert members(broker) == {"alice": ids}
 
 
 @pytest.mark.timeout(60)
