@@ -35,16 +35,10 @@ def parse_amount(value: object) -> int:
         10^12 credits either way; the text says what to send instead.
     """
     if type(value) is str:
-        match = _DECIMAL.match(value)
-        if match is None:
-            shown = value if len(value) <= 40 else value[:37] + "..."
-            raise ValueError(f"{shown!r} is not an amount: send credits as a decimal string with at most six decimals")
-        sign, whole, fraction = match.groups()
-        micro = int(whole) * MICRO
-        if fraction:
-            micro += int(fraction.ljust(6, "0"))
-        if sign:
-            micro = -micro
+        if len(value) <= 13 and value.isascii() and value.isdigit():
+            micro = int(value) * MICRO
+        else:
+            micro = _parse_decimal(value)
     elif type(value) is int:
         micro = value * MICRO
     else:
@@ -52,6 +46,18 @@ def parse_amount(value: object) -> int:
     if not -MAX_MICRO <= micro <= MAX_MICRO:
         raise ValueError(f"an amount is at most {MAX_CREDITS:,} credits")
     return micro
+
+
+def _parse_decimal(value: str) -> int:
+    match = _DECIMAL.match(value)
+    if match is None:
+        shown = value if len(value) <= 40 else value[:37] + "..."
+        raise ValueError(f"{shown!r} is not an amount: send credits as a decimal string with at most six decimals")
+    sign, whole, fraction = match.groups()
+    micro = int(whole) * MICRO
+    if fraction:
+        micro += int(fraction.ljust(6, "0"))
+    return -micro if sign else micro
 
 
 def format_amount(micro: int) -> str:
@@ -69,6 +75,8 @@ def to_wire(amount: int | str | Decimal) -> str:
 
     :raises ValueError: for a float, or anything that :func:`parse_amount` refuses.
     """
+    if type(amount) is int and -MAX_CREDITS <= amount <= MAX_CREDITS:
+        return str(amount)
     if isinstance(amount, Decimal):
         if not amount.is_finite():
             raise ValueError(f"{amount} is not an amount: send a finite number of credits")

@@ -11,7 +11,7 @@ import re
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from hashlib import sha256
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard
 
 import msgspec
 
@@ -537,11 +537,18 @@ def decode_batch(arguments: bytes | msgspec.Raw) -> Batch:
         raise _contract_error(arguments, error) from None
 
 
+def is_plain(text: object) -> TypeGuard[str]:
+    """Whether it is a :data:`Name` at a glance: most are ASCII; of others the pattern decides."""
+    return type(text) is str and 0 < len(text) <= MAX_NAME and text.isascii() and text.isprintable()
+
+
 def check_id(operation_id: object) -> str:
     """Check an operation id: 1 to 128 characters, no control characters, no lone surrogates.
 
     :raises ContractError: with ``invalid_message``.
     """
+    if is_plain(operation_id):
+        return operation_id
     try:
         return msgspec.convert(operation_id, Name)
     except (msgspec.ValidationError, ValueError) as error:
@@ -599,5 +606,6 @@ __all__ = [
     "concluding_id",
     "decode_batch",
     "decode_message",
+    "is_plain",
     "receiving_id",
 ]

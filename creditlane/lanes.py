@@ -6,6 +6,7 @@ test vectors are in the README and in ``tests/creditlane/test_lanes.py``.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from zlib import crc32
 
 LANES = 64
@@ -24,6 +25,7 @@ def lane_of(account: str, lanes: int = LANES) -> str:
     return lane_name(crc32(account.encode("utf-8")) % lanes)
 
 
+@lru_cache(4096)
 def lane_name(number: int) -> str:
     """Name the queue of lane ``number``."""
     return f"{PREFIX}{number:03d}"

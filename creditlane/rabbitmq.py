@@ -117,7 +117,9 @@ class Confirms:
 
         :returns: the tag by which an error names it.
         """
-        self.channel.basic_publish(message, exchange, routing_key, mandatory=exchange == LANES_EXCHANGE)
+        # Not ``basic_publish``, which looks for answers after each message: :meth:`wait` reads them all.
+        arguments = (0, exchange, routing_key, exchange == LANES_EXCHANGE, False)
+        self.channel.send_method(amqp.spec.Basic.Publish, "Bssbb", arguments, message)
         self._published += 1
         self._open.add(self._published)
         return self._published

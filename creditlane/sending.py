@@ -7,20 +7,26 @@ confirms of all. A block whose connection broke is sent again whole, in order: r
 from __future__ import annotations
 
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import count
 from types import MappingProxyType
 from typing import Any, NamedTuple
+from uuid import uuid4
 from weakref import WeakSet
 
 import amqp
-from kombu import Connection, Exchange
+import msgspec
+import redis
+from kombu import Connection
 from kombu.connection import ConnectionPool
 from kombu.exceptions import KombuError
-from kombu.pools import ProducerPool
-from redis.exceptions import RedisError
+from kombu.transport.redis import Channel as RedisChannel
+from kombu.transport.virtual.exchange import TopicExchange
+from redis.connection import parse_url
+from redis.exceptions import NoPermissionError
 
 from creditlane.errors import BrokerUnavailableError
 from creditlane.lanes import PREFIX
@@ -57,8 +63,8 @@ SHORT_BYTES = 255
 
 JSON = "application/json"
 
-FINAL = (UnconfirmedError, UnroutableError, amqp.IrrecoverableChannelError)
-"""What trying again at once does not mend. (A queue that refuses may: it does so while it begins.)"""
+_TOPIC = TopicExchange(None)
+_encode = msgspec.json.Encoder().encode
 
 
 class Outgoing(NamedTuple):
@@ -80,16 +86,17 @@ class Outgoing(NamedTuple):
 
 
 class Sender(ABC):
-    """Sends blocks of messages. Safe to share among threads."""
+    """Sends blocks of messages. Safe to share among threads; a forked process makes connections of its own."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._connections = ConnectionPool(connection, limit=CONNECTIONS)
-        self.errors: tuple[type[BaseException], ...] = (
-            KombuError, RedisError, amqp.AMQPError, UnroutableError, NackedError, UnconfirmedError,
-            *connection.connection_errors, *connection.channel_errors,
-        )  # fmt: skip
-        """What goes wrong when the broker is away, or refuses."""
+    errors: tuple[type[BaseException], ...]
+    """What goes wrong when the broker is away, or refuses."""
+    final: tuple[type[BaseException], ...]
+    """What of it trying again at once does not mend."""
+    timeouts: tuple[type[BaseException], ...]
+    """What of it has taken all the time there is."""
+
+    def __init__(self) -> None:
+        _senders.add(self)
 
     def send(self, messages: Sequence[Outgoing], retry: bool = True) -> None:
         """Send messages in order; return when the broker has confirmed them all.
@@ -99,11 +106,30 @@ class Sender(ABC):
         """
         if not messages:
             return
-        first = messages[0]
-        name = first.headers.get("id") or f"a message for {first.queue}"
-        what = repr(name) if len(messages) == 1 else f"{len(messages)} messages"
-        with self._unavailable(f"did not confirm {what}", "send it again, with its id"):
+        try:
             self._send(messages, retry)
+        except self.errors as error:
+            name = messages[0].headers.get("id") or f"a message for {messages[0].queue}"
+            what = repr(name) if len(messages) == 1 else f"{len(messages)} messages"
+            raise _unavailable(f"did not confirm {what}", "send it again, with its id", error) from error
+
+    def depth(self, queue: str) -> int:
+        """How many messages wait in a queue; 0 for one that nothing was ever sent to.
+
+        :raises BrokerUnavailableError: when the broker is away.
+        """
+        try:
+            return self._depth(queue)
+        except self.errors as error:
+            raise _unavailable(f"does not tell what waits in {queue}", "ask again later", error) from error
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connections; everything that was sent stays sent."""
+
+    @abstractmethod
+    def forked(self) -> None:
+        """Forget the parent's connections, and leave them alone."""
 
     @abstractmethod
     def _send(self, messages: Sequence[Outgoing], retry: bool) -> None:
@@ -113,89 +139,191 @@ class Sender(ABC):
     def _depth(self, queue: str) -> int:
         """How many messages wait in a queue, raising what the broker's library raises."""
 
-    def depth(self, queue: str) -> int:
-        """How many messages wait in a queue; 0 for one that nothing was ever sent to.
+    @abstractmethod
+    def _open(self, connection: Any) -> None:
+        """Connect a connection that does not stand."""
 
-        :raises BrokerUnavailableError: when the broker is away.
+    @abstractmethod
+    def _drop(self, connection: Any) -> None:
+        """Close a connection of which nobody knows any longer what it has heard; it may be opened again."""
+
+    def _over(self, connection: Any, kept: bool, step: Callable[[Any], None], retry: bool) -> None:
+        """Run a step over a connection, again over a new one if it falls.
+
+        :param kept: whether it stands since an earlier step.
         """
-        with self._unavailable(f"does not tell what waits in {queue}", "ask again later"):
-            return self._depth(queue)
+        attempts = int(RETRIES["max_retries"]) if retry else 0
+        pause = RETRIES["interval_start"]
+        while True:
+            try:
+                if not kept:
+                    self._open(connection)
+                step(connection)
+                return
+            except self.errors as error:
+                self._drop(connection)
+                if isinstance(error, self.final):
+                    raise
+                if kept:
+                    kept = False
+                    continue  # it may have been dead for long, which says nothing of the broker
+                if not attempts or isinstance(error, self.timeouts):
+                    raise
+            except BaseException:
+                self._drop(connection)  # in the middle of something
+                raise
+            attempts -= 1
+            time.sleep(pause)
+            pause = min(pause + RETRIES["interval_step"], RETRIES["interval_max"])
 
-    def close(self) -> None:
-        """Close the connections; everything that was sent stays sent."""
-        self._connections.force_close_all()
-        self._connection.release()
 
-    @contextmanager
-    def _unavailable(self, what: str, advice: str) -> Iterator[None]:
-        try:
-            yield
-        except self.errors as error:
-            raise BrokerUnavailableError(f"the broker {what} ({type(error).__name__}: {error}); {advice}") from error
+def _unavailable(what: str, advice: str, error: BaseException) -> BrokerUnavailableError:
+    return BrokerUnavailableError(f"the broker {what} ({type(error).__name__}: {error}); {advice}")
 
 
 class RedisSender(Sender):
-    """Sends over Redis.
+    """Sends over Redis, as kombu does: a queue is a list, a message the JSON of its body, headers and properties.
+
+    A block is one ``LPUSH`` for each queue, all in one round trip; what of it the server refuses is sent again.
 
     :param url: ``redis://…`` or ``rediss://…``.
     :param tls: its TLS options.
     :param patience_seconds: how long the broker may take for anything; :data:`READ_SECONDS` unless given.
     """
 
+    errors = (redis.RedisError, OSError)
+    final = (redis.AuthenticationError, NoPermissionError)
+    timeouts = (redis.TimeoutError,)
+
     def __init__(self, url: str, tls: TLSOptions = None, patience_seconds: float | None = None) -> None:
         patience = READ_SECONDS if patience_seconds is None else patience_seconds
-        options = {
+        self._options = {
             "socket_keepalive": True,
             "socket_connect_timeout": min(CONNECT_SECONDS, patience),
             "socket_timeout": patience,
+            **parse_url(url),  # type: ignore[no-untyped-call]
+            **(tls or {}),
         }
-        super().__init__(
-            Connection(
-                url,
-                transport="creditlane.redis_transport:Transport",
-                transport_options=options,
-                ssl=tls or False,
-            )
-        )
-        self._producers = ProducerPool(self._connections, limit=CONNECTIONS)
+        self._kind = self._options.pop("connection_class", redis.Connection)
+        self._closed = False
+        self.forked()
+        super().__init__()
+
+    def forked(self) -> None:
+        """Forget the parent's connections, and leave them alone: closed by a child, they stay open to the parent."""
+        self._idle: list[Any] = []
+        self._room = threading.Semaphore(CONNECTIONS)
+        # A message has to have a name of its own for consumers that note by it what they have in hand.
+        self._name = uuid4().hex
+        self._numbers = count()
 
     def close(self) -> None:
         """Close the connections; everything that was sent stays sent."""
-        self._producers.force_close_all()
-        super().close()
+        self._closed = True
+        while self._idle:
+            self._idle.pop().disconnect()
 
     def _send(self, messages: Sequence[Outgoing], retry: bool) -> None:
-        with self._producers.acquire(block=True, timeout=ACQUIRE_SECONDS) as producer:
-            if len(messages) == 1:
-                _publish(producer, messages[0], retry)
-                return
-            with producer.batch(max_size=len(messages)):
-                for message in messages:
-                    _publish(producer, message, retry)
+        left: list[tuple[str, list[bytes]]] = []
+
+        def push(connection: Any) -> None:
+            if not left:
+                left.extend(self._routed(connection, messages).items())
+            connection.send_packed_command([b"".join(_push(queue, payloads) for queue, payloads in left)])
+            refused, error = [], None
+            for command in left:
+                try:
+                    connection.read_response()
+                except redis.ResponseError as refusal:
+                    error = refusal
+                    refused.append(command)
+            if error is not None:
+                left[:] = refused
+                raise error
+
+        self._over_connection(push, retry)
 
     def _depth(self, queue: str) -> int:
-        with self._producers.acquire(block=True, timeout=ACQUIRE_SECONDS) as producer:
+        found = 0
+
+        def look(connection: Any) -> None:
+            nonlocal found
+            connection.send_command("LLEN", queue)
+            found = int(connection.read_response())
+
+        self._over_connection(look, retry=True)
+        return found
+
+    def _over_connection(self, step: Callable[[Any], None], retry: bool) -> None:
+        room = self._room
+        if not room.acquire(timeout=ACQUIRE_SECONDS):
+            raise redis.ConnectionError(f"{CONNECTIONS} connections are in use for {ACQUIRE_SECONDS} s")
+        try:
             try:
-                return int(producer.channel.queue_declare(queue=queue, passive=True).message_count)
-            except self._connection.channel_errors:
-                return 0
+                connection, kept = self._idle.pop(), True
+            except IndexError:
+                connection, kept = self._kind(**self._options), False
+            self._over(connection, kept, step, retry)
+            if self._closed:
+                connection.disconnect()
+            else:
+                self._idle.append(connection)
+        finally:
+            room.release()
+
+    def _open(self, connection: Any) -> None:
+        connection.connect()
+
+    def _drop(self, connection: Any) -> None:
+        connection.disconnect()
+
+    def _routed(self, connection: Any, messages: Sequence[Outgoing]) -> dict[str, list[bytes]]:
+        """What goes into each list, in order."""
+        lists: dict[str, list[bytes]] = {}
+        bindings: dict[str, list[tuple[str, str, str]]] = {}
+        for message in messages:
+            queues: Iterable[str] = (message.queue,)
+            if message.exchange:
+                if message.exchange not in bindings:
+                    bindings[message.exchange] = self._bindings(connection, message.exchange)
+                queues = _TOPIC.lookup(bindings[message.exchange], message.exchange, message.queue, None)
+            payload = self._encoded(message) if queues else b""
+            for queue in queues:
+                lists.setdefault(queue, []).append(payload)
+        return lists
+
+    def _bindings(self, connection: Any, exchange: str) -> list[tuple[str, str, str]]:
+        """Who listens to an exchange, as kombu notes it: routing key, pattern and queue of each."""
+        connection.send_command("SMEMBERS", RedisChannel.keyprefix_queue % exchange)
+        members = connection.read_response()
+        return [tuple(member.decode().split(RedisChannel.sep)) for member in members]
+
+    def _encoded(self, message: Outgoing) -> bytes:
+        """A message as kombu has it in a list; the properties stand last."""
+        return _encode(
+            {
+                "body": message.body,  # becomes base64
+                "content-encoding": "utf-8",
+                "content-type": message.content_type,
+                "headers": message.headers,
+                "properties": {
+                    "delivery_mode": 2,
+                    "delivery_info": {"exchange": message.exchange, "routing_key": message.queue},
+                    "priority": 0,
+                    "body_encoding": "base64",
+                    "delivery_tag": f"{self._name}-{next(self._numbers)}",
+                    **_properties(message),
+                },
+            }
+        )
 
 
-def _publish(producer: Any, message: Outgoing, retry: bool) -> None:
-    exchange: Exchange | str = Exchange(message.exchange, type="topic") if message.exchange else ""
-    producer.publish(
-        message.body,
-        exchange=exchange,
-        declare=[exchange] if exchange else [],
-        routing_key=message.queue,
-        headers=message.headers,
-        content_type=message.content_type,
-        content_encoding="utf-8",
-        delivery_mode=2,
-        retry=retry,
-        retry_policy=RETRIES,
-        **_properties(message),
-    )
+def _push(queue: str, payloads: Sequence[bytes]) -> bytes:
+    """The command that puts messages into a list, as Redis reads it."""
+    key = queue.encode()
+    parts = [b"*%d\r\n$5\r\nLPUSH\r\n$%d\r\n%b\r\n" % (len(payloads) + 2, len(key), key)]
+    parts += [b"$%d\r\n%b\r\n" % (len(payload), payload) for payload in payloads]
+    return b"".join(parts)
 
 
 def _properties(message: Outgoing) -> dict[str, Any]:
@@ -220,14 +348,27 @@ class RabbitSender(Sender):
     :param patience_seconds: how long the broker may take for anything; :data:`READ_SECONDS` unless given.
     """
 
+    final = (UnconfirmedError, UnroutableError, amqp.IrrecoverableChannelError)  # a queue that refuses may just begin
+    timeouts = (TimeoutError,)
+
     def __init__(self, url: str, tls: TLSOptions = None, patience_seconds: float | None = None) -> None:
         patience = READ_SECONDS if patience_seconds is None else patience_seconds
         options = {"read_timeout": patience, "write_timeout": patience}
         connect_seconds = min(CONNECT_SECONDS, patience)
-        super().__init__(Connection(url, connect_timeout=connect_seconds, transport_options=options, ssl=tls or False))
+        self._connection = Connection(url, connect_timeout=connect_seconds, transport_options=options, ssl=tls or False)
+        self.errors = (
+            KombuError, amqp.AMQPError, UnroutableError, NackedError, UnconfirmedError,
+            *self._connection.connection_errors, *self._connection.channel_errors,
+        )  # fmt: skip
+        self._connections = ConnectionPool(self._connection, limit=CONNECTIONS)
         self._patience_seconds = patience_seconds
         self._begin()
-        _senders.add(self)
+        super().__init__()
+
+    def close(self) -> None:
+        """Close the connections; everything that was sent stays sent."""
+        self._connections.force_close_all()
+        self._connection.release()
 
     def _begin(self) -> None:
         self._confirms: dict[Connection, Confirms] = {}
@@ -274,33 +415,18 @@ class RabbitSender(Sender):
         return found
 
     def _over_connection(self, step: Callable[[Connection], None], retry: bool) -> None:
-        """Run a step over a connection that stands, again over a new one if it falls."""
-        attempts = int(RETRIES["max_retries"]) if retry else 0
-        pause = RETRIES["interval_start"]
         with self._connections.acquire(block=True, timeout=ACQUIRE_SECONDS) as connection:
-            while True:
-                kept = connection.connected
-                try:
-                    if not kept:
-                        connection.collect()
-                        connect(connection)
-                        self._opened.add(connection.connection)
-                    step(connection)
-                    return
-                except self.errors as error:
-                    # Whatever it was, what the channel has heard and not heard is known no longer.
-                    self._confirms.pop(connection, None)
-                    self._declared.clear()
-                    connection.collect()
-                    if isinstance(error, FINAL):
-                        raise
-                    if kept:
-                        continue  # it may have been dead for long, which says nothing of the broker
-                    if not attempts or isinstance(error, TimeoutError):
-                        raise
-                attempts -= 1
-                time.sleep(pause)
-                pause = min(pause + RETRIES["interval_step"], RETRIES["interval_max"])
+            self._over(connection, connection.connected, step, retry)
+
+    def _open(self, connection: Any) -> None:
+        connection.collect()
+        connect(connection)
+        self._opened.add(connection.connection)
+
+    def _drop(self, connection: Any) -> None:
+        self._confirms.pop(connection, None)
+        self._declared.clear()
+        connection.collect()
 
     def _send_block(self, connection: Connection, messages: list[Outgoing]) -> None:
         """Send messages and wait for their confirms; of those that are refused the list is what is left to do."""
@@ -367,7 +493,7 @@ class RabbitSender(Sender):
             raise UnroutableError(queues, ", and this user may not make it: start a lane worker first") from None
 
 
-_senders: WeakSet[RabbitSender] = WeakSet()
+_senders: WeakSet[Sender] = WeakSet()
 
 
 def _forked() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from decimal import Decimal
 from typing import Any
@@ -18,20 +19,11 @@ from creditlane.codes import Code
 from creditlane.contract import INTERNAL, MAX_BATCH, MAX_MESSAGE_BYTES, ContractError
 from creditlane.errors import BrokerUnavailableError, NoAnswerError, QuarantinedError, RefusedError, UnsentError
 from creditlane.lanes import lane_name, lane_of
-from scripts.embedded import Redis, free_port, temporary_directory
+from scripts.embedded import Redis, free_port
 from tests.broker import Broker, RedisBroker, on_both_brokers
 from tests.conftest import LANES, Spawn
 from tests.support import Worker, eventually, rows, value
 from workers.redis_lanes import keys_of
-
-
-@pytest.fixture
-def own_redis() -> Iterator[Redis]:
-    """A Redis that a test may stop."""
-    with temporary_directory() as directory:
-        server = Redis(directory / "redis", free_port(), appendfsync="always").start()
-        yield server
-        server.stop()
 
 
 def sent(broker: Broker) -> dict[str, list[dict[str, Any]]]:
@@ -320,6 +312,26 @@ def test_eight_threads_share_a_buffer_and_each_keeps_its_order(client: CreditCli
         for producer in range(8):
             own = [identity for identity in ids if identity.startswith(f"{producer}-")]
             assert own == [f"{producer}-{number}" for number in range(300) if f"account-{number % 3}" == account]
+
+
+def test_a_buffer_collects_on_while_the_broker_takes_its_time(own_redis: Redis) -> None:
+    ids = [f"c-{number}" for number in range(100)]
+    with CreditClient(own_redis.url, lanes=LANES) as client, client.buffer(linger_ms=1) as buffer:
+        buffer.consume("alice", feature="export", id=ids[0])
+        eventually(lambda: buffer.sent == 1)
+        assert own_redis.pid is not None
+        os.kill(own_redis.pid, signal.SIGSTOP)
+        try:
+            buffer.consume("alice", feature="export", id=ids[1])
+            eventually(lambda: buffer._sending.locked() and not buffer._groups)
+            for identity in ids[2:]:
+                buffer.consume("alice", feature="export", id=identity)
+            assert buffer.sent == 1
+        finally:
+            os.kill(own_redis.pid, signal.SIGCONT)
+    assert buffer.sent == len(ids)
+    with closing(RedisBroker(own_redis, 0)) as broker:
+        assert members(broker) == {"alice": ids}
 
 
 @pytest.mark.timeout(60)
