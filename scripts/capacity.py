@@ -14,7 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import lru_cache
@@ -69,7 +69,8 @@ class Batch(NamedTuple):
     """Different ones."""
 
 
-class Line(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Line:
     """A cost that is linear in what a transaction has in it."""
 
     transaction: float = 0.0
@@ -95,7 +96,7 @@ class Line(NamedTuple):
 
     def scaled(self, factor: float) -> Line:
         """The same on a machine that needs so many times as much."""
-        return Line(*(value * factor for value in self))
+        return Line(*(factor * value for value in astuple(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,8 @@ class Costs:
         return own + self.event.total_us * events * batch.operations + ROUND_TRIPS * round_trip_us
 
 
-class Event(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Event:
     """What one event out costs, by part, in microseconds; and its bytes."""
 
     worker_us: float
@@ -145,8 +147,8 @@ class Event(NamedTuple):
 
 MEASURED = Costs(
     producer_us=Line(message=30.0, single=70.0, operation=7.0),
-    worker_us=Line(transaction=1_500.0, message=75.0, single=10.0, operation=22.0, account=20.0),
-    postgres_us=Line(transaction=600.0, operation=9.0, account=30.0),
+    worker_us=Line(transaction=1_560.0, message=47.0, single=32.0, operation=23.0, account=24.0),
+    postgres_us=Line(transaction=690.0, operation=9.5, account=35.0),
     broker_us=Line(transaction=150.0, message=12.5, single=15.0, operation=0.8),
     wait_us=Line(transaction=300.0, operation=1.0),
     event=Event(worker_us=95.0, postgres_us=12.0, broker_us=17.0, wal_bytes=540.0, broker_bytes=500.0),
@@ -208,8 +210,8 @@ def costs_of_bench(path: Path, base: Costs = MEASURED) -> tuple[Costs, list[str]
         if single is None:
             absent.append(f"cases.single.cpu_us_per_op.{part} is not in {path}: taken as {base.source}")
         elif line.single:
-            others = line._replace(single=0.0).per_operation(BENCH_SINGLE)
-            line = line._replace(single=max(0.0, single - others))
+            others = replace(line, single=0.0).per_operation(BENCH_SINGLE)
+            line = replace(line, single=max(0.0, single - others))
         changed[name] = line
     stored = _number(told.get("sizes", {}).get("bytes_per_operation") if isinstance(told.get("sizes"), dict) else None)
     if stored is None:
@@ -265,7 +267,8 @@ class Window(StrEnum):
     SECOND = "second"
 
 
-class Profile(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Profile:
     """How many times the mean of a day comes in its busiest hour, minute and second."""
 
     hour: float
@@ -646,7 +649,7 @@ def choose(load: Load, costs: Costs, machines: Machines) -> Choice:
     # Each batch has accounts of every node, and each node its part of the fixed costs: so more nodes may be needed.
     for _ in range(20):
         line = costs.postgres_us
-        spread = replace(costs, postgres_us=line._replace(transaction=line.transaction * nodes))
+        spread = replace(costs, postgres_us=replace(line, transaction=line.transaction * nodes))
         sized = _sized(load, spread, machines, 2 * machines.round_trip_us)
         needed = _postgres_nodes(sized, machines)
         if needed <= nodes:

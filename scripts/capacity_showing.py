@@ -13,8 +13,8 @@ from scripts.showing import said, span
 
 
 def count(number: float) -> str:
-    """A large number in a few signs: ``1.3 k``, ``12.7 M``, ``10 G``."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    """A large number in a few signs: ``1.3 k``, ``12.7 M``, ``10 B``."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.3g}"

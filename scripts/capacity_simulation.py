@@ -39,9 +39,6 @@ TICK = 20_000
 AT_LEAST = 3
 """So many workers are simulated however long it takes: the busiest, one in the middle and the last."""
 
-GIVEN_UP_SECONDS = 86_400.0
-"""A backlog that takes longer than this to drain counts as one that never does."""
-
 Progress = Callable[[int, int], None]
 """Told how many messages are simulated, and about how many there will be."""
 
@@ -144,6 +141,8 @@ def drain(
     :param most: operations of the largest batch.
     :param messages: for each operation.
     """
+    if rate * took(most, round(most * messages)) >= most:
+        return None
     left, passed = backlog, 0.0
     while left >= most:
         seconds = took(most, round(most * messages))
@@ -151,8 +150,6 @@ def drain(
         # A batch takes long enough for many to come: they are distributed almost normally.
         left += max(0.0, draw.gauss(expected, expected**0.5)) - most
         passed += seconds
-        if passed > GIVEN_UP_SECONDS:
-            return None
     return passed
 
 

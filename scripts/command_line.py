@@ -1290,23 +1290,23 @@ def seal(
         )
 
 
-_COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?)([kMGB]?)", re.ASCII)
-_THOUSANDS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+_COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?)([kMB]?)", re.ASCII)
+_THOUSANDS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
 
 
 def parse_count(text: str) -> int:
-    """Read a number of operations such as ``100_000_000``, ``100M`` or ``2.5G``.
+    """Read a number of operations such as ``100_000_000``, ``100M`` or ``2.5B``.
 
     :raises typer.BadParameter: with what to write instead.
     """
     found = _COUNT.fullmatch(text)
     number = Decimal(found[1].replace("_", "")) * _THOUSANDS[found[2]] if found else Decimal(0)
     if not 1 <= number <= MAX_PER_DAY:
-        raise typer.BadParameter(f"{text!r} is no number from 1 to {MAX_PER_DAY:,}; write 100_000_000, 100M or 10G")
+        raise typer.BadParameter(f"{text!r} is no number from 1 to {MAX_PER_DAY:,}; write 100_000_000, 100M or 10B")
     return int(number)
 
 
-PER_DAY = ("1M", "100M", "10G")
+PER_DAY = ("1M", "100M", "10B")
 
 
 @app.command(
