@@ -107,7 +107,9 @@ class Costs:
     worker_us: Line
     postgres_us: Line
     broker_us: Line
-    """Putting, taking, answering and acknowledging."""
+    """Redis: putting, taking, answering and acknowledging."""
+    rabbitmq_us: Line
+    """The same of one RabbitMQ node that has the only copy."""
     wait_us: Line
     """What a worker waits beyond the CPU time of others: the flush of the commit. Round trips come on top."""
     event: Event
@@ -150,14 +152,16 @@ MEASURED = Costs(
     worker_us=Line(transaction=1_560.0, message=47.0, single=32.0, operation=23.0, account=24.0),
     postgres_us=Line(transaction=690.0, operation=9.5, account=35.0),
     broker_us=Line(transaction=150.0, message=12.5, single=15.0, operation=0.8),
+    rabbitmq_us=Line(message=135.0, single=300.0),
     wait_us=Line(transaction=300.0, operation=1.0),
     event=Event(worker_us=95.0, postgres_us=12.0, broker_us=17.0, wal_bytes=540.0, broker_bytes=500.0),
     wal_bytes=Line(transaction=400.0, operation=815.0, account=445.0),
     broker_bytes=Line(transaction=5_000.0, message=300.0, single=2_850.0, operation=300.0),
     stored_bytes=700.0,
-    source="measured on 2 cores (AMD EPYC, 2.6 GHz), PostgreSQL 18 and Redis 6.2, fsync and synchronous_commit on",
+    source="measured on 2 cores (AMD EPYC, 2.6 GHz) with PostgreSQL 18, Redis 6.2, RabbitMQ 3.10, everything durable",
 )
-"""Fitted to batches of 1 to 1,000 operations on 1 to 1,000 accounts, as messages of 1 to 1,000 operations."""
+"""Fitted to batches of 1 to 1,000 consumes on 1 to 1,000 of 100 to 200,000 accounts, in messages of 1 to 1,000; most
+of what was measured is within a sixth of it. Accounts whose rows are not in Postgres's memory cost it more."""
 
 FULL_PAGE_BYTES = 1_300
 """What Postgres logs of a page that it changes for the first time after a checkpoint, with ``wal_compression``."""
@@ -336,7 +340,7 @@ def sample_profile() -> Profile:
 
     That file is made up, office hours and a quiet night; its 2,000 rows are too few to show bursts.
     """
-    return profile_of(usage_times(SAMPLE), "the hours of scripts/sample_usage.csv, the bursts of a recorded service")
+    return profile_of(usage_times(SAMPLE), "hours: scripts/sample_usage.csv, made up; bursts: a recorded service")
 
 
 def _busiest(ordered: Sequence[float], begin: float, seconds: float) -> int:
@@ -494,10 +498,10 @@ class Machines:
     """Between two machines, with the kernel's and the driver's part of it."""
     connections: int = 500
     """Of one Postgres, for lane workers: each has one."""
-    rabbitmq_messages_per_s: float = 20_000.0
-    """Of one RabbitMQ node that leads its share of the quorum queues. An assumption: it was not measured here."""
-    rabbitmq_queue_messages_per_s: float = 5_000.0
-    """Of one quorum queue, which one core of its leader serves. An assumption as well."""
+    rabbitmq_cores: int = 16
+    """Of one RabbitMQ node; at least three share the lanes' leaders."""
+    rabbitmq_queue_messages_per_s: float = 6_000.0
+    """Of one quorum queue: what one on a busy machine took in confirmed blocks, so at least."""
     utilisation: float = TARGET_UTILISATION
 
 
@@ -564,6 +568,9 @@ def elastic_batch(rate: float, seconds: Any, least: float, most: float) -> float
 ONE_BOX, SERVERS, CITUS = "one box", "one Postgres", "Citus"
 REDIS, RABBITMQ = "Redis", "RabbitMQ"
 
+COPIES = 2.0
+"""What a quorum queue on three nodes costs in all, as a multiple of one with a single copy: an assumption."""
+
 FEW, FULL = 2, 10
 """Operations in a message: what is hardly a batch, and what is a good one."""
 
@@ -606,6 +613,8 @@ class Plan:
     broker_nodes: int
     broker_cores: float
     """Of one Redis, even where it is RabbitMQ that is needed."""
+    rabbitmq_cores: float
+    """Of all nodes, were it RabbitMQ."""
     broker_mb_per_s: float
     """Over the broker's network at the peak, in and out."""
     wal_mb_per_s: float
@@ -778,11 +787,9 @@ def plan(load: Load, costs: Costs = MEASURED, machines: Machines | None = None) 
     database, nodes, sized = choose(load, costs, machines)
     workers, costs = sized.workers, sized.workers.costs
     peak, share = load.peak, largest_share(load.population, load.exponent)
-    messages_per_s = peak * (workers.messages + load.events)
     broker = sized.broker(machines)
-    broker_nodes = 1
-    if broker == RABBITMQ:
-        broker_nodes = max(3, math.ceil(messages_per_s / (machines.rabbitmq_messages_per_s * machines.utilisation)))
+    rabbitmq_cores = COPIES * sized.cores(costs.rabbitmq_us, costs.rabbitmq_us.message) / machines.utilisation
+    broker_nodes = 1 if broker == REDIS else max(3, math.ceil(rabbitmq_cores / machines.rabbitmq_cores))
     # The busiest account's lane has one worker, and the lane's share of all other accounts. More comes to it, so
     # that its messages have more in them.
     hot_load = peak * (share + (1 - share) / sized.lanes)
@@ -804,6 +811,7 @@ def plan(load: Load, costs: Costs = MEASURED, machines: Machines | None = None) 
         postgres_cores=sized.postgres_cores / machines.utilisation,
         broker_nodes=broker_nodes,
         broker_cores=sized.broker_cores / machines.utilisation,
+        rabbitmq_cores=rabbitmq_cores,
         broker_mb_per_s=sized.broker_bytes_at_peak / 1e6,
         wal_mb_per_s=sized.wal_at_peak / 1e6,
         wal_gb_per_day=load.per_day * sized.wal_bytes(sized.at_mean, load.mean) / 1e9,
@@ -846,7 +854,7 @@ def _limits(sized: Sized, machines: Machines, hot_rate: float, share: float) -> 
         ("lanes", MAX_LANES / LANES_PER_WORKER * sized.workers.rate * used,
          f"{MAX_LANES:,} lanes, {LANES_PER_WORKER} for each worker"),
         ("RabbitMQ queue", machines.rabbitmq_queue_messages_per_s * used / (share * sized.workers.messages),
-         f"the busiest account's lane; assumed {machines.rabbitmq_queue_messages_per_s:,.0f} messages/s"),
+         f"the busiest account's lane; a queue takes {machines.rabbitmq_queue_messages_per_s:,.0f} messages/s"),
         ("busiest account", hot_rate * used / share,
          f"it has {share:.2%} of all, and one process applies {hot_rate:,.0f}/s of one account"),
     ]  # fmt: skip
@@ -882,14 +890,14 @@ def _sentences(found: Plan, machines: Machines) -> list[str]:
         )
     if found.broker == RABBITMQ:
         said.append(
-            f"Redis works on one core and would need {found.broker_cores:.1f}: RabbitMQ on {found.broker_nodes} nodes,"
-            " quorum queues, the lanes' leaders spread over them. What a node carries is an assumption"
-            f" ({machines.rabbitmq_messages_per_s:,.0f} messages/s)."
+            f"Redis works on one core and would need {found.broker_cores:.1f}: RabbitMQ instead, quorum queues, the"
+            f" lanes' leaders spread over {found.broker_nodes} nodes of {machines.rabbitmq_cores} cores. One node was"
+            " measured; that the copies on two others cost as much again is an assumption."
         )
     elif found.database != ONE_BOX:
         said.append(
             f"Redis is enough for speed ({found.broker_cores:.2f} cores of the one it uses). RabbitMQ on three nodes"
-            " is for messages that must survive the loss of a machine."
+            f" ({found.rabbitmq_cores:.1f} cores) is for messages that must survive the loss of a machine."
         )
     if found.operations_per_message < FEW and found.producers > 1:
         linger = (FULL - 1) * found.lanes * found.producers / found.peak_per_s

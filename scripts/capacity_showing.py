@@ -55,7 +55,8 @@ def plan_lines(load: Load, costs: Costs, plans: Sequence[Plan], steps: Sequence[
         ("  tables a day, GB", lambda plan: count(plan.stored_gb_per_day)),
         ("  tables a year, TB", lambda plan: count(plan.stored_tb_per_year)),
         ("broker nodes", lambda plan: f"{plan.broker_nodes:,}"),
-        ("  cores, were it Redis", lambda plan: count(plan.broker_cores)),
+        ("  cores, of Redis", lambda plan: count(plan.broker_cores)),
+        ("  cores, of RabbitMQ", lambda plan: count(plan.rabbitmq_cores)),
         ("  network, MB/s", lambda plan: count(plan.broker_mb_per_s)),
         ("busiest account", lambda plan: f"{plan.largest_account:.2%}"),
     ]  # fmt: skip
