@@ -13,7 +13,7 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -180,14 +180,18 @@ BENCH_SINGLE = Batch(500, 500, 500, 190)
 """What a transaction of the bench's cases has in it, as counted in its ledgers: 10,000 accounts in 64 lanes, two
 workers. A backlog is taken from one lane after the other, so it has fewer accounts than a stream has."""
 
-_PARTS = (("producer", "producer_us"), ("workers", "worker_us"), ("database", "postgres_us"), ("broker", "broker_us"))
+_PARTS = {"producer": "producer_us", "workers": "worker_us", "database": "postgres_us", "broker": "broker_us"}
+"""What the bench calls the parts, and where their costs are."""
+
+_SINGLES = {"producer": ("publish",), "workers": ("single",), "broker": ("publish", "single")}
+"""Which cases together tell what a part does for a message that is sent by itself: sending it is a case of its own."""
 
 
 def costs_of_bench(path: Path, base: Costs = MEASURED) -> tuple[Costs, list[str]]:
-    """Read the costs of this machine from what ``scripts/bench --json`` wrote.
+    """Read the costs of a machine from what ``scripts/bench --json`` wrote.
 
-    ``cases.metering.cpu_us_per_op`` says how many times as much each part needs as in ``base``, and
-    ``cases.single.cpu_us_per_op`` what a message costs by itself.
+    The case ``metering`` says how many times as much each part needs as in ``base``; the cases ``publish`` and
+    ``single``, what a message costs on top that is sent by itself; ``sizes.bytes_per_operation``, what is stored.
 
     :returns: the costs, and a sentence for each figure that the file does not have; it stays as in ``base``.
     :raises CapacityError: when the file cannot be read, or has none of the figures.
@@ -202,35 +206,36 @@ def costs_of_bench(path: Path, base: Costs = MEASURED) -> tuple[Costs, list[str]
     except (ValueError, KeyError, TypeError):
         raise CapacityError(f"{path} is not what scripts/bench --json writes: it has no cases") from None
     changed: dict[str, Any] = {}
-    absent = []
-    for part, name in _PARTS:
+    absent: list[str] = []
+
+    def figure(case: str, part: str) -> float | None:
+        found = cases.get(case)
+        table = found.get("cpu_us_per_op") if isinstance(found, dict) else None
+        value = _number(table.get(part)) if isinstance(table, dict) else None
+        if value is None:
+            absent.append(f"cases.{case}.cpu_us_per_op.{part}")
+        return value
+
+    for part, name in _PARTS.items():
         line: Line = getattr(base, name)
-        streamed = _figure(cases, "metering", "cpu_us_per_op", part)
-        if streamed is None:
-            absent.append(f"cases.metering.cpu_us_per_op.{part} is not in {path}: taken as {base.source}")
-        else:
+        streamed = figure("metering", part)
+        if streamed is not None:
             line = line.scaled(streamed / line.per_operation(BENCH_METERING))
-        single = _figure(cases, "single", "cpu_us_per_op", part)
-        if single is None:
-            absent.append(f"cases.single.cpu_us_per_op.{part} is not in {path}: taken as {base.source}")
-        elif line.single:
+        alone = [figure(case, part) for case in _SINGLES.get(part, ())]
+        if alone and None not in alone:
             others = replace(line, single=0.0).per_operation(BENCH_SINGLE)
-            line = replace(line, single=max(0.0, single - others))
+            line = replace(line, single=max(0.0, sum(value for value in alone if value is not None) - others))
         changed[name] = line
-    stored = _number(told.get("sizes", {}).get("bytes_per_operation") if isinstance(told.get("sizes"), dict) else None)
+    sizes = told.get("sizes")
+    stored = _number(sizes.get("bytes_per_operation")) if isinstance(sizes, dict) else None
     if stored is None:
-        absent.append(f"sizes.bytes_per_operation is not in {path}: taken as {base.source}")
+        absent.append("sizes.bytes_per_operation")
     else:
         changed["stored_bytes"] = stored
-    if len(absent) == 2 * len(_PARTS) + 1:
+    if len(absent) == len(_PARTS) + sum(map(len, _SINGLES.values())) + 1:
         raise CapacityError(f"{path} has no cpu_us_per_op and no sizes: write it anew with scripts/bench --json {path}")
-    return replace(base, source=f"from {path}", **changed), absent
-
-
-def _figure(cases: Mapping[str, Any], case: str, figures: str, part: str) -> float | None:
-    found = cases.get(case)
-    found = found.get(figures) if isinstance(found, dict) else None
-    return _number(found.get(part) if isinstance(found, dict) else None)
+    notes = [f"{name} is not in {path}: taken as {base.source}" for name in absent]
+    return replace(base, source=f"from {path}", **changed), notes
 
 
 def _number(value: object) -> float | None:
