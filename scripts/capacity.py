@@ -5,6 +5,10 @@ batch elastically, so the batch follows from the load (:func:`elastic_batch`); t
 here is checked by a simulation (``scripts/capacity_simulation.py``) and by ``scripts/bench``.
 
 Times are CPU microseconds of one core of the machine that the figures were measured on, see :data:`MEASURED`.
+
+Parts are sized by full batches, which is what a worker falls back on when more comes. Below that it does more than is
+counted here: on Redis each lane that wakes a waiting worker costs it some tenths of a millisecond, for up to as many
+lanes as it has. So real batches of a light load are larger than :func:`elastic_batch` has them.
 """
 
 from __future__ import annotations
