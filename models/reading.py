@@ -31,12 +31,8 @@ Status = Literal["applied", "rejected"]
 
 BUCKETS = ", ".join(f"{counter}_micro" for counter in COUNTERS)
 
-ACCOUNT_FIELDS = (
-    "kind", "status", "email", "locale", "timezone", "opened_at", "updated_at", "next_due_at", "operations", "seq",
-    "last_grant", *COUNTERS, "debt",
-)  # fmt: skip
 ACCOUNT = f"""
-SELECT kind, status, email, locale, timezone, opened_at, updated_at, next_due_at, operations, seq, last_grant,
+SELECT kind, status, email, locale, timezone, opened_at, updated_at, next_due_at, operations, seq, head, last_grant,
        {BUCKETS}, debt_micro
 FROM accounts WHERE account = %s
 """
@@ -50,9 +46,10 @@ SELECT hold, amount_micro, expires_at, created_at, feature, member
 FROM holds WHERE account = %s AND status = 'open'
 """
 OPEN_HOLD_LINES = """
-SELECT r.operation, r.grant_id, r.taken_micro, r.returned_micro
-FROM holds h JOIN receipts r ON r.account = h.account AND r.operation = h.hold
-WHERE h.account = %s AND h.status = 'open' ORDER BY r.operation, r.line
+SELECT operation, grant_id, taken_micro, returned_micro FROM receipts
+WHERE account = %(account)s
+  AND operation = ANY(ARRAY(SELECT hold FROM holds WHERE account = %(account)s AND status = 'open'))
+ORDER BY operation, line
 """
 
 
@@ -198,13 +195,13 @@ def _load(connection: Connection[Any], account: str) -> tuple[Account, int, date
         row = connection.execute(ACCOUNT, (account,))
         grants = connection.execute(OPEN_GRANTS, (account,))
         holds = connection.execute(OPEN_HOLDS, (account,))
-        lines = connection.execute(OPEN_HOLD_LINES, (account,))
+        lines = connection.execute(OPEN_HOLD_LINES, {"account": account})
         clock = connection.execute("SELECT ledger_now()")
         found = row.fetchone()
         instant = clock.fetchone()
         if found is None or instant is None:
             return None
-        state = Account(account, **dict(zip(ACCOUNT_FIELDS, found, strict=True)))
+        state = Account(account, found)
         for grant_id, source, priority, features, *rest in grants:
             scope = None if features is None else frozenset(features)
             state.add_grant(Grant(grant_id, source, priority, scope, *rest))
@@ -322,6 +319,8 @@ _LEAVE = [kind for kind, flow in FLOWS.items() if flow.leaves == "available"]
 _CHANGE = """
 CASE WHEN e.kind = ANY(%(enter)s) THEN e.amount_micro WHEN e.kind = ANY(%(leave)s) THEN -e.amount_micro ELSE 0 END
 """
+BY_INDEX = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET LOCAL enable_sort = off"
+"""A page is read off the index, however many operations the account has: sorting would read them all first."""
 HISTORY = f"""
 SELECT o.number, o.operation, o.name, o.status, o.code, o.feature, o.quantity_micro, o.member, o.charged_micro,
        o.applied_at, o.occurred_at, o.first_seq, o.entries, o.arguments, o.result,
@@ -329,7 +328,7 @@ SELECT o.number, o.operation, o.name, o.status, o.code, o.feature, o.quantity_mi
                  WHERE e.account = o.account AND e.seq >= o.first_seq AND e.seq < o.first_seq + o.entries), 0)::bigint
 FROM operations o
 WHERE o.account = %(account)s
-  AND (%(before)s::bigint IS NULL OR o.number < %(before)s)
+  AND o.number < coalesce(%(before)s, 9223372036854775807)
   AND (%(feature)s::text IS NULL OR o.feature = %(feature)s)
   AND (%(name)s::text IS NULL OR o.name = %(name)s)
   AND (%(status)s::text IS NULL OR o.status = %(status)s)
@@ -383,7 +382,7 @@ def history(
     filters = {"feature": feature, "name": name, "status": status, "since": since, "until": until}
     signs = {"enter": _ENTER, "leave": _LEAVE}
     with connection.transaction(), connection.cursor() as cursor:
-        cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        cursor.execute(BY_INDEX)
         found = cursor.execute(
             HISTORY, {"account": account, "before": before, "limit": limit + 1, **filters, **signs}
         ).fetchall()
@@ -543,12 +542,12 @@ resolved_at, resolved_by
 """
 QUARANTINE = f"""
 SELECT {_QUARANTINE_COLUMNS} FROM quarantine
-WHERE (%(status)s::text IS NULL OR status = %(status)s) AND (%(before)s::bigint IS NULL OR id < %(before)s)
+WHERE (%(status)s::text IS NULL OR status = %(status)s) AND id < coalesce(%(before)s, 9223372036854775807)
 ORDER BY id DESC LIMIT %(limit)s
 """
 OPEN_QUARANTINE = f"""
 SELECT {_QUARANTINE_COLUMNS} FROM quarantine
-WHERE status = 'open' AND (%(before)s::bigint IS NULL OR id < %(before)s) ORDER BY id DESC LIMIT %(limit)s
+WHERE status = 'open' AND id < coalesce(%(before)s, 9223372036854775807) ORDER BY id DESC LIMIT %(limit)s
 """
 QUARANTINED = f"SELECT {_QUARANTINE_COLUMNS}, traceback, headers, body FROM quarantine WHERE id = %s"
 

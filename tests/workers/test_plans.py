@@ -1,0 +1,230 @@
+"""How the statements find their rows in a large ledger: by key, never by reading a table or all of an account.
+
+Every statement that a varied life of two accounts makes is recorded and planned for a ledger with many accounts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import psycopg
+import pytest
+
+from models import reading
+from models.database import connect
+from schedules import expiry, outbox
+from scripts.bench_grow import fill
+from scripts.embedded import Stack
+from tests.conftest import TEMPLATE, _ledger
+from tests.proof import live
+from tests.support import Ledger, travel
+from workers import ledger_writer
+from workers.outbox import DELETE
+
+pytestmark = [pytest.mark.xdist_group("plans"), pytest.mark.timeout(120)]
+
+ACCOUNTS, ENTRIES = 10_000, 40_000
+
+KEYS = {
+    "accounts": [{"account"}, {"next_due_at"}],
+    "grants": [{"account"}],
+    "holds": [{"account"}],
+    "operations": [{"account", "operation"}, {"account", "number"}],
+    "entries": [{"account", "seq"}],
+    "receipts": [{"account", "operation"}],
+    "outbox": [{"id"}],
+    "quarantine": [{"id"}, {"digest"}],
+}
+"""What the condition of an index must have of a table's columns: one of these sets. Of what one account has many of,
+more than the account."""
+
+WRITERS = {
+    name: getattr(ledger_writer, name)
+    for name in (
+        "LOCK_ACCOUNTS", "OPEN_GRANTS", "OPEN_HOLDS", "OPEN_HOLD_LINES", "KNOWN", "TRANSFERS", "NAMED_HOLDS", "CHARGES",
+        "CHARGED_GRANTS", "NAMED_GRANTS", "ROOT_GRANTS", "PURCHASED_GRANTS", "UPSERT_RECEIPTS",
+    )
+}  # fmt: skip
+READERS = {
+    name: getattr(reading, name)
+    for name in (
+        "ACCOUNT", "OPEN_GRANTS", "OPEN_HOLDS", "OPEN_HOLD_LINES", "HISTORY", "ENTRIES", "LAPSED", "QUARANTINE",
+        "OPEN_QUARANTINE", "QUARANTINED",
+    )
+}  # fmt: skip
+SWEEPS = {"DUE": expiry.DUE, "LEFT": outbox.LEFT, "DELETE": DELETE}
+
+MANY = (
+    "INSERT INTO holds SELECT account, 'h', 'captured', 1, 1, NULL, NULL, now(), now(), now() FROM accounts LIMIT 9000"
+    " ON CONFLICT DO NOTHING",
+    "INSERT INTO receipts SELECT account, 'h', 1, 1, 1, 0 FROM accounts LIMIT 9000 ON CONFLICT DO NOTHING",
+    "INSERT INTO outbox (account, exchange, task, operation, arguments, created_at)"
+    " SELECT account, '', 'credits.settle', 's', '{}', now() FROM accounts",
+    "INSERT INTO quarantine (digest, status, code, reason, queue, headers, body, received_at)"
+    " SELECT sha256(account::bytea), CASE WHEN account LIKE '%1' THEN 'open' ELSE 'dropped' END, '', '', '', '', '',"
+    " now() FROM accounts",
+)
+"""Rows of tables that a bench does not fill, so that reading a whole one is never the shortest way."""
+
+recorded: dict[str, Any] = {}
+"""Each statement that was executed, with the parameters of one time."""
+
+
+class Recording(psycopg.Cursor[Any]):
+    """Notes what it executes."""
+
+    def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
+        """As any cursor."""
+        if isinstance(query, str):
+            recorded[query] = params
+        return super().execute(query, params, **options)
+
+
+@pytest.fixture(scope="module")
+def large(stack: Stack) -> Iterator[str]:
+    """A database with many accounts, in which every statement was executed once."""
+    url = stack.create_database("large", template=TEMPLATE)
+    fill(url, ACCOUNTS, ENTRIES, lambda done, total: None)
+    recorded.clear()
+    for ledger in _ledger(url):
+        ledger.writer.connection.cursor_factory = Recording
+        live_on(ledger, url)
+        ledger.writer.connection.execute(DELETE, ([1, 2],))
+    with psycopg.connect(url, autocommit=True, cursor_factory=Recording) as connection:
+        read(connection, "a")
+        list(expiry.due(connection))
+        with connection.transaction():
+            outbox.left_behind(connection, 0)
+    with psycopg.connect(url, autocommit=True) as connection:
+        for statement in (*MANY, "VACUUM (ANALYZE)"):
+            connection.execute(statement)
+    yield url
+    stack.postgres.drop_database("large")
+
+
+def live_on(ledger: Ledger, database: str) -> None:
+    """A life that makes every statement of the writer."""
+    live(ledger, "a", "b")
+    ledger.apply("credits.capture", "in-time", account="a", hold="open-hold", amount=1)
+    ledger.apply("credits.release", "late", account="a", hold="h")
+    ledger.apply("credits.revoke", "by-number", account="a", grant=1)
+    ledger.apply("credits.grant", "to-give", account="b", amount=9, source="pack")
+    ledger.apply("credits.transfer", "gift", account="b", to="a", amount=4)
+    for _ in ("receive", "confirm"):
+        (follow,) = ledger.writer.take_outbox()
+        ledger.apply(follow.task, follow.operation, **msgspec.json.decode(follow.arguments))
+    ledger.apply("credits.open", "open", account="c", kind="pool")
+    ledger.apply("credits.grant", "brief", account="c", amount=3, source="pack", expires_in=60)
+    ledger.apply("credits.consume", "of-brief", account="c", amount=3)
+    travel(database, timedelta(days=1))
+    ledger.apply("credits.refund", "into-a-new-lot", account="c", operation="of-brief")
+    ledger.apply("credits.consume", "of-the-new-lot", account="c", amount=1)
+
+
+def read(connection: psycopg.Connection[Any], account: str) -> None:
+    """Every read that the command line makes."""
+    assert reading.account_summary(connection, account) is not None
+    assert reading.history(connection, account, limit=3, with_entries=True).next_before
+    reading.history(connection, account, limit=3, before=9, status="applied")
+    for status in ("open", "dropped", None):
+        reading.quarantine(connection, status=status, limit=3, before=9)
+    reading.quarantined_message(connection, 1)
+
+
+def plan(connection: psycopg.Connection[Any], statement: str, parameters: Any) -> dict[str, Any]:
+    """How Postgres would execute a statement; with parameters, or without knowing them if there are none."""
+    if parameters is None:
+        numbers: dict[str, int] = {}
+
+        def numbered(found: re.Match[str]) -> str:
+            return f"${numbers.setdefault(found[1] or str(len(numbers)), len(numbers) + 1)}"
+
+        statement = re.sub(r"%(?:\((\w+)\))?s", numbered, statement)
+    options = "FORMAT JSON" if parameters else "GENERIC_PLAN, FORMAT JSON"
+    row = connection.execute(f"EXPLAIN ({options}) {statement}", parameters).fetchone()
+    assert row is not None
+    found: dict[str, Any] = row[0][0]["Plan"]
+    return found
+
+
+def scans(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The nodes of a plan that read a table, each with the condition of its index, if it has one."""
+    below = node.get("Plans", [])
+    if "Relation Name" in node and node["Node Type"] != "ModifyTable":
+        conditions = [node.get("Index Cond", ""), *(child.get("Index Cond", "") for child in below)]
+        yield {**node, "Index Cond": " ".join(conditions)}
+    for child in below:
+        yield from scans(child)
+
+
+def offences(found: dict[str, Any]) -> list[str]:
+    """The nodes of a plan that do not find their rows by a key."""
+    wrong = []
+    for node in scans(found):
+        table = node["Relation Name"]
+        condition = re.sub(r"'[^']*'", "", node["Index Cond"])
+        columns = set(re.findall(r"\((?:\w+\.)?(\w+) (?:=|<|<=|>|>=) ", condition))
+        columns |= set(re.findall(r"\w+", " ".join(re.findall(r"ROW\(([^)]*)\) [<>]", condition))))
+        if not any(keys <= columns for keys in KEYS[table]):
+            wrong.append(f"{node['Node Type']} of {table} by {node.get('Index Name')} on {node['Index Cond']!r}")
+    return wrong
+
+
+def judge(connection: psycopg.Connection[Any], statements: Iterable[str], *, known: bool) -> dict[str, list[str]]:
+    """What is wrong with the plans of statements.
+
+    :param known: whether the plans are made for the parameters of one time, or for any.
+    """
+    return {
+        statement: found
+        for statement in statements
+        if (found := offences(plan(connection, statement, (recorded[statement] or ()) if known else None)))
+    }
+
+
+any_or_known = pytest.mark.parametrize("known", [False, True], ids=["any parameters", "known parameters"])
+
+
+@any_or_known
+@pytest.mark.parametrize("session", ["lane worker's", "plain"])
+def test_what_writes_finds_every_row_by_its_key(large: str, session: str, known: bool) -> None:
+    assert [name for name, statement in WRITERS.items() if statement not in recorded] == []
+    written = [statement for statement in recorded if re.search(r"\b(FROM|UPDATE|INSERT)\b", statement)]
+    changed = {found[1] for found in (re.match(r"\s*UPDATE (\w+)", statement) for statement in written) if found}
+    assert changed == {"accounts", "grants", "holds"}
+    statements = [statement for statement in written if statement not in {*READERS.values(), *SWEEPS.values()}]
+    with ledger_writer.connect(large) if session != "plain" else psycopg.connect(large, autocommit=True) as connection:
+        assert judge(connection, statements, known=known) == {}
+
+
+@any_or_known
+def test_sweeps_find_every_row_by_its_key(large: str, known: bool) -> None:
+    with psycopg.connect(large, autocommit=True) as connection:
+        assert judge(connection, SWEEPS.values(), known=known) == {}
+
+
+@any_or_known
+def test_what_reads_finds_every_row_by_its_key(large: str, known: bool) -> None:
+    with connect(large, "test") as connection, connection.transaction():
+        connection.execute(reading.BY_INDEX)
+        assert judge(connection, READERS.values(), known=known) == {}
+
+
+@pytest.mark.parametrize(
+    ("statement", "wrong"),
+    [
+        ("SELECT FROM entries", "Seq Scan of entries by None on ''"),
+        ("SELECT FROM accounts WHERE operations = %s", "Seq Scan of accounts by None on ''"),
+        ("SELECT FROM operations WHERE account = %s", "of operations by operations_"),
+        ("SELECT FROM entries WHERE account = %s AND kind = 'consumed'", "of entries by"),
+        ("SELECT FROM operations WHERE applied_at > %s", "of operations by"),
+        ("SELECT FROM receipts r JOIN holds h ON h.account = r.account WHERE h.account = %s", "of receipts by"),
+    ],
+)
+def test_a_statement_that_reads_more_is_noticed(large: str, statement: str, wrong: str) -> None:
+    with psycopg.connect(large, autocommit=True) as connection:
+        assert any(wrong in offence for offence in offences(plan(connection, statement, None)))
