@@ -658,7 +658,7 @@ def choose(load: Load, costs: Costs, machines: Machines) -> Choice:
     if load.per_day < 1 or load.peak_factor < 1 or load.accounts < 0 or not 0 <= load.single_share <= 1:
         raise CapacityError("a load has at least one operation a day and one account, and a peak of at least its mean")
     box = _sized(load, costs, machines, 0.0)
-    if _box_cores(box, machines) <= machines.box_cores:
+    if _box_cores(box, machines) <= machines.box_cores and box.broker(machines) == REDIS:
         return Choice(ONE_BOX, 1, box)
     sized = _sized(load, costs, machines, machines.round_trip_us)
     nodes = _postgres_nodes(sized, machines)
@@ -836,7 +836,7 @@ def plan(load: Load, costs: Costs = MEASURED, machines: Machines | None = None) 
         busiest_worker=worker_shares(load, sized.lanes, workers.count)[0] * workers.count,
         limits=_limits(sized, machines, hot_rate, share),
     )
-    found.notes.extend(_sentences(found, machines))
+    found.notes.extend(_sentences(found, load, machines))
     return found
 
 
@@ -873,7 +873,7 @@ def _limits(sized: Sized, machines: Machines, hot_rate: float, share: float) -> 
     )
 
 
-def _sentences(found: Plan, machines: Machines) -> list[str]:
+def _sentences(found: Plan, load: Load, machines: Machines) -> list[str]:
     """Why a plan looks as it does, for who runs it."""
     said = []
     if found.database == ONE_BOX:
@@ -908,12 +908,12 @@ def _sentences(found: Plan, machines: Machines) -> list[str]:
             f"Redis is enough for speed ({found.broker_cores:.2f} cores of the one it uses). RabbitMQ on three nodes"
             f" ({found.rabbitmq_cores:.1f} cores) is for messages that must survive the loss of a machine."
         )
-    if found.operations_per_message < FEW and found.producers > 1:
-        linger = (FULL - 1) * found.lanes * found.producers / found.peak_per_s
+    if found.operations_per_message < FEW and found.producers > 1 and load.single_share <= 1 / FEW:
+        linger = (FULL - 1) * found.lanes * found.producers / (found.peak_per_s * (1 - load.single_share))
         said.append(
             f"{found.producers} producers over {found.lanes:,} lanes put {found.operations_per_message:.1f} operations"
-            f" in a message. A linger of {linger:.2g} s would put about {FULL} in each: fewer messages, broker nodes"
-            " and workers. So would producers that each send for a part of the accounts."
+            f" in a message. A linger of {linger:.2g} s would put about {FULL} in each that is buffered: fewer broker"
+            " nodes and workers. So would producers that each send for a part of the accounts."
         )
     if found.lanes > LANES:
         said.append(

@@ -354,6 +354,15 @@ def test_a_smaller_machine_is_outgrown_sooner() -> None:
     assert tiny.postgres_nodes >= plan(given).wal_mb_per_s / (10 * 0.7)
 
 
+def test_one_box_is_one_with_redis() -> None:
+    alone = load(10**8, single_share=1.0)
+    assert plan(alone, machines=Machines(box_cores=1_000)).database == ONE_BOX
+    busier = plan(replace(alone, per_day=10**9), machines=Machines(box_cores=1_000))
+    assert (busier.database, busier.broker) == (CITUS, RABBITMQ)
+    assert not any("linger" in note for note in busier.notes)  # nothing of it is buffered
+    assert any("linger of" in note for note in plan(load(10**10)).notes)
+
+
 def test_an_account_that_one_process_cannot_carry_is_named() -> None:
     assert not plan(load(10**9, accounts=1)).hot_lane_fits
     said = " ".join(plan(load(10**9, accounts=1)).notes)
