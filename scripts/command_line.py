@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -59,8 +60,33 @@ from models.reading import (
 from models.reading import history as read_history
 from models.rules.catalog import Catalog
 from models.seal import make_seal, read_seals
+from scripts.capacity import (
+    BOX_CORES,
+    LINGER_SECONDS,
+    MAX_PER_DAY,
+    MEASURED,
+    POSTGRES_CORES,
+    SINGLE_SHARE,
+    TARGET_UTILISATION,
+    WAL_MB_PER_S,
+    CapacityError,
+    Load,
+    Machines,
+    Profile,
+    Window,
+    changes,
+    choose,
+    costs_of_bench,
+    plan,
+    profile_of,
+    sample_profile,
+    usage_times,
+)
+from scripts.capacity_showing import plan_lines, simulated_lines
+from scripts.capacity_simulation import simulate
 from scripts.embedded import process_exists
 from scripts.lane_state import MAX_LANES, lane_states
+from scripts.replay import EXPONENT
 from scripts.requeue import RequeueError, as_it_was, drop, mended, open_message, replay
 from scripts.showing import (
     console,
@@ -1262,6 +1288,149 @@ def seal(
             f" {one.accounts:,} accounts that moved, {one.operations:,} operations, {one.entries:,} entries in all",
             soft_wrap=True,
         )
+
+
+_COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?)([kMB]?)", re.ASCII)
+_THOUSANDS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
+
+
+def parse_count(text: str) -> int:
+    """Read a number of operations such as ``100_000_000``, ``100M`` or ``2.5B``.
+
+    :raises typer.BadParameter: with what to write instead.
+    """
+    found = _COUNT.fullmatch(text)
+    number = Decimal(found[1].replace("_", "")) * _THOUSANDS[found[2]] if found else Decimal(0)
+    if not 1 <= number <= MAX_PER_DAY:
+        raise typer.BadParameter(f"{text!r} is no number from 1 to {MAX_PER_DAY:,}; write 100_000_000, 100M or 10B")
+    return int(number)
+
+
+PER_DAY = ("1M", "100M", "10B")
+
+
+@app.command(
+    epilog=examples(
+        "creditlane capacity",
+        "creditlane capacity --per-day 100_000_000 --simulate",
+        "creditlane capacity --per-day 5M --usage usage.csv --size-for second",
+        "creditlane capacity --bench figures.json --single-share 1",
+        "creditlane capacity --json | jq '.plans[].postgres_cores'",
+    ),
+)
+def capacity(
+    per_day: Annotated[
+        list[str] | None,
+        typer.Option(metavar="N", help="Operations a day; may be repeated.", show_default=", ".join(PER_DAY)),
+    ] = None,
+    simulated: Annotated[
+        bool, typer.Option("--simulate", help="Simulate the busiest ten minutes, and what follows an outage.")
+    ] = False,
+    bench: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="What a machine needs: the file of scripts/bench --json.", show_default=False
+        ),
+    ] = None,
+    usage: Annotated[
+        Path | None,
+        typer.Option(metavar="CSV", help="A usage file that has the peaks of the load.", show_default=False),
+    ] = None,
+    time_column: Annotated[
+        str | None, typer.Option(help="Its column with times.", show_default="time or TIMESTAMP")
+    ] = None,
+    peak_factor: Annotated[
+        float | None,
+        typer.Option(
+            min=1, max=10_000, help="How many times the mean comes in the busiest minute.", show_default=False
+        ),
+    ] = None,
+    size_for: Annotated[
+        Window, typer.Option(help="The peak that is to be carried at once; what is above it waits.")
+    ] = Window.MINUTE,
+    single_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Operations that are messages of their own: their answers are awaited.")
+    ] = SINGLE_SHARE,
+    accounts: Annotated[
+        int, typer.Option(min=0, max=10**11, help="How many there are; 0 for one per hundred operations a day.")
+    ] = 0,
+    exponent: Annotated[
+        float, typer.Option(min=0, max=3, help="The k-th account is used in proportion to 1 / k^exponent.")
+    ] = EXPONENT,
+    events: Annotated[float, typer.Option(min=0, max=10, help="Events out for each operation.")] = 0.0,
+    linger_ms: Annotated[
+        float, typer.Option(min=0, max=60_000, help="How long a producer's buffer waits for company.")
+    ] = LINGER_SECONDS * 1000,
+    utilisation: Annotated[
+        float, typer.Option(min=0.05, max=0.95, help="How busy a part may be at the peak.")
+    ] = TARGET_UTILISATION,
+    box_cores: Annotated[int, typer.Option(min=1, max=1024, help="Of one machine that does everything.")] = BOX_CORES,
+    postgres_cores: Annotated[int, typer.Option(min=1, max=1024, help="Of one Postgres.")] = POSTGRES_CORES,
+    wal_mb_per_s: Annotated[
+        float, typer.Option(min=1, max=100_000, help="Megabytes a second that one Postgres may log.")
+    ] = WAL_MB_PER_S,
+    seed: Annotated[int, typer.Option(help="Of the simulation; the same one gives the same figures.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Work out how many workers, how much Postgres and which broker a load needs, and where the design changes.
+
+    From what an operation costs on a machine; needs no ledger.
+    """
+    machines = Machines(
+        box_cores=box_cores, postgres_cores=postgres_cores, wal_mb_per_s=wal_mb_per_s, utilisation=utilisation
+    )
+    try:
+        costs, absent = (MEASURED, []) if bench is None else costs_of_bench(bench)
+        profile = sample_profile()
+        if usage is not None:
+            profile = profile_of(usage_times(usage, time_column), str(usage), profile.hour)
+        if peak_factor is not None:
+            profile = Profile(min(profile.hour, peak_factor), peak_factor, max(profile.second, peak_factor), "as given")
+        loads = [
+            Load(parse_count(text), profile, size_for, single_share, accounts, exponent, events, linger_ms / 1000)
+            for text in per_day or PER_DAY
+        ]
+        plans = [plan(load, costs, machines) for load in loads]
+        steps = changes(loads[0], costs, machines)
+    except CapacityError as error:
+        fail(str(error), USAGE)
+    found = []
+    for load in loads if simulated else ():
+        with SimulationProgress(quiet=as_json) as progress:
+            found.append(simulate(load, choose(load, costs, machines), seed, progress))
+    if as_json:
+        show_json(
+            {"costs": costs, "absent": absent, "loads": loads, "plans": plans, "changes": steps, "simulations": found}
+        )
+        return
+    for sentence in absent:
+        console(stderr=True).print(f"[yellow]note:[/] {said(sentence)}", soft_wrap=True)
+    console().print(plan_lines(loads[0], costs, plans, steps))
+    for load, one in zip(loads, found, strict=False):
+        console().print("", simulated_lines(load.per_day, one), sep="\n")
+
+
+class SimulationProgress:
+    """How far a simulation is: a bar in a terminal, on stderr; elsewhere nothing, as it takes seconds."""
+
+    def __init__(self, quiet: bool) -> None:
+        errors = console(stderr=True)
+        self._bar = Progress(
+            TextColumn("simulating"), BarColumn(), TimeElapsedColumn(),
+            console=errors, transient=True, disable=quiet or not errors.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("simulation", total=None)
+
+    def __enter__(self) -> SimulationProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Tell how many messages are simulated, and how many there will be."""
+        self._bar.update(self._task, completed=done, total=total)
 
 
 def main() -> None:
