@@ -63,6 +63,9 @@ SHORT_BYTES = 255
 
 JSON = "application/json"
 
+FORBIDDEN = ", and this user may not make it: start a lane worker first"
+"""What is said of a lane that is not there to a producer that may only publish."""
+
 _TOPIC = TopicExchange(None)
 _encode = msgspec.json.Encoder().encode
 
@@ -389,6 +392,7 @@ class RabbitSender(Sender):
         left = list(messages)
 
         def send(connection: Connection) -> None:
+            self._need_lanes(connection, {message.queue for message in left if not message.exchange})
             try:
                 self._send_block(connection, left)
             except UnroutableError as error:
@@ -476,7 +480,29 @@ class RabbitSender(Sender):
             try:
                 declare_exchange(channel)
             except amqp.AccessRefused:
-                raise UnroutableError(sorted(set(queues))) from None
+                raise UnroutableError(sorted(set(queues)), FORBIDDEN) from None
+
+    def _need_lanes(self, connection: Connection, queues: set[str]) -> None:
+        """Have the lanes that nothing was sent to before, before anything is sent: a lane that is made in the middle of
+        a block takes its end, and its beginning only when that is sent again.
+
+        :raises UnroutableError: for a lane that is not there, and a user who may not make it; nothing was sent.
+        """
+        unknown = [queue for queue in queues if queue.startswith(PREFIX) and queue not in self._declared]
+        missing = [queue for queue in unknown if not self._exists(connection, queue)]
+        if missing:
+            self._need_exchange(connection, missing)
+            self._declare(connection, missing)
+        self._declared.update(unknown)
+
+    def _exists(self, connection: Connection, queue: str) -> bool:
+        # A channel of its own: the server closes one that asks for a queue that is not there.
+        with connection.channel() as channel:
+            try:
+                channel.queue_declare(queue, passive=True)
+            except amqp.NotFound:
+                return False
+            return True
 
     def _declare(self, connection: Connection, queues: Sequence[str]) -> None:
         """Make lanes that are not there.
@@ -490,7 +516,7 @@ class RabbitSender(Sender):
                 for lane in queues:
                     declare_lane(channel, lane)
         except amqp.AccessRefused:
-            raise UnroutableError(queues, ", and this user may not make it: start a lane worker first") from None
+            raise UnroutableError(queues, FORBIDDEN) from None
 
 
 _senders: WeakSet[Sender] = WeakSet()
