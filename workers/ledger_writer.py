@@ -154,6 +154,8 @@ ACCOUNTS = Changing(
 )
 """In the order of :data:`models.rules.state.ACCOUNT_FIELDS`."""
 
+NEXT_DUE_AT = ACCOUNT_FIELDS.index("next_due_at")
+
 account_fields = attrgetter(*ACCOUNT_FIELDS)
 
 GRANTS = Changing(
@@ -407,8 +409,8 @@ class Loaded:
             accounts = connection.execute(LOCK_ACCOUNTS, ids, binary=True)
             clock = connection.execute("SELECT ledger_now()")
             grants = [connection.execute(OPEN_GRANTS, ids, binary=True)]
-            holds = [connection.execute(OPEN_HOLDS, ids)]
-            hold_lines = connection.execute(OPEN_HOLD_LINES, ids)
+            holds: list[Cursor[Any]] = []
+            hold_lines = None
             known = connection.execute(KNOWN, keys)
             charges = connection.execute(CHARGES, needs["charge"]) if "charge" in needs else None
             transfers = connection.execute(TRANSFERS, needs["transfer"]) if "transfer" in needs else None
@@ -424,6 +426,11 @@ class Loaded:
             assert now is not None
             self.now: datetime = now[0]
             self._accounts: dict[str, Values] = {row[0]: row[1:] for row in accounts.fetchall()}
+            # A hold that is open runs out some day: nothing is looked for where nothing is ever due.
+            due = [name for name, row in self._accounts.items() if row[NEXT_DUE_AT] is not None]
+            if due:
+                holds.append(connection.execute(OPEN_HOLDS, (texts(due),)))
+                hold_lines = connection.execute(OPEN_HOLD_LINES, (texts(due),))
             self._grants = _by_account(grants)
             missing = self._missing_roots()
             if missing:
