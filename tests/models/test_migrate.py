@@ -91,7 +91,6 @@ def test_what_was_written_before_rows_were_narrow_stands_as_it_was(
     assert (schema(database), rows(database, COLUMNS)) == (now, columns)
     assert rows(database, CONTENT) == content
     assert rows(database, RIGHTS) == rights
-    ledger.writer.connection.execute("DISCARD PLANS")
     assert ledger.apply("credits.adjust", "next", account="a", amount=1, actor="t", reason="t")["status"] == "applied"
     with pytest.raises(psycopg.errors.RestrictViolation):
         ledger.writer.connection.execute("DELETE FROM entries")
