@@ -156,20 +156,22 @@ class Channel(kombu_redis.Channel):
 
     # What the lane consumer calls
 
-    def fetch(self, messages: int) -> int:
+    def fetch(self, messages: int, everywhere: bool = False) -> int:
         """Take up to so many messages off the lanes, a lane's in order, and deliver them.
 
         The lane that stood first stands last the next time, so that a busy lane does not starve the others.
 
+        :param everywhere: look into the lanes as well that are waited for, which are empty if all is well.
         :returns: how many were delivered; 0 when all lanes are empty.
         :raises FencedError: when a lane belongs to another process by now.
         """
-        if not self.epochs:
+        lanes = [lane for lane in self.epochs if everywhere or lane not in self._waiting]
+        if not lanes:
             return 0
         _, fetch, _ = self._lane_scripts()
-        keys = [key for lane in self.epochs for key in keys_of(lane)]
+        keys = [key for lane in lanes for key in keys_of(lane)]
         stages.begin()
-        out, lost = fetch(keys=keys, args=[messages, MAX_FETCH_BYTES, *self.epochs.values()])
+        out, lost = fetch(keys=keys, args=[messages, MAX_FETCH_BYTES, *(self.epochs[lane] for lane in lanes)])
         stages.end("take")
         if lost:
             raise FencedError(f"lanes taken over by another process: {', '.join(map(bytes_to_str, lost))}")
@@ -187,8 +189,7 @@ class Channel(kombu_redis.Channel):
                     # One message, whatever it is, must not keep the others from being delivered for ever.
                     callback(self._unreadable(lane, payload))
             count += len(payloads)
-        first = next(iter(self.epochs))
-        self.epochs[first] = self.epochs.pop(first)
+        self.epochs[lanes[0]] = self.epochs.pop(lanes[0])
         return count
 
     def acknowledge(self, counts: dict[str, int]) -> None:
@@ -319,6 +320,7 @@ class RedisLanes:
         self.loop = loop
         self.room = room
         self.guard = guard
+        self._everywhere = False
 
     def take(self, lanes: Sequence[str]) -> list[str]:
         """Begin to consume lanes; what their last owners left unacknowledged comes first."""
@@ -337,7 +339,11 @@ class RedisLanes:
             self.consumer.task_consumer.cancel_by_queue(lane)
 
     def check(self) -> None:
-        """Nothing to look for: a connection that broke is found by the next fetch."""
+        """Have the next look include the lanes that are waited for, in case a wake-up was lost on its way.
+
+        A connection that broke is found by that look.
+        """
+        self._everywhere = True
 
     def close(self) -> None:
         """Select no queue: Celery consumes from what is selected as soon as it is connected again, owned or not."""
@@ -347,7 +353,10 @@ class RedisLanes:
     def poll(self) -> None:
         """Bring what is waiting into the buffer, or wait for something to come."""
         room = self.room()
-        if room > 0 and not self.channel.fetch(room):
+        if room <= 0:
+            return
+        everywhere, self._everywhere = self._everywhere, False
+        if not self.channel.fetch(room, everywhere):
             self.channel.wait(self.loop, lambda _lane: self.guard(self.poll))
 
     def acknowledge(self, messages: Iterable[Any]) -> None:

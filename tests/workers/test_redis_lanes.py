@@ -292,6 +292,24 @@ def test_a_poll_that_finds_nothing_waits_and_brings_what_comes_later(owners: lis
     hub.close()
 
 
+def test_a_lane_that_is_waited_for_is_looked_into_again_when_a_wake_up_may_be_lost(
+    owners: list[Owner], store: redis.Redis
+) -> None:
+    owner, _ = owners
+    owner.take(LANE, SECOND)
+    hub = Hub()
+    lanes = RedisLanes(consumer_of(owner), hub, lambda: 10, lambda step: step())
+    lanes.poll()
+    # The loop does not turn: the wake-up stays on its way.
+    push(store, LANE, "1")
+    lanes.poll()
+    assert owner.got == []
+    lanes.check()
+    lanes.poll()
+    assert [got.body for got in owner.got] == [b"1"]
+    hub.close()
+
+
 def test_a_wait_ends_with_its_channel_and_leaves_no_client_blocked(broker_url: str, store: redis.Redis) -> None:
     owner = Owner(broker_url)
     owner.take(LANE, SECOND)
