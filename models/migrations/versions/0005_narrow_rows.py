@@ -34,19 +34,19 @@ BEGIN
                          THEN format(' CONSTRAINT %I NOT NULL', ordered || '_' || attname || '_not_null') ELSE '' END,
                       ', ' ORDER BY array_position(wanted, attname::text))
     INTO names, columns FROM pg_attribute WHERE attrelid = relation AND attnum > 0 AND NOT attisdropped;
-    SELECT array_agg(definition ORDER BY step, definition) INTO again FROM (
-        SELECT 1 AS step, format('ALTER TABLE %I ADD CONSTRAINT %I %s', ordered, conname, pg_get_constraintdef(oid))
+    SELECT array_agg(definition ORDER BY step, made, definition) INTO again FROM (
+        SELECT 1, oid, format('ALTER TABLE %I ADD CONSTRAINT %I %s', ordered, conname, pg_get_constraintdef(oid))
         FROM pg_constraint WHERE conrelid = relation AND contype <> 'n'
-        UNION ALL SELECT 2, pg_get_indexdef(indexrelid) FROM pg_index
+        UNION ALL SELECT 2, indexrelid, pg_get_indexdef(indexrelid) FROM pg_index
         WHERE indrelid = relation AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid)
-        UNION ALL SELECT 3, pg_get_triggerdef(oid) FROM pg_trigger WHERE tgrelid = relation AND NOT tgisinternal
-        UNION ALL SELECT 4, format('GRANT %s ON %I TO %s', privilege_type, ordered,
+        UNION ALL SELECT 3, oid, pg_get_triggerdef(oid) FROM pg_trigger WHERE tgrelid = relation AND NOT tgisinternal
+        UNION ALL SELECT 4, 0, format('GRANT %s ON %I TO %s', privilege_type, ordered,
                                    CASE grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END)
                             || CASE WHEN is_grantable THEN ' WITH GRANT OPTION' ELSE '' END
         FROM pg_class, aclexplode(relacl) WHERE pg_class.oid = relation AND grantee <> relowner
-        UNION ALL SELECT 5, format('ALTER TABLE %I OWNER TO %I', ordered, pg_get_userbyid(relowner))
+        UNION ALL SELECT 5, 0, format('ALTER TABLE %I OWNER TO %I', ordered, pg_get_userbyid(relowner))
         FROM pg_class WHERE oid = relation
-    ) AS definitions (step, definition);
+    ) AS definitions (step, made, definition);
     EXECUTE format('ALTER TABLE %I RENAME TO %I', ordered, before);
     EXECUTE format('CREATE TABLE %I (%s)', ordered, columns);
     EXECUTE format('INSERT INTO %I (%s) SELECT %s FROM %I', ordered, names, names, before);
