@@ -19,6 +19,7 @@ from sqlalchemy import (
     Index,
     Integer,
     LargeBinary,
+    PrimaryKeyConstraint,
     SmallInteger,
     Text,
     UniqueConstraint,
@@ -140,10 +141,11 @@ class GrantRow(Buckets, Base):
 
 
 class OperationRow(Base):
-    """One message and its first answer; immutable."""
+    """One message and its first answer; immutable. Columns of a fixed width come first: rows have no padding."""
 
     __tablename__ = "operations"
     __table_args__ = (
+        PrimaryKeyConstraint("account", "operation"),
         UniqueConstraint("account", "number", name="operations_in_order"),
         Index(
             "operations_by_time",
@@ -153,34 +155,35 @@ class OperationRow(Base):
         ),
     )
 
-    account: Mapped[str] = mapped_column(primary_key=True)
-    operation: Mapped[str] = mapped_column(primary_key=True)
-    """The operation id, chosen by the producer: the idempotency key."""
     number: Mapped[int] = mapped_column(BigInteger)
     """Its place among the account's operations, from 1, without gaps."""
+    charged_micro: Mapped[int] = mapped_column(BigInteger)
+    applied_at: Mapped[datetime]
+    quantity_micro: Mapped[int | None] = mapped_column(BigInteger)
+    first_seq: Mapped[int | None] = mapped_column(BigInteger)
+    occurred_at: Mapped[datetime | None]
+    entries: Mapped[int] = mapped_column(Integer)
+    """How many entries it wrote, from ``first_seq`` on."""
+    account: Mapped[str]
+    operation: Mapped[str]
+    """The operation id, chosen by the producer: the idempotency key."""
     name: Mapped[str]
     status: Mapped[str]
     code: Mapped[str | None]
-    charged_micro: Mapped[int] = mapped_column(BigInteger)
     feature: Mapped[str | None]
-    quantity_micro: Mapped[int | None] = mapped_column(BigInteger)
     member: Mapped[str | None]
-    first_seq: Mapped[int | None] = mapped_column(BigInteger)
-    entries: Mapped[int] = mapped_column(Integer)
-    """How many entries it wrote, from ``first_seq`` on."""
+    catalog: Mapped[str]
     arguments: Mapped[str] = mapped_column(JSON)
     result: Mapped[str] = mapped_column(JSON)
     """The answer without operation, id, status and account, which are columns."""
-    occurred_at: Mapped[datetime | None]
-    applied_at: Mapped[datetime]
-    catalog: Mapped[str]
 
 
 class EntryRow(Base):
-    """So many credits in or out of one grant; immutable, chained by hash."""
+    """So many credits in or out of one grant; immutable, chained by hash. Columns of a fixed width come first here."""
 
     __tablename__ = "entries"
     __table_args__ = (
+        PrimaryKeyConstraint("account", "seq"),
         Index(
             "entries_by_time",
             "recorded_at",
@@ -189,17 +192,17 @@ class EntryRow(Base):
         ),
     )
 
-    account: Mapped[str] = mapped_column(primary_key=True)
-    seq: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
-    operation: Mapped[str | None]
-    """The operation that caused it; NULL where time did."""
-    kind: Mapped[str]
-    grant_id: Mapped[int] = mapped_column(Integer)
+    seq: Mapped[int] = mapped_column(BigInteger, autoincrement=False)
     amount_micro: Mapped[int] = mapped_column(BigInteger)
     balance_after_micro: Mapped[int] = mapped_column(BigInteger)
     at: Mapped[datetime]
-    refers_to: Mapped[str | None]
     recorded_at: Mapped[datetime]
+    grant_id: Mapped[int] = mapped_column(Integer)
+    account: Mapped[str]
+    operation: Mapped[str | None]
+    """The operation that caused it; NULL where time did."""
+    kind: Mapped[str]
+    refers_to: Mapped[str | None]
     hash: Mapped[bytes]
 
 

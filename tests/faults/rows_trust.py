@@ -191,15 +191,17 @@ TAMPERINGS = {
     ),
     "entries that change places": Tampering(
         "WITH gone AS (DELETE FROM entries WHERE account = %(account)s AND seq IN (2, 3) RETURNING *)"
-        " INSERT INTO entries SELECT account, 5 - seq + 10000, operation, kind, grant_id, amount_micro,"
+        " INSERT INTO entries (account, seq, operation, kind, grant_id, amount_micro, balance_after_micro, at,"
+        " refers_to, recorded_at, hash) SELECT account, 5 - seq + 10000, operation, kind, grant_id, amount_micro,"
         " balance_after_micro, at, refers_to, recorded_at, hash FROM gone; "
         "UPDATE entries SET seq = seq - 10000 WHERE seq > 10000",
         "entries",
         "seq 2",
     ),
     "a doubled entry": Tampering(
-        "INSERT INTO entries SELECT account, (SELECT max(seq) + 1 FROM entries WHERE account = %(account)s), operation,"
-        " kind, grant_id, amount_micro, balance_after_micro, at, refers_to, recorded_at, hash FROM entries"
+        "INSERT INTO entries (account, seq, operation, kind, grant_id, amount_micro, balance_after_micro, at,"
+        " refers_to, recorded_at, hash) SELECT account, (SELECT max(seq) + 1 FROM entries WHERE account = %(account)s),"
+        " operation, kind, grant_id, amount_micro, balance_after_micro, at, refers_to, recorded_at, hash FROM entries"
         " WHERE account = %(account)s AND seq = 2",
         "entries",
         "seq ",

@@ -236,9 +236,10 @@ def test_a_transfer_that_went_astray_is_found(
         ("UPDATE entries SET refers_to = 'other' WHERE account = 'a' AND seq = 2", "entry 2"),
         ("UPDATE entries SET at = at - interval '1 second' WHERE account = 'a' AND seq = 2", "entry 2"),
         (
-            "INSERT INTO entries SELECT account, (SELECT max(seq) + 1 FROM entries WHERE account = 'a'), operation,"
-            " kind, grant_id, amount_micro, balance_after_micro, at, refers_to, recorded_at, hash FROM entries"
-            " WHERE account = 'a' AND seq = 2",
+            "INSERT INTO entries (account, seq, operation, kind, grant_id, amount_micro, balance_after_micro, at,"
+            " refers_to, recorded_at, hash) SELECT account, (SELECT max(seq) + 1 FROM entries WHERE account = 'a'),"
+            " operation, kind, grant_id, amount_micro, balance_after_micro, at, refers_to, recorded_at, hash"
+            " FROM entries WHERE account = 'a' AND seq = 2",
             "entries, the replay has",
         ),
         ("DELETE FROM entries WHERE account = 'a' AND seq = 2", "entry 2"),

@@ -85,13 +85,15 @@ TAMPERINGS: dict[str, tuple[list[str], tuple[str, str]]] = {
         ("operations", "c"),
     ),
     "a forged entry": (
-        ["INSERT INTO entries SELECT account, seq + 1, operation, 'granted', grant_id, 1000000,"
+        ["INSERT INTO entries (account, seq, operation, kind, grant_id, amount_micro, balance_after_micro, at,"
+         " refers_to, recorded_at, hash) SELECT account, seq + 1, operation, 'granted', grant_id, 1000000,"
          " balance_after_micro + 1000000, at, refers_to, recorded_at, hash FROM entries WHERE account = 'b'"
          " ORDER BY seq DESC LIMIT 1"],
         ("entries", "seq 16"),
     ),
     "a forged entry with its counts": (
-        ["INSERT INTO entries SELECT account, seq + 1, operation, 'granted', grant_id, 1000000,"
+        ["INSERT INTO entries (account, seq, operation, kind, grant_id, amount_micro, balance_after_micro, at,"
+         " refers_to, recorded_at, hash) SELECT account, seq + 1, operation, 'granted', grant_id, 1000000,"
          " balance_after_micro + 1000000, at, refers_to, recorded_at, hash FROM entries WHERE account = 'b'"
          " ORDER BY seq DESC LIMIT 1",
          "UPDATE accounts SET seq = seq + 1, granted_micro = granted_micro + 1000000,"

@@ -5,18 +5,21 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
-from models.migrate import MIGRATION_LOCK, sqlalchemy_url, upgrade
+from models.migrate import MIGRATION_LOCK, alembic_config, sqlalchemy_url, upgrade
 from models.tables import Base
 from scripts.embedded import Stack
+from tests.proof import live
 from tests.support import ROOT, Ledger, rows, value
 
 
@@ -54,6 +57,57 @@ def test_upgrading_again_changes_nothing(empty_database: str) -> None:
     upgrade(empty_database)
     assert schema(empty_database) == first
     assert value(empty_database, "SELECT count(*) FROM outbox") == 1
+
+
+RIGHTS = """
+SELECT relname, relowner::regrole, privilege_type, grantee::regrole FROM pg_class, aclexplode(relacl)
+WHERE relname IN ('operations', 'entries') ORDER BY 1, 3, 4
+"""
+COLUMNS = """
+SELECT table_name, string_agg(column_name, ' ' ORDER BY ordinal_position) FROM information_schema.columns
+WHERE table_name IN ('operations', 'entries') GROUP BY 1 ORDER BY 1
+"""
+CONTENT = """
+SELECT 'operation', to_jsonb(o)::text FROM operations o UNION ALL SELECT 'entry', to_jsonb(e)::text FROM entries e
+ORDER BY 1, 2
+"""
+
+
+def test_what_was_written_before_rows_were_narrow_stands_as_it_was(
+    database: str, ledger: Ledger, empty_database: str
+) -> None:
+    """There and back again, with rows, with rights that somebody added; audited in the end, as every ledger is."""
+    live(ledger, "a", "b")
+    ledger.writer.connection.execute("GRANT SELECT ON entries TO PUBLIC")
+    now, content, columns = schema(database), rows(database, CONTENT), rows(database, COLUMNS)
+    rights = rows(database, RIGHTS)
+    migrate(database, command.downgrade, "0004")
+    old = without_functions(database), rows(database, COLUMNS)
+    assert old[1] != columns
+    assert rows(database, CONTENT) == content
+    migrate(empty_database, command.upgrade, "0004")
+    assert (without_functions(empty_database), rows(empty_database, COLUMNS)) == old
+    upgrade(database)
+    assert (schema(database), rows(database, COLUMNS)) == (now, columns)
+    assert rows(database, CONTENT) == content
+    assert rows(database, RIGHTS) == rights
+    assert ledger.apply("credits.adjust", "next", account="a", amount=1, actor="t", reason="t")["status"] == "applied"
+    with pytest.raises(psycopg.errors.RestrictViolation):
+        ledger.writer.connection.execute("DELETE FROM entries")
+
+
+def without_functions(database: str) -> list[tuple[str, ...]]:
+    """The schema but for its functions: a test's clock is one."""
+    return [row for row in schema(database) if row[0] != "function"]
+
+
+def migrate(database: str, change: Callable[[Config, str], None], revision: str) -> None:
+    """Bring a database to a revision."""
+    engine = create_engine(sqlalchemy_url(database), poolclass=NullPool)
+    with engine.connect() as connection:
+        change(alembic_config(connection), revision)
+        connection.commit()
+    engine.dispose()
 
 
 def test_several_at_once_take_turns(empty_database: str) -> None:
