@@ -12,8 +12,11 @@ from collections.abc import Sequence
 
 from scripts.bench_figures import BenchError, Bound, Sample, Step
 from scripts.bench_harness import FEATURE, MEMBERS, POOL, QUANTITY, Bench, Lanes, Operation
-from scripts.bench_peers import ANSWER_SECONDS, PEERS, measure_backlog
+from scripts.bench_long import measure_grow, measure_memory, measure_month
+from scripts.bench_mix import measure_mix
+from scripts.bench_peers import ANSWER_SECONDS, PEERS
 from scripts.bench_processes import Loaders
+from scripts.bench_streams import measure_backlog, measure_stream
 
 LOAD = 3
 """``answer_loaded`` has one part in so many of the load that ``single`` shows to be possible."""
@@ -40,18 +43,6 @@ def measure_single(bench: Bench) -> Sample:
     """One message per operation, events and results on."""
     with bench.lanes() as side:
         return measure_backlog(bench, side, bench.operations("single", bench.sizes.single))
-
-
-def measure_stream(bench: Bench, side: Lanes, operations: list[Operation]) -> Sample:
-    """Through ``buffer()`` while the workers apply: from the first publish to the last commit."""
-    side.sent(operations)
-    with bench.metered(len(operations), side.workers) as costs:
-        started = time.time()
-        with costs.producing(), side.client.buffer() as buffer:
-            for account, operation, member in operations:
-                buffer.consume(account, feature=FEATURE, quantity=QUANTITY, member=member, id=operation)
-        side.wait_until_quiet(len(operations))
-    return Sample(len(operations) / (side.last_commit() - started), **costs.as_fields)
 
 
 def measure_metering(bench: Bench) -> Sample:
@@ -157,6 +148,35 @@ CASES = {
             measure_answer_loaded,
             (Bound("p99_ms", "<", 50), Bound("p50_ms", "<", 5, "celery")),
             after=("single",),
+        ),
+        Step(
+            "mix",
+            "a usage trace as consumes, holds with captures and releases, refunds and grants through buffer(); accounts"
+            " with five grants",
+            measure_mix,
+            (Bound("ops_per_s", "≥", 20, "naive"),),
+        ),
+        Step(
+            "grow",
+            "as metering, in a ledger that has 1,000,000 accounts and 10,000,000 entries",
+            measure_grow,
+            (Bound("ops_per_s", "≥", 0.9, "metering"),),
+            once=True,
+        ),
+        Step(
+            "month",
+            "the expiry sweep over 1,000,000 idle accounts whose credits expire at one instant; renewals with rollover"
+            " join when there are any",
+            measure_month,
+            (Bound("ops_per_s", "≥", 5_000), Bound("memory_ratio", "≤", 1.1)),
+            once=True,
+        ),
+        Step(
+            "memory",
+            "as metering, 1,000,000 operations; the workers' resident memory, early is after 50,000",
+            measure_memory,
+            (Bound("memory_ratio", "≤", 1.1), Bound("memory_mib", "≤", 200)),
+            once=True,
         ),
     )
 }

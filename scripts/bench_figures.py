@@ -65,6 +65,8 @@ class Sample:
     """The resident memory of the process that grew most, as a multiple of what it was early in the measurement."""
     memory_mib: float | None = None
     """The resident memory in the end, of the process that has most."""
+    bytes_per_op: float | None = None
+    """What the database keeps of each operation for ever, indexes included."""
     cpu_us_per_op: Mapping[str, float] = field(default_factory=dict)
     """CPU time in microseconds per operation, of ``producer``, ``workers``, ``database`` and ``broker``."""
     stages_us_per_op: Mapping[str, float] = field(default_factory=dict)
@@ -82,7 +84,7 @@ class Sample:
         return cls(rate, percentile(seconds, 50) * 1000, percentile(seconds, 99) * 1000, **more)
 
 
-FIGURES = ("ops_per_s", "p50_ms", "p99_ms", "memory_ratio", "memory_mib")
+FIGURES = ("ops_per_s", "p50_ms", "p99_ms", "memory_ratio", "memory_mib", "bytes_per_op")
 """The fields of :class:`Sample` that are one number."""
 
 TABLES = ("cpu_us_per_op", "stages_us_per_op")

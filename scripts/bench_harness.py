@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import count
 from typing import Any
 from uuid import uuid4
@@ -133,19 +133,23 @@ class Bench:
         with self.show.working("opening accounts"):
             self.make_ledger(LEDGER_TEMPLATE, opening([*self.accounts, POOL]))
 
-    def make_ledger(self, name: str, jobs: Iterable[Job]) -> str:
+    def make_ledger(self, name: str, jobs: Sequence[Job], ago: timedelta = timedelta()) -> str:
         """Create a ledger and write operations to it, without a broker.
 
         :param name: of its database.
+        :param ago: how long before now they are, as the ledger has it.
         :returns: its URL.
         """
         url = self.stack.create_database(name)
         upgrade(url)
         catalog = load_catalog(CATALOG)
         with connect(url, "creditlane bench") as connection:
+            set_clock(connection, ago)
             writer = LedgerWriter(connection, lambda: catalog, unexpected)
-            for block in blocks(jobs, FILL * 2):
-                writer.write(block)
+            for start in range(0, len(jobs), FILL * 2):
+                writer.write(jobs[start : start + FILL * 2])
+                self.show.advance(start, len(jobs))
+            set_clock(connection, timedelta())
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("VACUUM (FREEZE, ANALYZE)")
         return url
@@ -198,14 +202,15 @@ class Bench:
         template: str = LEDGER_TEMPLATE,
         *,
         database_url: str | None = None,
+        whole: bool = False,
         environment: Mapping[str, str] | None = None,
         accounts: Sequence[str] | None = None,
     ) -> Iterator[Lanes]:
         """A fresh ledger with lane workers that have shared the lanes and are warm; checked in the end.
 
         :param template: what the ledger is a copy of.
-        :param database_url: a ledger that is there, to work in instead of a copy; of it, only the accounts that the
-            measurement has touched are audited.
+        :param database_url: a ledger that is there, to work in instead of a copy.
+        :param whole: audit all of it; else only the accounts that the measurement has touched.
         :param environment: settings of the workers beside the usual ones.
         :param accounts: what the first operations are spread over; all unless given.
         :raises BenchError: when the ledger does not hold exactly what was sent.
@@ -214,7 +219,7 @@ class Bench:
             with self.database(template) as copy, self._lanes(copy, environment, accounts, whole=True) as side:
                 yield side
         else:
-            with self._lanes(database_url, environment, accounts, whole=False) as side:
+            with self._lanes(database_url, environment, accounts, whole=whole) as side:
                 yield side
 
     @contextmanager
@@ -295,11 +300,32 @@ def account_names(number: int) -> list[str]:
     return [f"user_{index:05d}" for index in range(number)]
 
 
-def opening(accounts: Iterable[str]) -> Iterator[Job]:
-    """The operations that open accounts and give each of them :data:`GRANTED_MICRO`."""
-    for account in accounts:
-        yield job("credits.open", account, {"kind": "pool" if account == POOL else "user"})
-        yield job("credits.grant", account, {"amount": format_amount(GRANTED_MICRO), "source": "bench"})
+def opening(accounts: Iterable[str], **grant: Any) -> list[Job]:
+    """The operations that open accounts and give each of them :data:`GRANTED_MICRO`.
+
+    :param grant: further arguments of the grants.
+    """
+    amount = {"amount": format_amount(GRANTED_MICRO), "source": "bench", **grant}
+    return [
+        each
+        for account in accounts
+        for each in (
+            job("credits.open", account, {"kind": "pool" if account == POOL else "user"}),
+            job("credits.grant", account, amount),
+        )
+    ]
+
+
+def set_clock(connection: psycopg.Connection[Any], ago: timedelta) -> None:
+    """Let a ledger's clock be behind the real one.
+
+    :param ago: by how much; nothing for the clock that it comes with.
+    """
+    behind = f" - interval '{ago.total_seconds()} seconds'" if ago else ""
+    connection.execute(
+        "CREATE OR REPLACE FUNCTION ledger_now() RETURNS timestamptz LANGUAGE sql VOLATILE"
+        f" AS $$SELECT clock_timestamp(){behind}$$"
+    )
 
 
 def job(name: str, account: str, arguments: Mapping[str, Any], operation: str | None = None) -> Job:
@@ -315,18 +341,6 @@ def job(name: str, account: str, arguments: Mapping[str, Any], operation: str | 
 def unexpected(job: Job, code: Code, reason: str, _trace: str | None) -> Quarantined:
     """What becomes of an operation of the preparation that cannot be applied: the end of the bench."""
     raise BenchError(f"{job.name} of {job.account} could not be prepared ({code}: {reason}).")
-
-
-def blocks(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
-    """Cut jobs into lists of at most so many."""
-    block: list[Job] = []
-    for each in jobs:
-        block.append(each)
-        if len(block) == size:
-            yield block
-            block = []
-    if block:
-        yield block
 
 
 def consume_message(account: str, operation: str, member: str | None, lanes: int) -> Outgoing:
@@ -357,6 +371,8 @@ class Side:
 
     table: str
     """Where an operation's row is."""
+    kept: tuple[str, ...]
+    """The tables to which operations add rows that stay."""
 
     def __init__(self, bench: Bench, workers: Workers, connection: psycopg.Connection[Any], store: redis.Redis) -> None:
         self.bench = bench
@@ -386,19 +402,28 @@ class Side:
         raise NotImplementedError
 
     def wait_until_quiet(
-        self, operations: int, *, quiet: bool = False, watch: Callable[[int], None] = lambda written: None
+        self,
+        operations: int,
+        *,
+        quiet: bool = False,
+        first: int | None = None,
+        all_of_them: bool = False,
+        watch: Callable[[int], None] = lambda written: None,
     ) -> None:
         """Wait until no message is left: each is acknowledged only after its commit.
 
         :param operations: how many are on their way, for the progress.
         :param quiet: show no progress.
+        :param first: how many rows were written before; as many as now unless given.
+        :param all_of_them: wait until so many rows are written, since somebody else still sends.
         :param watch: told every now and then how many rows are written since.
         :raises BenchError: when nothing moves any more.
         """
-        first = seen = self.written()
+        first = self.written() if first is None else first
+        seen = written = first
         moved = time.monotonic()
         left = -1
-        while (waiting := self.waiting()) > 0:
+        while (waiting := self.waiting()) > 0 or (all_of_them and written - first < operations):
             written = self.written()
             if (written, waiting) != (seen, left):
                 seen, left, moved = written, waiting, time.monotonic()
@@ -417,6 +442,14 @@ class Side:
         """About how many rows are written; what the server counts anyway, so that looking costs nothing."""
         row = self.connection.execute(
             "SELECT n_tup_ins FROM pg_stat_user_tables WHERE relname = %s", (self.table,)
+        ).fetchone()
+        return int(row[0]) if row else 0
+
+    def stored_bytes(self) -> int:
+        """What is kept of operations for ever, with the indexes."""
+        row = self.connection.execute(
+            "SELECT sum(pg_total_relation_size(relid))::bigint FROM pg_stat_user_tables WHERE relname = ANY(%s)",
+            (list(self.kept),),
         ).fetchone()
         return int(row[0]) if row else 0
 
@@ -462,6 +495,7 @@ class Lanes(Side):
     """
 
     table = "operations"
+    kept = ("operations", "entries")
 
     def __init__(
         self,
@@ -529,7 +563,7 @@ def check_audit(connection: psycopg.Connection[Any], accounts: Sequence[str] | N
     :param accounts: those to audit; all unless given.
     :raises BenchError: naming a fault.
     """
-    report = audit(connection, accounts)
+    report = audit(connection, accounts, processes=WORKERS)
     if not report.holds:
         fault = report.faults[0]
         raise BenchError(
@@ -542,6 +576,7 @@ class Naive(Side):
     """The naive tasks on tables of their own."""
 
     table = "naive_operations"
+    kept = ("naive_operations",)
 
     def __init__(
         self,

@@ -26,8 +26,6 @@ from scripts.bench_harness import (
     QUANTITY,
     WORKERS,
     Bench,
-    Operation,
-    Side,
     check_applied,
     check_audit,
     check_naive_balances,
@@ -39,6 +37,7 @@ from scripts.bench_harness import (
     sender,
 )
 from scripts.bench_processes import Loaders
+from scripts.bench_streams import measure_backlog
 from scripts.embedded import _postgres_programs
 
 ANSWER_SECONDS = 30.0
@@ -109,20 +108,6 @@ def measure_apply_async(bench: Bench) -> Sample:
         if there != len(operations):
             raise BenchError(f"{len(operations):,} messages were sent and {there:,} are there.")
     return Sample(len(operations) / seconds, **costs.as_fields)
-
-
-def measure_backlog(bench: Bench, side: Side, operations: list[Operation]) -> Sample:
-    """What waits in the queue, one message each: from the first delivery to the last commit.
-
-    What the broker uses to take the messages in is counted, what the sender uses is not.
-    """
-    side.sent(operations)
-    with bench.metered(len(operations), side.workers) as costs:
-        side.workers.hold()
-        side.fill(operations)
-        started = side.workers.release()
-        side.wait_until_quiet(len(operations))
-    return Sample(len(operations) / (side.last_commit() - started), **costs.as_fields)
 
 
 def measure_naive(bench: Bench) -> Sample:

@@ -105,7 +105,7 @@ def report_table(results: Results, steps: Sequence[Step], cases: Sequence[str], 
     title = "One run" if runs == 1 else f"Median of {runs} runs (least–most)"
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
-    for name in ("per second", "p50, p99 in ms", "ratio"):
+    for name in ("per second", "p50, p99 in ms; memory", "ratio"):
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("goal")
     table.add_column("met", justify="center")
@@ -172,4 +172,7 @@ def report_json(
             }
         elif not step.bounds:  # a peer: a case that is there for comparison alone is not told
             peers[step.name] = figures(step.name)
-    return {"versions": dict(versions), "runs": runs, "peers": peers, "cases": told}
+    report = {"versions": dict(versions), "runs": runs, "peers": peers, "cases": told}
+    if "bytes_per_op" in told.get("metering", {}):
+        report["sizes"] = {"bytes_per_operation": told["metering"]["bytes_per_op"]}
+    return report
