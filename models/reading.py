@@ -31,12 +31,8 @@ Status = Literal["applied", "rejected"]
 
 BUCKETS = ", ".join(f"{counter}_micro" for counter in COUNTERS)
 
-ACCOUNT_FIELDS = (
-    "kind", "status", "email", "locale", "timezone", "opened_at", "updated_at", "next_due_at", "operations", "seq",
-    "last_grant", *COUNTERS, "debt",
-)  # fmt: skip
 ACCOUNT = f"""
-SELECT kind, status, email, locale, timezone, opened_at, updated_at, next_due_at, operations, seq, last_grant,
+SELECT kind, status, email, locale, timezone, opened_at, updated_at, next_due_at, operations, seq, head, last_grant,
        {BUCKETS}, debt_micro
 FROM accounts WHERE account = %s
 """
@@ -204,7 +200,7 @@ def _load(connection: Connection[Any], account: str) -> tuple[Account, int, date
         instant = clock.fetchone()
         if found is None or instant is None:
             return None
-        state = Account(account, **dict(zip(ACCOUNT_FIELDS, found, strict=True)))
+        state = Account(account, found)
         for grant_id, source, priority, features, *rest in grants:
             scope = None if features is None else frozenset(features)
             state.add_grant(Grant(grant_id, source, priority, scope, *rest))

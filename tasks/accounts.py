@@ -28,7 +28,7 @@ def open_account(account: Account, message: Open, context: Context) -> Outcome:
     account.locale = message.locale
     account.timezone = message.timezone
     account.opened_at = context.now
-    account.was_opened = account.is_dirty = True
+    account.is_dirty = True
     welcome = {"user": context.catalog.signup, "lead": context.catalog.lead}.get(message.kind, Welcome())
     if not welcome.credits:
         return Outcome()

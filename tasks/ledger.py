@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -25,7 +25,7 @@ from tasks.registry import OPERATIONS
 encode = msgspec.json.Encoder().encode
 
 
-class Row(NamedTuple):
+class Row(msgspec.Struct, frozen=True, gc=False):
     """An operation as it is written: one immutable row."""
 
     operation: str
@@ -48,14 +48,26 @@ class Row(NamedTuple):
     catalog: str
 
 
-class Answer(NamedTuple):
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """What the producer is told, and the row to write (none for a replay or a conflict of ids)."""
 
-    result: bytes
+    name: str
+    operation: str
+    account: str
+    status: str
+    stored: bytes
+    """The result but for the fields above, as JSON."""
     row: Row | None
     conflict: bool = False
     follow: Sequence[FollowUp] = ()
     """What is to be sent on once the row is committed; nothing for a replay, whose row was committed with it."""
+
+    @property
+    def result(self) -> bytes:
+        """The result as JSON, put together without reading the stored part."""
+        head = encode({"operation": self.name, "id": self.operation, "status": self.status, "account": self.account})
+        replayed = self.row is None and not self.conflict
+        return b"%s,%s%s" % (head[:-1], self.stored[1:-1], b',"replayed":true}' if replayed else b"}")
 
 
 def apply(
@@ -128,7 +140,7 @@ def apply(
         now,
         catalog.label,
     )
-    return Answer(answer(name, operation, status, account.account, stored), row, False, outcome.follow)
+    return Answer(name, operation, account.account, status, stored, row, False, outcome.follow)
 
 
 def _repeat(account: Account, name: str, operation: str, message: Message, known: Known) -> Answer:
@@ -139,13 +151,12 @@ def _repeat(account: Account, name: str, operation: str, message: Message, known
     if known.name == name and first == message:
         repeated = OPERATIONS[name].repeated
         follow = () if repeated is None else repeated(message, operation, _decode_refusal(known.result).code)
-        told = answer(name, operation, known.status, account.account, known.result, replayed=True)
-        return Answer(told, None, False, follow)
+        return Answer(name, operation, account.account, known.status, known.result, None, False, follow)
     fields = {
         "code": str(Code.ID_CONFLICT),
         "reason": f"this id belongs to another {known.name} of the account; choose a new one",
     }
-    return Answer(answer(name, operation, "rejected", account.account, encode(fields)), None, conflict=True)
+    return Answer(name, operation, account.account, "rejected", encode(fields), None, conflict=True)
 
 
 class _Refusal(msgspec.Struct):
@@ -153,13 +164,6 @@ class _Refusal(msgspec.Struct):
 
 
 _decode_refusal = msgspec.json.Decoder(_Refusal).decode
-
-
-def answer(name: str, operation: str, status: str, account: str, stored: bytes, replayed: bool = False) -> bytes:
-    """Put the result together from the row's own columns and its stored part, without reading the latter."""
-    head = encode({"operation": name, "id": operation, "status": status, "account": account})
-    tail = b',"replayed":true}' if replayed else b"}"
-    return head[:-1] + b"," + stored[1:-1] + tail
 
 
 def balance_of(account: Account, now: datetime) -> dict[str, Any]:

@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
+import msgspec
+
 from creditlane.codes import Code
 from creditlane.contract import Message
 from models.rules.catalog import Catalog
 from models.rules.state import Account, Grant, Line
 
 
-class Context(NamedTuple):
+class Context(msgspec.Struct, frozen=True, gc=False):
     """What an operation is given besides the account and the message."""
 
     now: datetime
@@ -38,7 +40,7 @@ class FollowUp(NamedTuple):
         return account
 
 
-class Outcome(NamedTuple):
+class Outcome(msgspec.Struct, frozen=True, gc=False):
     """What an applied operation answers."""
 
     charged: int = 0

@@ -27,9 +27,10 @@ LINES = 16
 """Lots and holds at hand from which on those with nothing left are put aside."""
 
 ROW_FIELDS = (
-    "number", "name", "status", "code", "charged", "feature", "quantity", "member", "first_seq", "entries", "result",
-    "occurred_at", "applied_at", "catalog",
+    "number", "name", "status", "code", "charged_micro", "feature", "quantity_micro", "member", "first_seq", "entries",
+    "result", "occurred_at", "applied_at", "catalog",
 )  # fmt: skip
+_row_fields = attrgetter(*ROW_FIELDS)
 
 _counters = attrgetter(*COUNTERS)
 
@@ -144,7 +145,7 @@ class Replay:
         self.report.replayed += 1
         if made is None:
             raise AssertionError("an operation of the account has this id")
-        out = made[1:11] + made[12:]
+        out = _row_fields(made)
         stands = (
             number, task, status, code, charged, feature, quantity, member, first_seq, count, result.encode(),
             occurred_at, applied_at, label,

@@ -780,7 +780,7 @@ def write_around(writer: LedgerWriter, jobs: Sequence[Job], quarantined: Sequenc
         writer.write((), quarantined)
     if len(jobs) == 1:
         job = jobs[0]
-        job.result = None
+        job.answer = None
         job.quarantined = poison_of_job(job, Code.OUT_OF_RANGE, f"SQLSTATE {fault.sqlstate}: {fault}", None)
         writer.write((), [job.quarantined])
         return

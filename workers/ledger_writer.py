@@ -10,7 +10,6 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -21,7 +20,7 @@ from creditlane.codes import Code
 from creditlane.contract import Message
 from creditlane.events import EXCHANGE
 from models.rules.catalog import Catalog
-from models.rules.state import COUNTERS, Account, Grant, Hold, Known, Line
+from models.rules.state import ACCOUNT_FIELDS, COUNTERS, Account, Grant, Hold, Known, Line
 from tasks.events import events_of, spendable
 from tasks.ledger import Answer, Row, apply, encode
 from tasks.operation import FollowUp, Need
@@ -29,6 +28,18 @@ from tasks.registry import OPERATIONS
 from workers.crash import crash_point
 from workers.outbox import OutboxRow
 from workers.quarantine import Quarantined, store
+from workers.rows import (
+    Changing,
+    Column,
+    Values,
+    copy,
+    entry_line,
+    operation_line,
+    plain,
+    row_line,
+    texts,
+    update,
+)
 
 BUCKETS = ", ".join(f"{counter}_micro" for counter in COUNTERS)
 
@@ -37,11 +48,6 @@ SELECT account, kind, status, email, locale, timezone, opened_at, updated_at, ne
        last_grant, {BUCKETS}, debt_micro
 FROM accounts WHERE account = ANY(%s::text[]) ORDER BY account FOR UPDATE
 """
-ACCOUNT_FIELDS = (
-    "kind", "status", "email", "locale", "timezone", "opened_at", "updated_at", "next_due_at", "operations", "seq",
-    "head", "last_grant", *COUNTERS, "debt",
-)  # fmt: skip
-
 GRANT_COLUMNS = f"""
 g.account, g.grant_id, g.source, g.priority, g.features, g.effective_at, g.expires_at, g.created_at, g.operation,
 g.purchase, g.price_minor, g.price_currency, g.price_per_micro,
@@ -132,33 +138,43 @@ OUTBOX_IDS = "SELECT nextval('outbox_id_seq') FROM generate_series(1, %s)"
 """Taken before the rows are written, since COPY does not tell which it gave them; the accounts are locked by then, so
 the rows of one account have ascending ids."""
 
-UPDATE_ACCOUNTS = f"""
-UPDATE accounts a SET updated_at = u.updated_at, next_due_at = u.next_due_at, operations = u.operations, seq = u.seq,
-    head = u.head, last_grant = u.last_grant, debt_micro = u.debt_micro,
-    {", ".join(f"{counter}_micro = u.{counter}_micro" for counter in COUNTERS)}
-FROM unnest(%s::text[], %s::timestamptz[], %s::timestamptz[], %s::bigint[], %s::bigint[], %s::bytea[], %s::int[],
-            %s::bigint[], {", ".join(["%s::bigint[]"] * len(COUNTERS))})
-    AS u(account, updated_at, next_due_at, operations, seq, head, last_grant, debt_micro, {BUCKETS})
-WHERE a.account = u.account
-"""
-OPEN_ACCOUNT = """
-UPDATE accounts SET kind = %s, status = %s, email = %s, locale = %s, timezone = %s, opened_at = %s WHERE account = %s
-"""
-UPDATE_GRANTS = f"""
-UPDATE grants g SET is_open = u.is_open, clawed_back_micro = u.clawed_back_micro,
-    forgiven_micro = u.forgiven_micro,
-    {", ".join(f"{counter}_micro = u.{counter}_micro" for counter in COUNTERS)}
-FROM unnest(%s::text[], %s::int[], %s::bool[], %s::bigint[], %s::bigint[],
-            {", ".join(["%s::bigint[]"] * len(COUNTERS))})
-    AS u(account, grant_id, is_open, clawed_back_micro, forgiven_micro, {BUCKETS})
-WHERE g.account = u.account AND g.grant_id = u.grant_id
-"""
-UPDATE_HOLDS = """
-UPDATE holds h SET status = u.status, captured_micro = u.captured_micro, closed_at = u.closed_at
-FROM unnest(%s::text[], %s::text[], %s::text[], %s::bigint[], %s::timestamptz[])
-    AS u(account, hold, status, captured_micro, closed_at)
-WHERE h.account = u.account AND h.hold = u.hold
-"""
+ACCOUNTS = Changing(
+    "accounts",
+    (Column("account", "text"),),
+    (
+        *(Column(name, "text") for name in ("kind", "status", "email", "locale", "timezone")),
+        *(Column(name, "timestamptz") for name in ("opened_at", "updated_at", "next_due_at")),
+        Column("operations", "bigint"),
+        Column("seq", "bigint"),
+        Column("head", "bytea"),
+        Column("last_grant", "int"),
+        *(Column(f"{bucket}_micro", "bigint") for bucket in (*COUNTERS, "debt")),
+    ),
+)
+"""In the order of :data:`models.rules.state.ACCOUNT_FIELDS`."""
+
+account_fields = attrgetter(*ACCOUNT_FIELDS)
+
+GRANTS = Changing(
+    "grants",
+    (Column("account", "text"), Column("grant_id", "int")),
+    (
+        *(Column(f"{bucket}_micro", "bigint") for bucket in (*COUNTERS, "clawed_back", "forgiven")),
+        Column("is_open", "bool"),
+    ),
+)
+BUCKETS_OF_GRANT = slice(12, 24)
+"""Where a loaded grant's row, without its account, has the columns above, but for ``is_open``, which is not read."""
+
+changing_fields = attrgetter(*COUNTERS, "clawed_back", "forgiven", "is_open")
+
+HOLDS = Changing(
+    "holds",
+    (Column("account", "text"), Column("hold", "text")),
+    (Column("status", "text"), Column("captured_micro", "bigint"), Column("closed_at", "timestamptz")),
+)
+hold_fields = attrgetter("status", "captured", "closed_at")
+
 UPSERT_RECEIPTS = """
 INSERT INTO receipts (account, operation, line, grant_id, taken_micro, returned_micro)
 SELECT * FROM unnest(%s::text[], %s::text[], %s::int[], %s::int[], %s::bigint[], %s::bigint[])
@@ -184,14 +200,13 @@ class Job:
 
     __slots__ = (
         "account",
+        "answer",
         "arguments",
         "message",
         "name",
         "operation",
         "quarantined",
-        "result",
         "source",
-        "status",
     )
 
     def __init__(self, name: str, operation: str, message: Message, arguments: bytes, source: Any = None) -> None:
@@ -202,10 +217,22 @@ class Job:
         self.arguments = arguments
         self.source = source
         """What :attr:`LedgerWriter.poison` makes a quarantine row from."""
-        self.result: bytes | None = None
+        self.answer: Answer | None = None
         self.quarantined: Quarantined | None = None
-        self.status = ""
+
+    @property
+    def result(self) -> bytes | None:
+        """The answer as it is sent; put together when it is asked for, since nobody waits for most."""
+        return None if self.answer is None else self.answer.result
+
+    @property
+    def status(self) -> str:
         """What became of it: applied, rejected, or one of the two above."""
+        if self.answer is None:
+            return ""
+        if self.answer.row is not None:
+            return self.answer.status
+        return CONFLICT if self.answer.conflict else REPLAYED
 
 
 Poison = Callable[[Job, Code, str, str | None], Quarantined]
@@ -283,7 +310,7 @@ class LedgerWriter:
             outbox = insert_outbox(cursor, messages, loaded.now) if messages else []
             crash_point("after-copy")
             with self.connection.pipeline():
-                self._update(cursor, accounts)
+                self._update(cursor, loaded, accounts)
                 store(self.connection, poisoned)
             crash_point("before-commit")
             # Not in the pipeline: the flush that ends one keeps the server from counting the silence after it.
@@ -295,100 +322,64 @@ class LedgerWriter:
         crash_point("after-commit")
 
     def _insert(self, cursor: Cursor[Any], accounts: Sequence[Account], rows: Iterable[tuple[str, Row]]) -> None:
-        copy(cursor, COPY_ACCOUNTS, (_account_row(account) for account in accounts if account.is_new))
-        copy(
-            cursor,
-            COPY_GRANTS,
-            (
-                _grant_row(account.account, grant)
-                for account in accounts
-                for grant in account.grants.values()
-                if grant.is_new
-            ),
-        )
-        copy(cursor, COPY_OPERATIONS, ((account, *row) for account, row in rows))
+        new = [row_line((account.account, *account_fields(account))) for account in accounts if account.is_new]
+        copy(cursor, COPY_ACCOUNTS, new)
+        grants = [
+            row_line(_grant_row(account.account, grant))
+            for account in accounts
+            for grant in account.grants.values()
+            if grant.is_new
+        ]
+        copy(cursor, COPY_GRANTS, grants)
+        copy(cursor, COPY_OPERATIONS, [operation_line(account, row) for account, row in rows])
         copy(
             cursor,
             COPY_ENTRIES,
-            ((account.account, *entry[:-1], Hash(entry.hash)) for account in accounts for entry in account.entries),
+            [entry_line(account.account, entry) for account in accounts for entry in account.entries],
         )
-        copy(
-            cursor,
-            COPY_HOLDS,
-            (
-                _hold_row(account.account, hold)
-                for account in accounts
-                for hold in account.holds.values()
-                if hold.is_new
-            ),
-        )
+        holds = [
+            row_line(_hold_row(account.account, hold))
+            for account in accounts
+            for hold in account.holds.values()
+            if hold.is_new
+        ]
+        copy(cursor, COPY_HOLDS, holds)
 
-    def _update(self, cursor: Cursor[Any], accounts: Sequence[Account]) -> None:
+    def _update(self, cursor: Cursor[Any], loaded: Loaded, accounts: Sequence[Account]) -> None:
         old = [account for account in accounts if not account.is_new]
         if old:
-            cursor.execute(
-                UPDATE_ACCOUNTS,
-                (
-                    _texts(account.account for account in old),
-                    _array(map(_instant, (account.updated_at for account in old))),
-                    _array(map(_instant, (account.next_due_at for account in old))),
-                    _array(account.operations for account in old),
-                    _array(account.seq for account in old),
-                    _array('"\\\\x' + account.head.hex() + '"' for account in old),
-                    _array(account.last_grant for account in old),
-                    _array(account.debt for account in old),
-                    *(_array(map(attrgetter(counter), old)) for counter in COUNTERS),
-                ),
-            )
-        for account in old:
-            if account.was_opened:
-                cursor.execute(
-                    OPEN_ACCOUNT,
-                    (
-                        account.kind, account.status, account.email, account.locale, account.timezone,
-                        account.opened_at, account.account,
-                    ),
-                )  # fmt: skip
+            names = [account.account for account in old]
+            before = [loaded.account_row(name) for name in names]
+            update(cursor, ACCOUNTS, [(name,) for name in names], before, [account_fields(account) for account in old])
         grants = [
             (account.account, grant)
-            for account in accounts
+            for account in old
             for grant in account.grants.values()
             if grant.is_dirty and not grant.is_new
         ]
         if grants:
-            lots = [grant for _, grant in grants]
-            cursor.execute(
-                UPDATE_GRANTS,
-                (
-                    _texts(account for account, _ in grants),
-                    _array(grant.id for grant in lots),
-                    _array("t" if grant.is_open else "f" for grant in lots),
-                    _array(grant.clawed_back for grant in lots),
-                    _array(grant.forgiven for grant in lots),
-                    *(_array(map(attrgetter(counter), lots)) for counter in COUNTERS),
-                ),
-            )
+            keys = [(account, grant.id) for account, grant in grants]
+            rows = loaded.grant_rows()
+            before = [(*rows[key][BUCKETS_OF_GRANT], None) for key in keys]
+            update(cursor, GRANTS, keys, before, [changing_fields(grant) for _, grant in grants])
         holds = [
             (account.account, hold)
-            for account in accounts
+            for account in old
             for hold in account.holds.values()
             if hold.is_dirty and not hold.is_new
         ]
         if holds:
-            cursor.execute(
-                UPDATE_HOLDS,
-                (
-                    _texts(account for account, _ in holds),
-                    _texts(hold.id for _, hold in holds),
-                    _texts(hold.status for _, hold in holds),
-                    _array(hold.captured for _, hold in holds),
-                    _array(map(_instant, (hold.closed_at for _, hold in holds))),
-                ),
+            update(
+                cursor,
+                HOLDS,
+                [(account, hold.id) for account, hold in holds],
+                None,
+                [hold_fields(hold) for _, hold in holds],
             )
         receipts = list(_receipts(accounts))
         if receipts:
-            names, operations, *numbers = zip(*receipts, strict=True)
-            cursor.execute(UPSERT_RECEIPTS, (_texts(names), _texts(operations), *map(_array, numbers)))
+            holders, operations, *numbers = zip(*receipts, strict=True)
+            cursor.execute(UPSERT_RECEIPTS, (texts(holders), texts(operations), *map(plain, numbers)))
 
 
 class Loaded:
@@ -400,8 +391,8 @@ class Loaded:
 
     def __init__(self, connection: Connection[Any], jobs: Sequence[Job]) -> None:
         names = sorted({job.account for job in jobs})
-        ids = (_texts(names),)
-        keys = (_texts(job.account for job in jobs), _texts(job.operation for job in jobs))
+        ids = (texts(names),)
+        keys = (texts(job.account for job in jobs), texts(job.operation for job in jobs))
         needs = _needs(jobs)
         with connection.pipeline():
             connection.execute("BEGIN")
@@ -411,12 +402,11 @@ class Loaded:
             holds = [connection.execute(OPEN_HOLDS, ids)]
             hold_lines = connection.execute(OPEN_HOLD_LINES, ids)
             known = connection.execute(KNOWN, keys)
-            charges = None
+            charges = connection.execute(CHARGES, needs["charge"]) if "charge" in needs else None
             transfers = connection.execute(TRANSFERS, needs["transfer"]) if "transfer" in needs else None
             if "hold" in needs:
                 holds.append(connection.execute(NAMED_HOLDS, needs["hold"]))
             if "charge" in needs:
-                charges = connection.execute(CHARGES, needs["charge"])
                 grants.append(connection.execute(CHARGED_GRANTS, needs["charge"]))
             if "grant" in needs:
                 grants.append(connection.execute(NAMED_GRANTS, needs["grant"]))
@@ -425,16 +415,16 @@ class Loaded:
             now = clock.fetchone()
             assert now is not None
             self.now: datetime = now[0]
-            self._accounts = {row[0]: row[1:] for row in accounts}
-            self._grants = _by_account(row for cursor in grants for row in cursor)
+            self._accounts: dict[str, Values] = {row[0]: row[1:] for row in accounts.fetchall()}
+            self._grants = _by_account(grants)
             missing = self._missing_roots()
             if missing:
                 for account, *grant in connection.execute(ROOT_GRANTS, missing):
                     self._grants[account].append(tuple(grant))
-            self._holds = _by_account(row for cursor in holds for row in cursor)
-            self._hold_lines = _by_account(hold_lines)
-            self._known = _by_account(known)
-            self._charges = _by_account((*(charges or ()), *(transfers or ())))
+            self._holds = _by_account(holds)
+            self._hold_lines = _by_account([hold_lines])
+            self._known = _by_account([known])
+            self._charges = _by_account([charges, transfers])
         self.accounts = {name: self.make(name) for name in names}
 
     def _missing_roots(self) -> tuple[str, str] | None:
@@ -448,12 +438,20 @@ class Loaded:
         missing = sorted(roots - loaded)
         if not missing:
             return None
-        return _texts(account for account, _ in missing), _array(root for _, root in missing)
+        return texts(account for account, _ in missing), plain(root for _, root in missing)
+
+    def account_row(self, name: str) -> Values:
+        """The :data:`~models.rules.state.ACCOUNT_FIELDS` of an account as they were read."""
+        return self._accounts[name]
+
+    def grant_rows(self) -> dict[tuple[str, int], Values]:
+        """The grants as they were read, by account and number."""
+        return {(account, row[0]): row for account, rows in self._grants.items() for row in rows}
 
     def make(self, name: str) -> Account:
         """An account as the database has it, before anything of this batch."""
         row = self._accounts.get(name)
-        account = Account(name) if row is None else Account(name, **dict(zip(ACCOUNT_FIELDS, row, strict=True)))
+        account = Account(name) if row is None else Account(name, row)
         account.is_new = row is None
         for grant_id, source, priority, features, *rest in self._grants.get(name, ()):
             if grant_id not in account.grants:
@@ -484,38 +482,34 @@ def apply_all(
     A job whose code raises is taken out: its account is made anew from the rows that were read, and the jobs
     of that account before it are applied again, so that nothing half done is left. The others stand.
 
-    :returns: the operation rows to write, by account, and what follows from them, in order per account.
+    :returns: the operation rows to write, with their accounts, and what follows from them, both in order.
     """
-    answers: dict[str, list[tuple[Job, Answer]]] = {}
-    for job in jobs:
-        job.quarantined = job.result = None
-        done = answers.setdefault(job.account, [])
+    for place, job in enumerate(jobs):
+        job.quarantined = job.answer = None
         try:
-            done.append((job, _apply_one(loaded, job, catalog)))
+            job.answer = _apply_one(loaded, job, catalog)
         except Exception as error:
             trace = traceback.format_exc()
             reason = f"{type(error).__name__}: {error}"
             job.quarantined = poison(job, Code.INTERNAL_ERROR, reason, trace)
             loaded.accounts[job.account] = loaded.make(job.account)
-            answers[job.account] = [(before, _apply_one(loaded, before, catalog)) for before, _ in done]
+            for before in jobs[:place]:
+                if before.account == job.account and before.quarantined is None:
+                    before.answer = _apply_one(loaded, before, catalog)
     for account in loaded.accounts.values():
         if account.is_dirty:
             account.next_due_at = account.due_at()
-    given = [(name, answer) for name, done in answers.items() for _, answer in done]
+    given = [(job.account, job.answer) for job in jobs if job.answer is not None]
     rows = [(name, answer.row) for name, answer in given if answer.row is not None]
     return rows, [follow for _, answer in given for follow in answer.follow]
 
 
 def _apply_one(loaded: Loaded, job: Job, catalog: Catalog) -> Answer:
     account = loaded.accounts[job.account]
-    now = loaded.now if account.updated_at is None else max(loaded.now, account.updated_at)
-    given = apply(account, job.name, job.operation, job.message, job.arguments, now, catalog)
-    job.result = given.result
-    if given.row is not None:
-        job.status = given.row.status
-    else:
-        job.status = CONFLICT if given.conflict else REPLAYED
-    return given
+    now = loaded.now
+    if account.updated_at is not None and account.updated_at > now:
+        now = account.updated_at
+    return apply(account, job.name, job.operation, job.message, job.arguments, now, catalog)
 
 
 def insert_outbox(
@@ -528,7 +522,7 @@ def insert_outbox(
     """
     ids = cursor.execute(OUTBOX_IDS, (len(messages),)).fetchall()
     rows = [OutboxRow(id, *message, now) for (id,), message in zip(ids, messages, strict=True)]
-    copy(cursor, COPY_OUTBOX, rows)
+    copy(cursor, COPY_OUTBOX, [row_line((*row[:5], row.arguments.decode(), row.created_at)) for row in rows])
     return rows
 
 
@@ -578,84 +572,10 @@ def connect(
     return connection
 
 
-def copy(cursor: Cursor[Any], statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
-    """COPY rows in text form; nothing is sent when there are none."""
-    lines = ["\t".join(map(_field, row)) for row in rows]
-    if lines:
-        with cursor.copy(statement) as stream:
-            stream.write("\n".join(lines) + "\n")
-
-
-def _field(value: Any) -> str:
-    kind = type(value)
-    if kind is int:
-        return str(value)
-    if kind is str:
-        text: str = value
-        return _escape(text) if "\\" in text else text
-    if value is None:
-        return "\\N"
-    if kind is datetime:
-        return _iso(value)
-    if kind is bytes:
-        # JSON as it came off the wire: white space between its tokens may be any.
-        return _escape(str(value, "utf-8"))
-    if kind is bool:
-        return "t" if value else "f"
-    if kind is Hash:
-        digest: bytes = value.value
-        return "\\\\x" + digest.hex()
-    raise TypeError(f"a {kind.__name__} in a row")
-
-
-class Hash:
-    """Bytes for a ``bytea`` column, apart from those that are JSON text."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: bytes) -> None:
-        self.value = value
-
-
-def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
-
-
-@lru_cache(maxsize=4096)
-def _iso(instant: datetime) -> str:
-    return instant.isoformat()
-
-
-def _instant(instant: datetime | None) -> str:
-    return "NULL" if instant is None else f'"{_iso(instant)}"'
-
-
-def _texts(values: Iterable[str]) -> str:
-    """An array literal of texts; far quicker than having the driver adapt a list."""
-    listed = list(values)
-    together = "".join(listed)
-    if '"' in together or "\\" in together:
-        listed = [text.replace("\\", "\\\\").replace('"', '\\"') for text in listed]
-    return '{"' + '","'.join(listed) + '"}' if listed else "{}"
-
-
-def _array(values: Iterable[Any]) -> str:
-    """An array literal of numbers, or of values that are quoted already."""
-    return "{" + ",".join(map(str, values)) + "}"
-
-
-def _account_row(account: Account) -> tuple[Any, ...]:
-    return (
-        account.account, account.kind, account.status, account.email, account.locale, account.timezone,
-        account.opened_at, account.updated_at, account.next_due_at, account.operations, account.seq,
-        Hash(account.head), account.last_grant, *_counters(account), account.debt,
-    )  # fmt: skip
-
-
-def _grant_row(account: str, grant: Grant) -> tuple[Any, ...]:
+def _grant_row(account: str, grant: Grant) -> Values:
     features = None
     if grant.features is not None:
-        features = _texts(sorted(grant.features))
+        features = texts(sorted(grant.features))
     return (
         account, grant.id, grant.source, grant.priority, features, grant.effective_at, grant.expires_at,
         grant.created_at, grant.operation, grant.purchase, grant.price_minor, grant.price_currency, grant.price_per,
@@ -663,7 +583,7 @@ def _grant_row(account: str, grant: Grant) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _hold_row(account: str, hold: Hold) -> tuple[Any, ...]:
+def _hold_row(account: str, hold: Hold) -> Values:
     return (
         account, hold.id, hold.status, hold.amount, hold.captured, hold.feature, hold.member, hold.created_at,
         hold.expires_at, hold.closed_at,
@@ -676,19 +596,24 @@ _counters = attrgetter(*COUNTERS)
 def _receipts(accounts: Iterable[Account]) -> Iterator[tuple[str, str, int, int, int, int]]:
     """The receipt lines to write: of holds that are new or changed, of charges that were given back from."""
     for account in accounts:
-        receipts: list[tuple[str, list[Line]]] = [
-            (hold.id, hold.lines) for hold in account.holds.values() if hold.is_new or hold.is_dirty
-        ]
-        receipts += [(name, known.lines or []) for name, known in account.known.items() if known.is_dirty]
-        for operation, lines in receipts:
-            for number, line in enumerate(lines, 1):
-                yield account.account, operation, number, line.grant, line.taken, line.returned
+        for hold in account.holds.values():
+            if hold.is_new or hold.is_dirty:
+                yield from _receipt(account.account, hold.id, hold.lines)
+        for operation, known in account.known.items():
+            if known.is_dirty and known.lines is not None:
+                yield from _receipt(account.account, operation, known.lines)
 
 
-def _by_account(rows: Iterable[tuple[Any, ...]]) -> dict[str, list[tuple[Any, ...]]]:
-    grouped: dict[str, list[tuple[Any, ...]]] = {}
-    for row in rows:
-        grouped.setdefault(row[0], []).append(row[1:])
+def _receipt(account: str, operation: str, lines: Iterable[Line]) -> Iterator[tuple[str, str, int, int, int, int]]:
+    for number, line in enumerate(lines, 1):
+        yield account, operation, number, line.grant, line.taken, line.returned
+
+
+def _by_account(cursors: Iterable[Cursor[Any] | None]) -> dict[str, list[Values]]:
+    grouped: dict[str, list[Values]] = {}
+    for cursor in cursors:
+        for row in cursor.fetchall() if cursor is not None else ():
+            grouped.setdefault(row[0], []).append(row[1:])
     return grouped
 
 

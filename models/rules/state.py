@@ -7,9 +7,12 @@ copies would cost more than the rules. All credits move through :func:`models.ru
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from operator import attrgetter
 from typing import Any, NamedTuple
+
+import msgspec
 
 from creditlane.contract import Message
 
@@ -126,15 +129,12 @@ def burn_key(grant: Grant) -> SortKey:
     )
 
 
-class Line:
+class Line(msgspec.Struct, gc=False):
     """One line of a receipt: what a charge or a hold took from one grant, and what went back."""
 
-    __slots__ = ("grant", "returned", "taken")
-
-    def __init__(self, grant: int, taken: int, returned: int = 0) -> None:
-        self.grant = grant
-        self.taken = taken
-        self.returned = returned
+    grant: int
+    taken: int
+    returned: int = 0
 
 
 class Hold:
@@ -191,27 +191,16 @@ class Entry(NamedTuple):
     hash: bytes
 
 
-class Known:
+class Known(msgspec.Struct, gc=False):
     """An operation that the ledger has seen: its content, its first answer, and what it took from where."""
 
-    __slots__ = ("arguments", "is_dirty", "lines", "message", "name", "result", "status")
-
-    def __init__(
-        self,
-        name: str,
-        status: str,
-        result: bytes,
-        message: Message | None = None,
-        arguments: bytes | None = None,
-        lines: list[Line] | None = None,
-    ) -> None:
-        self.name = name
-        self.status = status
-        self.result = result
-        self.message = message
-        self.arguments = arguments
-        self.lines = lines
-        self.is_dirty = False
+    name: str
+    status: str
+    result: bytes
+    message: Message | None = None
+    arguments: bytes | None = None
+    lines: list[Line] | None = None
+    is_dirty: bool = False
 
 
 COUNTERS = (
@@ -219,6 +208,15 @@ COUNTERS = (
     "available", "held", "in_transit", "consumed", "expired", "revoked", "sent",
 )  # fmt: skip
 """The ten buckets that an account and a grant count in; the first three are what came in."""
+
+ACCOUNT_FIELDS = (
+    "kind", "status", "email", "locale", "timezone", "opened_at", "updated_at", "next_due_at", "operations", "seq",
+    "head", "last_grant", *COUNTERS, "debt",
+)  # fmt: skip
+"""What is kept of an account beside its name, in the order in which :class:`Account` takes it."""
+
+NOBODY = ("user", UNOPENED, None, None, None, None, None, None, 0, 0, b"", 0, *(0 for _ in COUNTERS), 0)
+"""The fields of an account that nothing is known of."""
 
 
 class Account:
@@ -256,30 +254,31 @@ class Account:
         "status",
         "timezone",
         "updated_at",
-        "was_opened",
     )  # fmt: skip
 
-    def __init__(self, account: str, **fields: Any) -> None:
+    kind: str
+    status: str
+    email: str | None
+    locale: str | None
+    timezone: str | None
+    opened_at: datetime | None
+    updated_at: datetime | None
+    next_due_at: datetime | None
+    operations: int
+    """How many operations it has seen; the last one's number."""
+    seq: int
+    head: bytes
+    last_grant: int
+
+    def __init__(self, account: str, fields: Sequence[Any] = NOBODY) -> None:
+        """An account with these :data:`ACCOUNT_FIELDS`, a new one unless given."""
         self.account = account
-        self.kind: str = "user"
-        self.status: str = UNOPENED
-        self.email: str | None = None
-        self.locale: str | None = None
-        self.timezone: str | None = None
-        self.opened_at: datetime | None = None
-        self.updated_at: datetime | None = None
-        self.next_due_at: datetime | None = None
-        self.operations = 0
-        """How many operations it has seen; the last one's number."""
-        self.seq = 0
-        self.head = b""
-        self.last_grant = 0
-        self.granted = self.received = self.restored = 0
-        self.available = self.held = self.in_transit = self.consumed = 0
-        self.expired = self.revoked = self.sent = 0
-        self.debt = 0
-        for name, value in fields.items():
-            setattr(self, name, value)
+        (
+            self.kind, self.status, self.email, self.locale, self.timezone, self.opened_at, self.updated_at,
+            self.next_due_at, self.operations, self.seq, self.head, self.last_grant, self.granted, self.received,
+            self.restored, self.available, self.held, self.in_transit, self.consumed, self.expired, self.revoked,
+            self.sent, self.debt,
+        ) = fields  # fmt: skip
         self.grants: dict[int, Grant] = {}
         self.order: list[Grant] = []
         self.holds: dict[str, Hold] = {}
@@ -287,7 +286,6 @@ class Account:
         self.entries: list[Entry] = []
         self.is_new = False
         self.is_dirty = False
-        self.was_opened = False
 
     def add_grant(self, grant: Grant) -> None:
         """Put a grant in its place in the burn-down order."""

@@ -17,7 +17,9 @@ def at(seconds: float) -> datetime:
 
 
 def opened() -> Account:
-    return Account("a", status=OPEN)
+    account = Account("a")
+    account.status = OPEN
+    return account
 
 
 def lot(account: Account, amount: int, end: float | None, priority: int = 100) -> Grant:
