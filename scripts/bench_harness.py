@@ -51,6 +51,9 @@ MEMBERS = 1_000
 WORKERS = 2
 """Lane workers."""
 
+BALANCE_SECONDS = 0.5
+"""How often they look whether the lanes are shared evenly, so that they are ready soon."""
+
 LEDGER_TEMPLATE = "ledger_template"
 LANE_BROKER, NAIVE_BROKER, PUBLISH_BROKER = 0, 1, 2
 """The Redis databases of the lanes, of the naive tasks, and of what is only published."""
@@ -243,7 +246,8 @@ class Bench:
                         READY_SECONDS,
                         "The lane workers did not share the lanes",
                     )
-                    warm = side.sent(self.operations("warm", self.sizes.warm, accounts))
+                    # Of this round: a ledger that is there may have seen those of another.
+                    warm = side.sent(self.operations(f"warm-{self.round}", self.sizes.warm, accounts))
                     side.fill(warm)
                     side.wait_until_quiet(len(warm), quiet=True)
                     yield side
@@ -259,6 +263,7 @@ class Bench:
             **child_environment(self.stack, CATALOG, LANES),
             "CREDITLANE_BROKER_URL": broker,
             "CREDITLANE_DATABASE_URL": database,
+            "CREDITLANE_BALANCE_SECONDS": str(BALANCE_SECONDS),
         }
 
     @contextmanager

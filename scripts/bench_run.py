@@ -28,14 +28,17 @@ from rich.markup import escape
 
 from creditlane.errors import CreditlaneError
 from scripts.bench_cases import CASES, plan
-from scripts.bench_figures import BenchError, Results, Sizes, Step
+from scripts.bench_chart import POINTS, as_svg, measure_chart
+from scripts.bench_figures import BenchError, Results, Sizes, Step, rounded
+from scripts.bench_grow import FillError
 from scripts.bench_harness import Bench
 from scripts.bench_show import Show, console, cost_table, errors, report_json, report_table
 from scripts.embedded import Stack, StackError, start_stack, temporary_directory
 from scripts.run_stack import ROOT, Signals, Stopped
 
 FAILURES = (
-    BenchError, StackError, CreditlaneError, CeleryError, KombuError, psycopg.Error, redis.RedisError, OSError,
+    BenchError, StackError, FillError, CreditlaneError, CeleryError, KombuError, psycopg.Error, redis.RedisError,
+    OSError,
 )  # fmt: skip
 """What ends the bench with a sentence and exit code 1."""
 
@@ -107,6 +110,14 @@ def main(
     runs: Annotated[int | None, typer.Option(min=1, help="How often; 3 unless given, 1 with --quick.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer operations and one run: under two minutes.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    chart_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--chart",
+            help="Draw throughput by batch size, number of accounts and size of the ledger to this SVG file: takes some"
+            " minutes. Without --case, nothing else is measured.",
+        ),
+    ] = None,
     operations: Annotated[
         int | None,
         typer.Option(min=1, max=200_000, help="So many operations in every measurement: to try it, not for figures."),
@@ -129,15 +140,20 @@ def main(
             if name not in CASES:
                 raise typer.BadParameter(f"there is no case {name!r}; there are: {', '.join(CASES)}")
         # Said now, not when everything is measured.
-        if json_path is not None and json_path.is_dir():
-            raise typer.BadParameter(f"{json_path} is a directory; --json takes a file")
-        if json_path is not None and not os.access(json_path.absolute().parent, os.W_OK):
-            raise typer.BadParameter(f"{json_path.absolute().parent} is not a directory that can be written to")
-        cases = [name for name in CASES if (name in case if case else not (quick and CASES[name].once))]
+        for option, path in (("--json", json_path), ("--chart", chart_path)):
+            if path is not None and path.is_dir():
+                raise typer.BadParameter(f"{path} is a directory; {option} takes a file")
+            if path is not None and not os.access(path.absolute().parent, os.W_OK):
+                raise typer.BadParameter(f"{path.absolute().parent} is not a directory that can be written to")
+        if case or chart_path is not None:
+            cases = [name for name in CASES if name in (case or ())]
+        else:
+            cases = [name for name in CASES if not (quick and CASES[name].once)]
         runs = runs or (1 if quick else 3)
         sizes = Sizes.each(operations) if operations is not None else Sizes.quick() if quick else Sizes()
         steps = plan(cases)
-        with temporary_directory() as directory, Show(sum(1 if step.once else runs for step in steps)) as show:
+        measurements = sum(1 if step.once else runs for step in steps) + (POINTS * runs if chart_path else 0)
+        with temporary_directory() as directory, Show(measurements) as show:
             with show.working("starting PostgreSQL and Redis"):
                 pass
             with running(directory, signals) as stack:
@@ -145,19 +161,29 @@ def main(
                 versions = versions_of(stack)
                 bench.prepare()
                 results = measure(bench, steps, runs)
+                panels = measure_chart(bench, runs) if chart_path is not None else []
         console.print(", ".join(f"{name} {found}" for name, found in versions.items()), style="dim", soft_wrap=True)
-        console.print(report_table(results, steps, cases, runs))
-        console.print(cost_table(results, steps))
+        if steps:
+            console.print(report_table(results, steps, cases, runs))
+            console.print(cost_table(results, steps))
         if shrunk := sizes.differences():
             console.print(f"Not a whole run; operations (in a whole run): {', '.join(shrunk)}", soft_wrap=True)
         for step in steps:
             told = "; ".join([step.what, *results.notes(step.name)])
             console.print(f"{step.name}: {escape(told)}", style="dim", soft_wrap=True)
+        if chart_path is not None:
+            chart_path.write_text(as_svg(panels, versions["system"]), encoding="utf-8")
         if json_path is not None:
             figures = report_json(results, steps, cases, versions, runs)
+            if panels:
+                figures["chart"] = {
+                    panel.name: {point.label: rounded(point.value) for point in panel.points} for panel in panels
+                }
             json_path.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except FAILURES as error:
-        told = str(error) if isinstance(error, BenchError | StackError) else f"{type(error).__name__}: {error}"
+        told = (
+            str(error) if isinstance(error, BenchError | StackError | FillError) else f"{type(error).__name__}: {error}"
+        )
         errors.print(f"[red]error:[/] {escape(told)}", soft_wrap=True)
         code = 1
     except Stopped:
