@@ -63,11 +63,15 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     """What is to be sent on once the row is committed; nothing for a replay, whose row was committed with it."""
 
     @property
+    def replayed(self) -> bool:
+        """Whether the id was answered before, with this answer."""
+        return self.row is None and not self.conflict
+
+    @property
     def result(self) -> bytes:
         """The result as JSON, put together without reading the stored part."""
         head = encode({"operation": self.name, "id": self.operation, "status": self.status, "account": self.account})
-        replayed = self.row is None and not self.conflict
-        return b"%s,%s%s" % (head[:-1], self.stored[1:-1], b',"replayed":true}' if replayed else b"}")
+        return b"%s,%s%s" % (head[:-1], self.stored[1:-1], b',"replayed":true}' if self.replayed else b"}")
 
 
 def apply(

@@ -42,15 +42,16 @@ from creditlane.rabbitmq import is_rabbitmq
 from creditlane.sending import make_sender
 from models.catalog import load_catalog
 from models.settings import settings
-from workers import metrics
+from workers import metrics, task_events
 from workers.crash import crash_point
 from workers.ledger_writer import APPLICATION, CONFLICT, SILENT_SECONDS, Job, LedgerWriter, connect
+from workers.metrics import stages
 from workers.outbox import PATIENCE_SECONDS, Outbox
 from workers.ownership import Ownership, check_session
 from workers.quarantine import Quarantined, printable
 from workers.rabbit_lanes import RabbitLanes
 from workers.redis_lanes import UNREADABLE, RedisLanes
-from workers.results import Results
+from workers.results import Results, reply_of
 
 logger = get_logger(__name__)
 
@@ -133,11 +134,13 @@ class LaneConsumer(Consumer):
         handle = super().create_task_handler(*args, **kwargs)
 
         def on_message(message: Any) -> None:
+            stages.begin()
             try:
                 handle(message)
             except Exception as error:
                 reason = f"the message cannot be read: {type(error).__name__}: {error}"
                 self.lanes.receive_poison(message, Code.MALFORMED, reason)
+            stages.end("decode")
 
         return on_message
 
@@ -163,8 +166,8 @@ class Delivery:
     """One message in the buffer, with what is to be done for it."""
 
     __slots__ = (
-        "id", "lane", "members", "message", "name", "quarantined", "received_at", "request", "result", "revoked",
-        "started_at",
+        "id", "lane", "members", "message", "name", "quarantined", "received_at", "reply", "request", "result",
+        "revoked", "started_at",
     )  # fmt: skip
 
     def __init__(self, message: Any, lane: str) -> None:
@@ -180,6 +183,8 @@ class Delivery:
         self.revoked = False
         self.received_at = time.time()
         self.started_at = 0.0
+        self.reply: str | None = None
+        """The name under which the answer is waited for, once it is there."""
         self.result: bytes | None = None
 
     def jobs(self) -> list[Job]:
@@ -295,8 +300,6 @@ class LaneStep(bootsteps.StartStopStep):
         self.doorbell.hang(hub, lambda: self.guarded(self.flush))
         self.broker = self.connect_broker(consumer, hub)
         self.results = Results(consumer.app)
-        if consumer.event_dispatcher is not None:
-            consumer.event_dispatcher.buffer_limit = 1 << 30  # flushed once per batch, in one block
         self.guarded(self.balance)
         hub.call_repeatedly(self.settings.balance_seconds, self.guarded, self.balance)
 
@@ -597,18 +600,25 @@ class LaneStep(bootsteps.StartStopStep):
         self.recover()
         assert self.results is not None
         assert self.broker is not None
+        stages.begin()
         for delivery in batch:
             finish(delivery)
         self.results.store(batch)
+        stages.end("results")
         crash_point("after-results")
         for delivery in batch:
             self.buffer.popleft()
             self.buffered -= len(delivery.members)
         self.broker.acknowledge(delivery.message for delivery in batch)
+        stages.end("ack")
         assert self.outbox is not None
         self.outbox.publish(self.writer.take_outbox())
-        self.results.announce(batch, self.consumer.event_dispatcher)
+        stages.end("outbox")
+        task_events.announce(batch, self.consumer.event_dispatcher)
+        stages.end("events")
         self.measure(batch, time.time() - started)
+        for delivery in batch:
+            delivery.members = []  # each knows its delivery: a circle that only the garbage collector could find
         if more:
             self.broker.poll()
         if self.buffer:
@@ -666,8 +676,7 @@ class LaneStep(bootsteps.StartStopStep):
 
     def tell_waiting(self, reason: str) -> None:
         """Have Flower show what waits for the database, and why: as tasks that are tried again."""
-        assert self.results is not None
-        self.results.announce_waiting(islice(self.buffer, SHOWN_WAITING), reason, self.consumer.event_dispatcher)
+        task_events.announce_waiting(islice(self.buffer, SHOWN_WAITING), reason, self.consumer.event_dispatcher)
 
     def recover(self) -> None:
         """The database works: say so, if it did not."""
@@ -795,16 +804,26 @@ def jobs_of(batch: Iterable[Delivery]) -> list[Job]:
 
 
 def finish(delivery: Delivery) -> None:
-    """Put a message's result together from those of its operations."""
+    """Find out what became of a message whose operations are written, and put its result together if it is waited for.
+
+    A single operation's quarantine row is the message's.
+    """
+    delivery.reply = reply_of(delivery)
     if delivery.revoked or delivery.quarantined is not None:
+        return
+    if delivery.name != BATCH:
+        (member,) = delivery.members
+        assert isinstance(member, Job)
+        delivery.quarantined = member.quarantined
+        if delivery.reply is not None:
+            delivery.result = member.result
+        return
+    if delivery.reply is None:
         return
     answers: list[bytes] = []
     for member in delivery.members:
         row = member if isinstance(member, Quarantined) else member.quarantined
         if row is not None:
-            if delivery.name != BATCH:
-                delivery.quarantined = row
-                return
             answers.append(
                 _json.encode(
                     {"operation": row.task, "id": row.operation, "status": "quarantined", "code": row.code,
@@ -815,7 +834,7 @@ def finish(delivery: Delivery) -> None:
             assert isinstance(member, Job)
             assert member.result is not None
             answers.append(member.result)
-    delivery.result = b"[" + b",".join(answers) + b"]" if delivery.name == BATCH else answers[0]
+    delivery.result = b"[" + b",".join(answers) + b"]"
 
 
 def lane_of_message(message: Any) -> str:

@@ -26,6 +26,7 @@ from tasks.ledger import Answer, Row, apply, encode
 from tasks.operation import FollowUp, Need
 from tasks.registry import OPERATIONS
 from workers.crash import crash_point
+from workers.metrics import stages
 from workers.outbox import OutboxRow
 from workers.quarantine import Quarantined, store
 from workers.rows import (
@@ -230,9 +231,9 @@ class Job:
         """What became of it: applied, rejected, or one of the two above."""
         if self.answer is None:
             return ""
-        if self.answer.row is not None:
-            return self.answer.status
-        return CONFLICT if self.answer.conflict else REPLAYED
+        if self.answer.conflict:
+            return CONFLICT
+        return REPLAYED if self.answer.replayed else self.answer.status
 
 
 Poison = Callable[[Job, Code, str, str | None], Quarantined]
@@ -290,7 +291,9 @@ class LedgerWriter:
             raise
 
     def _write(self, jobs: Sequence[Job], quarantined: Sequence[Quarantined]) -> None:
+        stages.begin()
         loaded = Loaded(self.connection, jobs)
+        stages.end("read")
         crash_point("after-load")
         spendable_before = (
             {name: spendable(account, loaded.now) for name, account in loaded.accounts.items()} if self.events else {}
@@ -305,6 +308,7 @@ class LedgerWriter:
                 for account in accounts
                 for event in events_of(account, spendable_before[account.account], self.events)
             ]
+        stages.end("rules")
         with self.connection.cursor() as cursor:
             self._insert(cursor, accounts, rows)
             outbox = insert_outbox(cursor, messages, loaded.now) if messages else []
@@ -312,12 +316,14 @@ class LedgerWriter:
             with self.connection.pipeline():
                 self._update(cursor, loaded, accounts)
                 store(self.connection, poisoned)
+            stages.end("write")
             crash_point("before-commit")
             # Not in the pipeline: the flush that ends one keeps the server from counting the silence after it.
             cursor.execute("COMMIT")
             if cursor.statusmessage != "COMMIT":
                 # A transaction that failed is rolled back by this, without an error.
                 raise psycopg.OperationalError(f"COMMIT was answered with {cursor.statusmessage}")
+        stages.end("commit")
         self.outbox += outbox
         crash_point("after-commit")
 

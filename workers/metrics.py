@@ -7,8 +7,11 @@ thousands a second.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from models.settings import Settings
 
@@ -57,6 +60,44 @@ UNSENT_RESULTS = Counter(
     "creditlane_unsent_results", "Answers that could not be handed to a waiting sender; the ledger has them.",
     registry=registry,
 )  # fmt: skip
+
+
+STAGES = ("take", "decode", "read", "rules", "write", "commit", "results", "ack", "outbox", "events")
+"""The way of a message through a lane worker, from the broker's bytes to the watchers' events. ``take`` is counted on
+Redis alone: RabbitMQ sends."""
+
+
+class Stages(Collector):
+    """A clock for the steps of a worker's loop, which come one after the other: it shows where the time goes."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._began = 0.0
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._began = time.perf_counter()
+
+    def end(self, stage: str) -> None:
+        """The step ends that this is, and the next one begins."""
+        now = time.perf_counter()
+        self.seconds[stage] += now - self._began
+        self._began = now
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """What Prometheus reads."""
+        family = CounterMetricFamily(
+            "creditlane_stage_seconds",
+            "Where the time of a lane worker goes, by step of a message's way.",
+            labels=["stage"],
+        )
+        for stage, seconds in self.seconds.items():
+            family.add_metric([stage], seconds)
+        yield family
+
+
+stages = Stages()
+registry.register(stages)
 
 
 class Outage:

@@ -29,6 +29,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from creditlane.lanes import PREFIX
+from workers.metrics import stages
 
 MAX_FETCH_BYTES = 1 << 20
 """Bytes of messages that one fetch returns at the most (and one message more)."""
@@ -167,7 +168,9 @@ class Channel(kombu_redis.Channel):
             return 0
         _, fetch, _ = self._lane_scripts()
         keys = [key for lane in self.epochs for key in keys_of(lane)]
+        stages.begin()
         out, lost = fetch(keys=keys, args=[messages, MAX_FETCH_BYTES, *self.epochs.values()])
+        stages.end("take")
         if lost:
             raise FencedError(f"lanes taken over by another process: {', '.join(map(bytes_to_str, lost))}")
         count = 0

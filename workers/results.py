@@ -1,20 +1,17 @@
-"""Results and events of a batch: one pipeline to the result backend, one block of events (messages: results)."""
+"""Results of a batch: one round trip to the result backend (messages: results)."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from time import time
 from typing import TYPE_CHECKING, Any
 
 import amqp
 import msgspec
 from celery.utils.log import get_logger
-from celery.worker import state
 from kombu import Connection
 
-from creditlane.contract import BATCH, ContractError, check_id
+from creditlane.contract import ContractError, check_id
 from creditlane.errors import QuarantinedError
 from creditlane.rabbitmq import connect
 from creditlane.sending import SHORT_BYTES
@@ -25,6 +22,19 @@ if TYPE_CHECKING:
     from workers.lane_consumer import Delivery
 
 logger = get_logger(__name__)
+
+STORE = """
+-- KEYS: where each answer is looked for. ARGV: for each: the answer, and for how many seconds it is kept
+local failed
+for i, key in ipairs(KEYS) do
+    -- A server that is full keeps nothing more; whoever waits at this moment is told all the same.
+    local stored = redis.pcall('SET', key, ARGV[2 * i - 1], 'EX', ARGV[2 * i])
+    if type(stored) == 'table' and stored.err then failed = stored end
+    redis.call('PUBLISH', key, ARGV[2 * i - 1])
+end
+return failed or 'OK'
+"""
+"""One command for all answers of a batch: packing and reading one reply for each took as long as the rules."""
 
 REPLY_SECONDS = 600
 """How long an answer is kept that only the sender that waited for it looks for."""
@@ -91,7 +101,7 @@ class QueueReplies:
 
 
 class Results:
-    """Tells senders that wait, and watchers, what became of messages.
+    """Tells senders that wait what became of messages.
 
     :param app: the worker's Celery app, for its result backend.
     """
@@ -99,6 +109,7 @@ class Results:
     def __init__(self, app: Any) -> None:
         self.backend = app.backend
         self.expires = int(app.conf.result_expires)
+        self._script: Any = None
         self.replies = (
             QueueReplies(app.conf.broker_url, app.conf.broker_use_ssl) if app.conf.result_backend == BY_QUEUE else None
         )
@@ -109,7 +120,7 @@ class Results:
         Every result is in ``operations`` as well: when the backend is away, a sender that got no answer sends
         the same id again. So a fault here is logged and stops nothing.
         """
-        waited = [(reply, delivery) for delivery in batch if (reply := reply_of(delivery)) is not None]
+        waited = [(delivery.reply, delivery) for delivery in batch if delivery.reply is not None]
         if not waited:
             return
         now = datetime.now(UTC).isoformat().encode()
@@ -117,81 +128,20 @@ class Results:
             if self.replies is not None:
                 self.replies.send([(reply, delivery.message, result_meta(delivery, now)) for reply, delivery in waited])
             else:
-                with self.backend.client.pipeline(transaction=False) as pipe:
-                    for reply, delivery in waited:
-                        key = self.backend.get_key_for_task(reply)
-                        meta = result_meta(delivery, now)
-                        pipe.set(key, meta, ex=self.expires if reply == delivery.id else REPLY_SECONDS)
-                        pipe.publish(key, meta)
-                    pipe.execute()
+                self._store(waited, now)
         except Exception as error:
             metrics.UNSENT_RESULTS.inc(len(waited))
             logger.warning("%d results could not be sent to their waiting senders: %r", len(waited), error)
 
-    def announce(self, batch: Sequence[Delivery], dispatcher: Any) -> None:
-        """Send the events of a batch in one block, and tell Celery's own books that its messages are done."""
-        enabled = dispatcher is not None and dispatcher.enabled
-        for delivery in batch:
-            request = delivery.request
-            if request is not None:
-                state.task_ready(request, successful=delivery.quarantined is None and not delivery.revoked)
-            if enabled:
-                self._send(delivery, dispatcher.send)
-        if enabled:
-            dispatcher.flush()
-
-    def announce_waiting(self, deliveries: Iterable[Delivery], reason: str, dispatcher: Any) -> None:
-        """Send the events of messages that wait for the database, which will be tried again."""
-        if dispatcher is None or not dispatcher.enabled:
-            return
-        for delivery in deliveries:
-            uuid = self._received(delivery, dispatcher.send)
-            dispatcher.send("task-retried", uuid=uuid, exception=f"Waiting({reason!r})", traceback=reason)
-        dispatcher.flush()
-
-    def _received(self, delivery: Delivery, send: Any) -> str:
-        """Send the event that a message came; returns the name that it is shown under."""
-        # What has no id of its own is shown all the same, under the digest of its quarantine row.
-        uuid = delivery.id
-        if uuid is None:
-            assert delivery.quarantined is not None
-            uuid = f"quarantined-{delivery.quarantined.digest.hex()[:16]}"
-        request = delivery.request
-        send(
-            "task-received",
-            uuid=uuid,
-            name=delivery.name or "unreadable",
-            args="",
-            kwargs=request.kwargsrepr if request is not None else "",
-            root_id=uuid,
-            parent_id=None,
-            retries=0,
-            eta=None,
-            expires=None,
-            exchange="",
-            routing_key=delivery.lane,
-            queue=delivery.lane,
-            timestamp=delivery.received_at,
-        )
-        return uuid
-
-    def _send(self, delivery: Delivery, send: Any) -> None:
-        uuid = self._received(delivery, send)
-        if delivery.revoked:
-            send("task-revoked", uuid=uuid, terminated=False, signum=None, expired=False)
-            return
-        send("task-started", uuid=uuid, timestamp=delivery.started_at)
-        if delivery.quarantined is not None:
-            text = f"{delivery.quarantined.code}: {delivery.quarantined.reason}"
-            send("task-failed", uuid=uuid, exception=f"QuarantinedError({text!r})", traceback=text)
-            return
-        assert delivery.result is not None
-        send(
-            "task-succeeded",
-            uuid=uuid,
-            result=summary(delivery),
-            runtime=max(0.0, time() - delivery.started_at),
-        )
+    def _store(self, waited: Sequence[tuple[str, Delivery]], now: bytes) -> None:
+        if self._script is None:
+            self._script = self.backend.client.register_script(STORE)
+        keys: list[Any] = []
+        values: list[Any] = []
+        for reply, delivery in waited:
+            keys.append(self.backend.get_key_for_task(reply))
+            values += (result_meta(delivery, now), self.expires if reply == delivery.id else REPLY_SECONDS)
+        self._script(keys=keys, args=values)
 
 
 def reply_of(delivery: Delivery) -> str | None:
@@ -209,39 +159,6 @@ def reply_of(delivery: Delivery) -> str | None:
         except ContractError:
             continue
     return None
-
-
-class _Balance(msgspec.Struct):
-    available: str
-
-
-class _Summary(msgspec.Struct):
-    status: str
-    code: str | None = None
-    charged: str | None = None
-    balance: _Balance | None = None
-    replayed: bool = False
-
-
-_decode_one = msgspec.json.Decoder(_Summary).decode
-_decode_many = msgspec.json.Decoder(list[_Summary]).decode
-
-
-def summary(delivery: Delivery) -> str:
-    """A result as Flower shows it: what became of the operation, in one short line."""
-    assert delivery.result is not None
-    if delivery.name == BATCH:
-        counts = Counter(member.status for member in _decode_many(delivery.result))
-        return ", ".join(f"{count} {status}" for status, count in counts.items())
-    one = _decode_one(delivery.result)
-    parts = [one.status if one.code is None else f"{one.status} {one.code}"]
-    if one.charged not in (None, "0"):
-        parts.append(f"charged {one.charged}")
-    if one.balance is not None:
-        parts.append(f"available {one.balance.available}")
-    if one.replayed:
-        parts.append("replayed")
-    return ", ".join(parts)
 
 
 def result_meta(delivery: Delivery, now: bytes) -> bytes:

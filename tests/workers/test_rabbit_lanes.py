@@ -507,7 +507,7 @@ def test_poison_of_amqps_own_is_kept_once_and_its_neighbours_are_applied_in_orde
         client.consume("alice", feature="export", id=f"consume-{number}")
     undecodable = [*UNDECODABLE.values()]
     broker.publish(lane, *undecodable)
-    # The first worker commits, and dies before it acknowledges: all of it comes again.
+    # The first worker commits what has come by then, and dies before it acknowledges: all of it comes again.
     doomed = spawn("doomed", CREDITLANE_CRASH_AT="after-commit")
     eventually(lambda: not doomed.running)
     worker = spawn("worker")
@@ -516,9 +516,15 @@ def test_poison_of_amqps_own_is_kept_once_and_its_neighbours_are_applied_in_orde
         ("open",), *((f"consume-{number}",) for number in range(len(POISON))), ("last",)
     ]  # fmt: skip
     kept = rows(database, "SELECT body, times_seen FROM quarantine WHERE body <> 'kept' ORDER BY id")
-    assert kept == [(poison.body, 2) for poison in POISON.values()]
-    # What cannot be decoded is not recognised.
-    assert value(database, "SELECT count(*) FROM quarantine WHERE body = 'kept'") == 2 * len(undecodable)
+    assert [body for body, _ in kept] == [poison.body for poison in POISON.values()]
+    seen = [times for _, times in kept]
+    assert seen == sorted(seen, reverse=True)
+    assert seen[0] == 2
+    # What cannot be decoded is not recognised: all of it is kept, and again what was committed before.
+    again = value(database, "SELECT count(*) FROM quarantine WHERE body = 'kept'")
+    assert again in range(len(undecodable), 2 * len(undecodable) + 1)
+    if seen[-1] == 1:
+        assert again == len(undecodable)
     assert "Traceback" not in worker.logged()
     assert worker.running
 
