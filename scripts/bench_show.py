@@ -12,15 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from scripts.bench_figures import FIGURES, Results, Sample, Spread, Step, rounded
+from scripts.bench_figures import FIGURES, TABLES, Results, Sample, Spread, Step, rounded
+from workers.metrics import STAGES
 
 # A log has no width: there the table gets what it needs.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True, highlight=False)
 
-# The columns of the second table.
 CPU = ("producer", "workers", "database", "broker")
-STAGES = ("decode", "read", "rules", "write", "commit", "ack", "results", "events")
+"""Whose CPU time is told."""
 
 
 class Show:
@@ -154,7 +154,7 @@ def report_json(
                 found[figure] = None if measured is None else rounded(measured.median)
             if measured is not None:
                 found[f"{figure}_spread"] = measured.as_json()
-        for table in ("cpu_us_per_op", "stages_us_per_op"):
+        for table in TABLES:
             found[table] = {key: rounded(value) for key, value in results.table(name, table).items()}
         found["notes"] = results.notes(name)
         return found
