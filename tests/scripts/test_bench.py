@@ -12,30 +12,20 @@ from typing import Any
 
 import pytest
 
-from scripts.bench_run import (
-    CASES,
-    PEERS,
-    Bound,
-    Results,
-    Sample,
-    Sizes,
-    Spread,
-    difference,
-    percentile,
-    plan,
-    ratios,
-    report_json,
-    report_table,
-)
+from scripts.bench_cases import CASES, plan
+from scripts.bench_figures import Bound, Results, Sample, Sizes, Spread, percentile, ratios
+from scripts.bench_harness import difference
+from scripts.bench_peers import PEERS
+from scripts.bench_show import report_json, report_table
 from scripts.embedded import temporary_directory, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = [sys.executable, "-m", "scripts.bench_run", "--runs", "1"]
 LOSING_ONE = """
-from scripts import bench_run as bench
-sent = bench.Side.sent
-bench.Side.sent = lambda side, operations: sent(side, operations)[:-1]
-bench.app()
+from scripts import bench_harness, bench_run
+sent = bench_harness.Side.sent
+bench_harness.Side.sent = lambda side, operations: sent(side, operations)[:-1]
+bench_run.app()
 """
 
 
@@ -59,8 +49,11 @@ def test_a_tiny_run_measures_every_case_and_peer(tmp_path: Path) -> None:
         assert all(ratio > 0 for ratio in case["ratio"].values())
         assert case["goal"] == CASES[name].goal
         assert isinstance(case["met"], bool)
-        assert (case["p50_ms"] is None) == (name != "answer")
-    assert 0 < told["cases"]["answer"]["p50_ms"] <= told["cases"]["answer"]["p99_ms"]
+        assert (case["p50_ms"] is None) == (not name.startswith("answer"))
+    for name in ("answer", "answer_loaded"):
+        assert 0 < told["cases"][name]["p50_ms"] <= told["cases"][name]["p99_ms"]
+    assert set(told["cases"]["metering"]["cpu_us_per_op"]) == {"producer", "workers", "database", "broker"}
+    assert sum(told["cases"]["metering"]["cpu_us_per_op"].values()) > 0
     assert all(peer["ops_per_s"]["median"] > 0 for peer in told["peers"].values())
     for name in (*CASES, *PEERS):
         assert f"{name}: " in done.stdout  # a line for each, as this is no terminal
@@ -165,8 +158,8 @@ def test_latencies_make_a_sample() -> None:
 def results(**rates: list[float]) -> Results:
     made = Results()
     for name, values in rates.items():
-        for value in values:
-            made.add(name, Sample(value, value, value * 2))
+        for round, value in enumerate(values, 1):
+            made.add(name, Sample(value, value, value * 2), round)
     return made
 
 
@@ -200,7 +193,7 @@ def test_a_case_is_measured_with_what_it_is_compared_with_each_once() -> None:
 
 def test_a_single_case_is_reported_with_its_peer_alone() -> None:
     measured = results(hot=[9.0, 18.0], metering=[10.0, 10.0])
-    told = report_json(measured, ["hot"], {"python": "3"}, 2)
+    told = report_json(measured, plan(["hot"]), ["hot"], {"python": "3"}, 2)
     assert told["versions"] == {"python": "3"}
     assert told["peers"] == {}
     assert set(told["cases"]) == {"hot"}
@@ -208,7 +201,7 @@ def test_a_single_case_is_reported_with_its_peer_alone() -> None:
     assert told["cases"]["hot"]["ratio"] == {"metering": 1.35}
     assert told["cases"]["hot"]["ratio_spread"] == {"metering": {"median": 1.35, "min": 0.9, "max": 1.8}}
     assert told["cases"]["hot"]["met"] is True
-    assert report_table(measured, ["hot"], 2).row_count == 2
+    assert report_table(measured, plan(["hot"]), ["hot"], 2).row_count == 2
 
 
 def test_what_is_lost_doubled_or_strange_is_seen() -> None:
@@ -221,5 +214,7 @@ def test_what_is_lost_doubled_or_strange_is_seen() -> None:
 
 def test_sizes_are_those_of_the_cases() -> None:
     assert (Sizes().single, Sizes().metering, Sizes().accounts) == (20_000, 200_000, 10_000)
-    assert Sizes.each(7) == Sizes(7, 7, 7, 7, 7, 7, 7, 7)
+    assert (Sizes.each(7).metering, Sizes.each(7).accounts, Sizes.each(7).memory_early) == (7, 7, 3)
+    assert Sizes().differences() == []
+    assert "single 10,000 (20,000)" in Sizes.quick().differences()
     assert Sizes.each(200_000).accounts == 10_000
