@@ -406,14 +406,18 @@ def worker_shares(load: Load, lanes: int, workers: int) -> list[float]:
     Lanes are shared evenly among workers, whatever comes through them.
     """
     total = harmonic(load.population, load.exponent)
-    digits = len(str(load.population))
     shares = [0.0] * lanes
-    for rank in range(1, min(load.population, HEAD) + 1):
-        lane = lane_number(lane_of(f"user_{rank:0{digits}d}", lanes))
+    for rank, lane in enumerate(_lanes_of_the_busiest(load.population, lanes), 1):
         shares[lane] += rank**-load.exponent / total
     rest = max(0.0, 1 - sum(shares)) / lanes
     each = ([share + rest for share in shares[worker::workers]] for worker in range(workers))
     return sorted(map(sum, each), reverse=True)
+
+
+@lru_cache(maxsize=8)
+def _lanes_of_the_busiest(accounts: int, lanes: int) -> list[int]:
+    digits = len(str(accounts))
+    return [lane_number(lane_of(f"user_{rank:0{digits}d}", lanes)) for rank in range(1, min(accounts, HEAD) + 1)]
 
 
 HEAD = 20_000

@@ -298,7 +298,7 @@ loads = st.builds(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=15)
 @given(load=loads)
 def test_a_plan_carries_its_load(load: Load) -> None:
     machines = Machines()
@@ -323,7 +323,7 @@ def test_a_plan_carries_its_load(load: Load) -> None:
     assert found.notes
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=10)
 @given(per_day=st.integers(1, 10**10), times=st.integers(2, 20))
 def test_more_needs_no_less(per_day: int, times: int) -> None:
     less, more = plan(load(per_day)), plan(load(per_day * times))
