@@ -30,8 +30,8 @@ FETCH = 500
 WRITES = ("COPY", "UPDATE", "INSERT")
 """How the statements begin that write rows."""
 
-STREAM_SECONDS = 0.02
-"""How often a stream sends what has become due."""
+STREAM_SECONDS = 0.005
+"""How often a stream sends what has become due: often, or what is sent at once would be a load by itself."""
 
 Write = tuple[str, Any]
 """A statement that writes, and its parameters; for a COPY, its lines."""

@@ -98,6 +98,13 @@ def measure(bench: Bench, steps: Sequence[Step], runs: int) -> Results:
     return results
 
 
+def cases_of(named: Sequence[str], *, quick: bool, chart: bool) -> list[str]:
+    """The cases that are measured: those that are named; else, without a chart to draw, all that there is time for."""
+    if named or chart:
+        return [name for name in CASES if name in named]
+    return [name for name in CASES if not (quick and CASES[name].once)]
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -145,10 +152,7 @@ def main(
                 raise typer.BadParameter(f"{path} is a directory; {option} takes a file")
             if path is not None and not os.access(path.absolute().parent, os.W_OK):
                 raise typer.BadParameter(f"{path.absolute().parent} is not a directory that can be written to")
-        if case or chart_path is not None:
-            cases = [name for name in CASES if name in (case or ())]
-        else:
-            cases = [name for name in CASES if not (quick and CASES[name].once)]
+        cases = cases_of(case or (), quick=quick, chart=chart_path is not None)
         runs = runs or (1 if quick else 3)
         sizes = Sizes.each(operations) if operations is not None else Sizes.quick() if quick else Sizes()
         steps = plan(cases)

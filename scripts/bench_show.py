@@ -133,8 +133,15 @@ def cost_table(results: Results, steps: Sequence[Step]) -> Table:
         cpu, stages = results.table(step.name, "cpu_us_per_op"), results.table(step.name, "stages_us_per_op")
         if cpu or stages:
             figures = [*(cpu.get(name) for name in CPU), *(stages.get(name) for name in STAGES)]
-            table.add_row(step.name, *("" if value is None else f"{value:.1f}" for value in figures))
+            table.add_row(step.name, *map(microseconds, figures))
     return table
+
+
+def microseconds(value: float | None) -> str:
+    """A figure of that table, as exact as it is worth."""
+    if value is None:
+        return ""
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def report_json(
@@ -173,6 +180,6 @@ def report_json(
         elif not step.bounds:  # a peer: a case that is there for comparison alone is not told
             peers[step.name] = figures(step.name)
     report = {"versions": dict(versions), "runs": runs, "peers": peers, "cases": told}
-    if "bytes_per_op" in told.get("metering", {}):
-        report["sizes"] = {"bytes_per_operation": told["metering"]["bytes_per_op"]}
+    if "metering" in results.samples and results.figures("metering", "bytes_per_op"):
+        report["sizes"] = {"bytes_per_operation": rounded(results.spread("metering", "bytes_per_op").median)}
     return report

@@ -7,17 +7,28 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
+from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from creditlane.client import checked
+from creditlane.contract import decode_message
+from models.catalog import load_catalog
+from models.rules.state import Account
 from scripts.bench_cases import CASES, plan
 from scripts.bench_figures import Bound, Results, Sample, Sizes, Spread, percentile, ratios
-from scripts.bench_harness import difference
+from scripts.bench_harness import CATALOG, difference
+from scripts.bench_mix import GRANTS, openings, read_trace, requests
 from scripts.bench_peers import PEERS
-from scripts.bench_show import report_json, report_table
+from scripts.bench_run import cases_of
+from scripts.bench_show import CPU, cost_table, report_json, report_table
 from scripts.embedded import temporary_directory, wait_until
+from tasks.ledger import apply
+from workers.metrics import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = [sys.executable, "-m", "scripts.bench_run", "--runs", "1"]
@@ -52,8 +63,14 @@ def test_a_tiny_run_measures_every_case_and_peer(tmp_path: Path) -> None:
         assert (case["p50_ms"] is None) == (not name.startswith("answer"))
     for name in ("answer", "answer_loaded"):
         assert 0 < told["cases"][name]["p50_ms"] <= told["cases"][name]["p99_ms"]
-    assert set(told["cases"]["metering"]["cpu_us_per_op"]) == {"producer", "workers", "database", "broker"}
-    assert sum(told["cases"]["metering"]["cpu_us_per_op"].values()) > 0
+    for name in ("metering", "hot", "mix", "grow", "memory"):
+        assert set(told["cases"][name]["cpu_us_per_op"]) == {"producer", "workers", "database", "broker"}
+        assert sum(told["cases"][name]["cpu_us_per_op"].values()) > 0
+        assert set(told["cases"][name]["stages_us_per_op"]) == set(STAGES)
+        assert told["cases"][name]["stages_us_per_op"]["rules"] > 0
+    for name in ("month", "memory"):
+        assert told["cases"][name]["memory_mib"] > 0
+    assert "bytes_per_operation" in told["sizes"]
     assert all(peer["ops_per_s"]["median"] > 0 for peer in told["peers"].values())
     for name in (*CASES, *PEERS):
         assert f"{name}: " in done.stdout  # a line for each, as this is no terminal
@@ -115,6 +132,7 @@ def started_in(place: Path) -> list[int]:
     [
         (["--case", "none"], "there is no case 'none'"),
         (["--json", "/nowhere/figures.json"], "/nowhere is not a directory"),
+        (["--chart", "/nowhere/chart.svg"], "/nowhere is not a directory"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_starts(arguments: list[str], sentence: str) -> None:
@@ -202,6 +220,61 @@ def test_a_single_case_is_reported_with_its_peer_alone() -> None:
     assert told["cases"]["hot"]["ratio_spread"] == {"metering": {"median": 1.35, "min": 0.9, "max": 1.8}}
     assert told["cases"]["hot"]["met"] is True
     assert report_table(measured, plan(["hot"]), ["hot"], 2).row_count == 2
+
+
+def test_what_was_measured_once_is_compared_with_the_same_run() -> None:
+    measured = results(metering=[100.0, 10.0, 10.0])
+    measured.add("grow", Sample(95.0), 1)
+    assert measured.ratio("grow", "metering", "ops_per_s") == Spread(0.95, 0.95, 0.95)
+    assert CASES["grow"].met(measured)
+
+
+def test_costs_are_medians_and_have_a_table_of_their_own() -> None:
+    measured = Results()
+    for round, value in enumerate((10.0, 30.0, 200.0), 1):
+        costs = {"workers": value}, {"rules": value * 10}
+        note = f"note {round > 1}"
+        measured.add("hot", Sample(1.0, cpu_us_per_op=costs[0], stages_us_per_op=costs[1], note=note), round)
+        measured.add("metering", Sample(1.0, bytes_per_op=900.0), round)
+    told = report_json(measured, plan(["hot"]), ["hot"], {}, 3)
+    assert told["cases"]["hot"]["cpu_us_per_op"] == {"workers": 30.0}
+    assert told["cases"]["hot"]["stages_us_per_op"] == {"rules": 300.0}
+    assert told["cases"]["hot"]["notes"] == ["note False", "note True"]
+    assert told["sizes"] == {"bytes_per_operation": 900.0}
+    table = cost_table(measured, plan(["hot"]))
+    assert table.row_count == 1  # nothing is known of the other
+    assert [column.header for column in table.columns] == ["", *CPU, *STAGES]
+    assert [text for column in table.columns for text in column.cells if text] == ["hot", "30.0", "300"]
+
+
+def test_what_takes_minutes_is_left_out_when_it_must_be_quick() -> None:
+    assert cases_of((), quick=False, chart=False) == list(CASES)
+    quick = cases_of((), quick=True, chart=False)
+    assert set(CASES) - set(quick) == {"grow", "month", "memory"}
+    assert cases_of(("grow", "hot"), quick=True, chart=True) == ["hot", "grow"]
+    assert cases_of((), quick=False, chart=True) == []
+
+
+def test_the_mix_is_of_operations_that_the_rules_apply() -> None:
+    catalog, now = load_catalog(CATALOG), datetime.now(UTC)
+    sent = list(islice(requests(read_trace()), 5_000))
+    assert len({request.id for request in sent}) == len(sent)
+    accounts = {request.arguments["account"]: Account(request.arguments["account"]) for request in sent}
+    opened = [request for account in accounts for request in openings(account)]
+    done: Counter[str] = Counter()
+    for name, operation, arguments in (*opened, *sent):
+        raw = checked(name, operation, arguments)
+        account = accounts[arguments["account"]]
+        row = apply(account, name, operation, decode_message(name, raw), raw, now, catalog).row
+        assert row is not None
+        assert row.status == "applied", (name, arguments, row.code)
+        done[name] += 1
+    assert set(done) == {
+        f"credits.{name}" for name in ("open", "grant", "consume", "hold", "capture", "release", "refund")
+    }
+    assert 0 <= done["credits.hold"] - done["credits.capture"] - done["credits.release"] <= 1  # the end is a cut
+    # Small lots run out where much is used: charges are paid by several.
+    assert min(account.open_grants() for account in accounts.values()) < len(GRANTS) - 1
 
 
 def test_what_is_lost_doubled_or_strange_is_seen() -> None:
