@@ -30,6 +30,7 @@ from creditlane.contract import (
     INTERNAL,
     MAX_BATCH,
     MAX_MESSAGE_BYTES,
+    RESERVED,
     Balance,
     ContractError,
     Result,
@@ -561,21 +562,24 @@ class Buffer(Operations):
                     self._pending.clear()
                     self._full += self._groups.values()
                     self._groups.clear()
-                groups, self._full = self._full, []
-                members = [member for group in groups for member in group.members]
+                full, self._full = self._full, []
                 if self._failed is not None:
                     # Sending on would overtake what was not confirmed.
-                    self._failed.operations.extend(members)
+                    self._failed.operations.extend(member for group in full for member in group.members)
                     return
-            if not groups:
-                return
-            try:
-                self._client._sender.send([self._message(group) for group in groups])
-            except BrokerUnavailableError as error:
-                with self._lock:
-                    self._failed = UnsentError(members, str(error))
-            else:
-                self.sent += len(members)
+            while full:
+                # One of each lane at a time: what a broker refuses of a block is sent again after the rest of it.
+                first: dict[str, Group] = {}
+                for group in full:
+                    first.setdefault(group.lane, group)
+                try:
+                    self._client._sender.send([self._message(group) for group in first.values()])
+                except BrokerUnavailableError as error:
+                    with self._lock:
+                        self._failed = UnsentError([member for group in full for member in group.members], str(error))
+                    return
+                self.sent += sum(len(group.members) for group in first.values())
+                full = [group for group in full if first[group.lane] is not group]
 
     def _message(self, group: Group) -> Outgoing:
         name = f"{self._name}-{next(self._numbers)}"
@@ -616,6 +620,11 @@ def checked(name: str, id: str, arguments: dict[str, Any]) -> bytes:
     :raises ContractError: naming the field that does not fit.
     """
     check_id(id)
+    if id.startswith(RESERVED):
+        raise ContractError(
+            Code.INVALID_MESSAGE,
+            f"ids that begin with {' or '.join(RESERVED)} are derived by the ledger; choose another",
+        )
     if name in INTERNAL:
         raise ContractError(
             Code.UNKNOWN_OPERATION, f"{name} is sent by the ledger itself, as what follows from a transfer"

@@ -327,7 +327,7 @@ def concluding_id(sender: str, transfer: str) -> str:
     return f"{CONCLUDING}{_digest(sender, transfer)}"
 
 
-RECEIVING, CONCLUDING = "transfer.receive:", "transfer.conclude:"
+RESERVED = RECEIVING, CONCLUDING = "transfer.receive:", "transfer.conclude:"
 """What the ids of the ledger's own operations begin with."""
 
 
@@ -344,7 +344,7 @@ def check_reserved(name: str, operation_id: str, message: Message) -> None:
     elif isinstance(message, Confirm | Bounce):
         derived = operation_id == concluding_id(message.account, message.transfer)
     else:
-        derived = not operation_id.startswith((RECEIVING, CONCLUDING))
+        derived = not operation_id.startswith(RESERVED)
     if not derived:
         reason = f"{name} under this id: ids that begin with {RECEIVING} or {CONCLUDING} are derived by the ledger"
         raise ContractError(Code.INVALID_MESSAGE, reason)

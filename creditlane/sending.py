@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from types import MappingProxyType
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 from uuid import uuid4
 from weakref import WeakSet
 
@@ -207,6 +208,8 @@ class RedisSender(Sender):
             **parse_url(url),  # type: ignore[no-untyped-call]
             **(tls or {}),
         }
+        if "db" not in self._options and urlsplit(url).path.strip("/") and "path" not in self._options:
+            raise ValueError(f"the database of a Redis URL is a number, not {urlsplit(url).path.strip('/')!r}")
         self._kind = self._options.pop("connection_class", redis.Connection)
         self._closed = False
         self.forked()
@@ -392,14 +395,8 @@ class RabbitSender(Sender):
         left = list(messages)
 
         def send(connection: Connection) -> None:
-            self._need_lanes(connection, {message.queue for message in left if not message.exchange})
-            try:
-                self._send_block(connection, left)
-            except UnroutableError as error:
-                # Only what came back is missing: the others arrived, and are known by their ids.
-                left[:] = [message for message in left if message.queue in error.queues]
-                self._declare(connection, error.queues)
-                self._send_block(connection, left)
+            self._begin_lanes(connection, left)
+            self._send_made(connection, left)
 
         self._over_connection(send, retry)
 
@@ -482,27 +479,39 @@ class RabbitSender(Sender):
             except amqp.AccessRefused:
                 raise UnroutableError(sorted(set(queues)), FORBIDDEN) from None
 
-    def _need_lanes(self, connection: Connection, queues: set[str]) -> None:
-        """Have the lanes that nothing was sent to before, before anything is sent: a lane that is made in the middle of
-        a block takes its end, and its beginning only when that is sent again.
+    def _begin_lanes(self, connection: Connection, left: list[Outgoing]) -> None:
+        """Send the first message of each lane that nothing was sent to before, by itself, and take it out of the list.
 
-        :raises UnroutableError: for a lane that is not there, and a user who may not make it; nothing was sent.
+        Only when it has arrived is the lane known to be there *and bound*: one that somebody is making at this moment
+        would give the beginning of a block back and take its end.
         """
-        unknown = [queue for queue in queues if queue.startswith(PREFIX) and queue not in self._declared]
-        missing = [queue for queue in unknown if not self._exists(connection, queue)]
-        if missing:
-            self._need_exchange(connection, missing)
-            self._declare(connection, missing)
-        self._declared.update(unknown)
+        firsts: dict[str, Outgoing] = {}
+        for message in left:
+            if not message.exchange and message.queue.startswith(PREFIX) and message.queue not in self._declared:
+                firsts.setdefault(message.queue, message)
+        if not firsts:
+            return
+        waiting = list(firsts.values())
+        try:
+            self._send_made(connection, waiting)
+            waiting.clear()
+        finally:
+            refused = {id(message) for message in waiting}
+            arrived = {id(message) for message in firsts.values()} - refused
+            left[:] = [message for message in left if id(message) not in arrived]
+        self._declared.update(firsts)
 
-    def _exists(self, connection: Connection, queue: str) -> bool:
-        # A channel of its own: the server closes one that asks for a queue that is not there.
-        with connection.channel() as channel:
-            try:
-                channel.queue_declare(queue, passive=True)
-            except amqp.NotFound:
-                return False
-            return True
+    def _send_made(self, connection: Connection, messages: list[Outgoing]) -> None:
+        """Send messages, and make the lanes that turn out not to be there."""
+        if not messages:
+            return
+        try:
+            self._send_block(connection, messages)
+        except UnroutableError as error:
+            # Only what came back is missing: the others arrived, and are known by their ids.
+            messages[:] = [message for message in messages if message.queue in error.queues]
+            self._declare(connection, error.queues)
+            self._send_block(connection, messages)
 
     def _declare(self, connection: Connection, queues: Sequence[str]) -> None:
         """Make lanes that are not there.

@@ -30,7 +30,8 @@ for i, key in ipairs(KEYS) do
     -- A server that is full keeps nothing more; whoever waits at this moment is told all the same.
     local stored = redis.pcall('SET', key, ARGV[2 * i - 1], 'EX', ARGV[2 * i])
     if type(stored) == 'table' and stored.err then failed = stored end
-    redis.call('PUBLISH', key, ARGV[2 * i - 1])
+    local told = redis.pcall('PUBLISH', key, ARGV[2 * i - 1])
+    if type(told) == 'table' and told.err then failed = told end
 end
 return failed or 'OK'
 """

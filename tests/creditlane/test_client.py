@@ -97,6 +97,12 @@ def test_what_does_not_fit_the_contract_is_not_sent(client: CreditClient, broker
     assert sent(broker) == {}
 
 
+@pytest.mark.parametrize("id", ["transfer.receive:1", "transfer.conclude:"])
+def test_an_id_that_the_ledger_derives_is_refused_before_it_is_sent(client: CreditClient, id: str) -> None:
+    with pytest.raises(ContractError, match="derived by the ledger"):
+        client.consume("alice", amount=1, id=id)
+
+
 @pytest.mark.parametrize("name", sorted(INTERNAL))
 def test_what_the_ledger_sends_itself_no_client_sends(name: str, client: CreditClient, broker: Broker) -> None:
     with pytest.raises(ContractError, match="sent by the ledger itself") as refused:

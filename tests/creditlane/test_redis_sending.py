@@ -200,3 +200,9 @@ def test_threads_share_a_sender_and_each_keeps_its_order(sender: RedisSender, br
     for producer in range(len(threads)):
         mine = [identity for identity in found if identity.startswith(f"{producer}-")]
         assert mine == [f"{producer}-{number}-{part}" for number in range(50) for part in range(3)]
+
+
+@pytest.mark.parametrize("path", ["ledger", "one"])
+def test_a_database_that_is_no_number_is_refused(path: str) -> None:
+    with pytest.raises(ValueError, match="is a number"):
+        CreditClient(f"redis://localhost:6379/{path}")

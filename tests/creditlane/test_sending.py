@@ -22,7 +22,7 @@ from creditlane.answers import RabbitAnswers
 from creditlane.client import CreditClient
 from creditlane.errors import BrokerUnavailableError, NoAnswerError
 from creditlane.lanes import lane_name, lane_of
-from creditlane.rabbitmq import DEAD, LANE, LANES_EXCHANGE, QUORUM, declare_exchange
+from creditlane.rabbitmq import DEAD, LANE, LANES_EXCHANGE, QUORUM, Confirms, declare_exchange
 from creditlane.sending import Outgoing, RabbitSender
 from scripts.embedded import free_port
 from scripts.rabbitmq import RabbitMQ
@@ -112,6 +112,30 @@ def test_a_block_makes_the_lanes_that_are_not_there_and_keeps_its_order(
     assert [ids(rabbit, lane_name(lane)) for lane in range(3)] == [
         [str(number) for number in range(30) if number % 3 == lane] for lane in range(3)
     ]
+
+
+def test_a_lane_that_somebody_binds_in_the_middle_of_a_block_takes_it_in_order(
+    rabbit: RabbitBroker, sender: RabbitSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker does that declares its lanes while a producer sends the first messages for one."""
+    with closing(rabbit.connect()) as connection:
+        channel = connection.channel()
+        channel.queue_declare(DEAD, durable=True, auto_delete=False, arguments=QUORUM)
+        channel.queue_declare(LANE_0, durable=True, auto_delete=False, arguments=LANE)
+        declare_exchange(channel)
+        publish, published = Confirms.publish, 0
+
+        def publish_and_bind(*arguments: Any) -> int:
+            nonlocal published
+            published += 1
+            if published == 3:
+                channel.queue_bind(LANE_0, LANES_EXCHANGE, LANE_0)
+            return publish(*arguments)
+
+        monkeypatch.setattr(Confirms, "publish", publish_and_bind)
+        sender.send([message(LANE_0, str(number)) for number in range(6)])
+    assert published >= 6
+    assert list(dict.fromkeys(ids(rabbit, LANE_0))) == [str(number) for number in range(6)]
 
 
 def test_a_user_who_may_not_make_a_lane_is_told_what_to_do(rabbitmq: RabbitMQ, rabbit: RabbitBroker) -> None:

@@ -69,7 +69,7 @@ def restart_broker(appendfsync: str, scene: Scene, size: Size) -> Done:
     for _ in range(size.rounds):
         scene.under_load(50)
         time.sleep(scene.random.uniform(0, 0.5))
-        hits += broker.depth().total > 0 or scene.sent() > scene.done()
+        hits += waits(lambda: broker.depth().total > 0 or scene.sent() > scene.done(), PATIENCE_SECONDS)
         broker.kill()
         time.sleep(scene.random.uniform(0.1, 1.0))
         broker.start()

@@ -96,6 +96,37 @@ def test_what_was_written_before_rows_were_narrow_stands_as_it_was(
         ledger.writer.connection.execute("DELETE FROM entries")
 
 
+def test_what_an_operator_took_away_from_a_table_is_not_given_back(empty_database: str) -> None:
+    migrate(empty_database, command.upgrade, "0004")
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute("REVOKE SELECT ON operations FROM creditlane_readers")
+        connection.execute("ALTER TABLE operations ENABLE ALWAYS TRIGGER operations_append_only")
+    rights = rows(empty_database, RIGHTS)
+    upgrade(empty_database)
+    assert rows(empty_database, RIGHTS) == rights
+    enabled = "SELECT tgenabled::text FROM pg_trigger WHERE tgname = 'operations_append_only'"
+    assert value(empty_database, enabled) == "A"
+
+
+@pytest.mark.parametrize(
+    ("added", "named"),
+    [
+        ("ALTER TABLE entries ENABLE ROW LEVEL SECURITY", "row security"),
+        ("CREATE PUBLICATION changes FOR TABLE entries", "a publication"),
+        ("GRANT SELECT (account) ON entries TO PUBLIC", "the column account"),
+        ("ALTER TABLE entries SET (autovacuum_enabled = off)", "storage parameters"),
+    ],
+)
+def test_a_table_with_something_that_would_be_lost_is_left_alone(empty_database: str, added: str, named: str) -> None:
+    migrate(empty_database, command.upgrade, "0004")
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute(added)
+    before = schema(empty_database), rows(empty_database, COLUMNS)
+    with pytest.raises(psycopg.errors.RaiseException, match=f"the table entries has what would be lost: .*{named}"):
+        upgrade(empty_database)
+    assert (schema(empty_database), rows(empty_database, COLUMNS)) == before
+
+
 def without_functions(database: str) -> list[tuple[str, ...]]:
     """The schema but for its functions: a test's clock is one."""
     return [row for row in schema(database) if row[0] != "function"]
