@@ -31,7 +31,7 @@ from scripts import bench_naive
 from scripts.bench_figures import BenchError, Sizes
 from scripts.bench_processes import Workers, cpu_seconds
 from scripts.bench_show import Show
-from scripts.embedded import Stack, free_port
+from scripts.embedded import Stack, port_is_free
 from scripts.run_stack import child_environment, shared_lanes, wait_for
 from workers.ledger_writer import Job, LedgerWriter, connect
 from workers.quarantine import Quarantined
@@ -53,6 +53,9 @@ WORKERS = 2
 
 BALANCE_SECONDS = 0.5
 """How often they look whether the lanes are shared evenly, so that they are ready soon."""
+
+METRICS_PORTS = range(20_000, 30_000)
+"""Where lane workers serve their metrics: below the ports that systems give to outgoing connections."""
 
 LEDGER_TEMPLATE = "ledger_template"
 LANE_BROKER, NAIVE_BROKER, PUBLISH_BROKER = 0, 1, 2
@@ -233,7 +236,9 @@ class Bench:
             workers = Workers(self.stack.directory, {**self.environment(database, broker), **(environment or {})})
             try:
                 for number in range(1, WORKERS + 1):
-                    workers.start(f"lanes{number}", ["-A", "workers.lane_app", "worker", "--pool", "solo"], free_port())
+                    workers.start(
+                        f"lanes{number}", ["-A", "workers.lane_app", "worker", "--pool", "solo"], metrics_port()
+                    )
                 with (
                     psycopg.connect(database, autocommit=True) as connection,
                     redis.Redis.from_url(broker) as store,
@@ -298,6 +303,11 @@ class Bench:
                     side.check()
             finally:
                 workers.stop()
+
+
+def metrics_port() -> int:
+    """A free port that no outgoing connection is given while the worker that is to listen there starts."""
+    return next(port for port in iter(lambda: random.choice(METRICS_PORTS), None) if port_is_free(port))  # noqa: S311
 
 
 def account_names(number: int) -> list[str]:
