@@ -401,7 +401,7 @@ def distinct_accounts(operations: float, accounts: int, exponent: float, parts: 
 
 
 def worker_shares(load: Load, lanes: int, workers: int) -> list[float]:
-    """The share of all operations that each worker has, by the lanes of the accounts, the largest first.
+    """The share of all operations that each worker with a lane has, by the lanes of the accounts, the largest first.
 
     Lanes are shared evenly among workers, whatever comes through them.
     """
@@ -410,7 +410,7 @@ def worker_shares(load: Load, lanes: int, workers: int) -> list[float]:
     for rank, lane in enumerate(_lanes_of_the_busiest(load.population, lanes), 1):
         shares[lane] += rank**-load.exponent / total
     rest = max(0.0, 1 - sum(shares)) / lanes
-    each = ([share + rest for share in shares[worker::workers]] for worker in range(workers))
+    each = ([share + rest for share in shares[worker::workers]] for worker in range(min(workers, lanes)))
     return sorted(map(sum, each), reverse=True)
 
 

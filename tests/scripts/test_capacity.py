@@ -284,7 +284,7 @@ def test_a_batch_is_what_came_while_the_one_before_was_applied(
 
 loads = st.builds(
     Load,
-    per_day=st.integers(1, 10**11),
+    per_day=st.integers(1, 10**10),
     profile=st.builds(
         lambda hour, minute, second: Profile(hour, hour * minute, hour * minute * second, ""),
         st.floats(1, 4), st.floats(1, 6), st.floats(1, 6),
