@@ -9,6 +9,8 @@ import psycopg
 import pytest
 
 from creditlane.client import CreditClient
+from creditlane.contract import Balance
+from creditlane.errors import BrokerUnavailableError
 from models import database as pools
 from models.settings import settings
 from tasks.queries import balance
@@ -113,7 +115,14 @@ def test_through_a_real_worker(
     ledger.apply("credits.grant", "g-1", account="alice", amount="0.000001", source="pack")
     spawn("general", kind="general")
     eventually(lambda: broker.has_queue("queries"))
-    found = client.balance("alice", wait=60)
+
+    def ask() -> Balance | None:
+        try:
+            return client.balance("alice", wait=60)
+        except BrokerUnavailableError:
+            return None  # the worker has declared its queue and not bound it yet
+
+    found = eventually(ask)
     assert found is not None
     assert str(found.available) == "50.000001"
     assert {source: str(amount) for source, amount in found.by_source.items()} == {"signup": "50", "pack": "0.000001"}
