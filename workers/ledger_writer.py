@@ -340,13 +340,14 @@ class LedgerWriter:
         ]
         copy(cursor, COPY_GRANTS, grants)
         # By account, as the entries are: neighbours in the indexes one after the other.
-        operations = [operation_line(account, row) for account, row in sorted(rows, key=itemgetter(0))]
-        copy(cursor, COPY_OPERATIONS, operations)
-        copy(
-            cursor,
-            COPY_ENTRIES,
-            [entry_line(account.account, entry) for account in accounts for entry in account.entries],
-        )
+        operations = (operation_line(account, row) for account, row in sorted(rows, key=itemgetter(0)))
+        entries: list[str] = []
+
+        def make_entries() -> None:
+            entries.extend(entry_line(account.account, entry) for account in accounts for entry in account.entries)
+
+        copy(cursor, COPY_OPERATIONS, operations, make_entries)
+        copy(cursor, COPY_ENTRIES, entries)
         holds = [
             row_line(_hold_row(account.account, hold))
             for account in accounts

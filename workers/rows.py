@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import lru_cache
-from itertools import compress
+from itertools import compress, islice
 from typing import Any, NamedTuple
 
 from psycopg import Cursor
@@ -23,11 +23,31 @@ NULL = "\\N"
 """NULL, in COPY's text form."""
 
 
-def copy(cursor: Cursor[Any], statement: str, lines: Sequence[str]) -> None:
-    """COPY lines; nothing is sent when there are none."""
-    if lines:
-        with cursor.copy(statement) as stream:
-            stream.write("\n".join(lines) + "\n")
+PIECE = 128
+"""Lines that are sent together."""
+
+
+def copy(
+    cursor: Cursor[Any], statement: str, lines: Iterable[str], meanwhile: Callable[[], None] | None = None
+) -> None:
+    """COPY lines; nothing is sent when there are none.
+
+    The server works on the first ones while the others are still being made.
+
+    :param meanwhile: is called while it works on the last ones.
+    """
+    made = iter(lines)
+    piece = list(islice(made, PIECE))
+    if not piece:
+        if meanwhile is not None:
+            meanwhile()
+        return
+    with cursor.copy(statement) as stream:
+        while piece:
+            stream.write("\n".join(piece) + "\n")
+            piece = list(islice(made, PIECE))
+        if meanwhile is not None:
+            meanwhile()
 
 
 def row_line(row: Iterable[Any]) -> str:
