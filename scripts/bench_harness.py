@@ -253,12 +253,8 @@ class Bench:
                     )
                     # Of this round: a ledger that is there may have seen those of another.
                     warm = side.sent(self.operations(f"warm-{self.round}", self.sizes.warm, accounts))
-                    side.fill(warm)
-                    side.wait_until_quiet(len(warm), quiet=True)
-                    yield side
-                    side.wait_until_quiet(0, quiet=True)
-                    workers.check()
-                    side.check()
+                    with side.measured(warm):
+                        yield side
             finally:
                 workers.stop()
 
@@ -295,12 +291,8 @@ class Bench:
                     connection.execute("VACUUM (ANALYZE)")
                     side = Naive(self, workers, connection, store, broker)
                     warm = side.sent(self.operations("warm", self.sizes.warm_naive))
-                    side.fill(warm)
-                    side.wait_until_quiet(len(warm), quiet=True)
-                    yield side
-                    side.wait_until_quiet(0, quiet=True)
-                    workers.check()
-                    side.check()
+                    with side.measured(warm):
+                        yield side
             finally:
                 workers.stop()
 
@@ -415,6 +407,19 @@ class Side:
         :raises BenchError: when they are not the same.
         """
         raise NotImplementedError
+
+    @contextmanager
+    def measured(self, warm: list[Operation]) -> Iterator[None]:
+        """Have the workers apply some operations before what is measured, and check everything after it.
+
+        :raises BenchError: when what is written is not what was sent.
+        """
+        self.fill(warm)
+        self.wait_until_quiet(len(warm), quiet=True)
+        yield
+        self.wait_until_quiet(0, quiet=True)
+        self.workers.check()
+        self.check()
 
     def wait_until_quiet(
         self,
