@@ -42,7 +42,10 @@ class Workers:
 
     def __init__(self, logs: Path, environment: Mapping[str, str]) -> None:
         self._logs = logs
-        self._environment = environment
+        # What a killed worker leaves behind (its pool's shared memory) goes with the logs.
+        left = logs / "tmp"
+        left.mkdir(exist_ok=True)
+        self._environment = {**environment, "TMPDIR": str(left)}
         self._all: list[tuple[str, Popen[bytes], Path]] = []
         self._ports: list[int] = []
 

@@ -116,11 +116,11 @@ def test_a_signal_leaves_nothing_behind() -> None:
 
 
 def started_in(place: Path) -> list[int]:
-    """The processes whose environment says that this is where temporary files go."""
+    """The processes whose environment says that temporary files go here, or into a directory in it."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if f"TMPDIR={place}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+            if f"\0TMPDIR={place}".encode() in b"\0" + (entry / "environ").read_bytes():
                 found.append(int(entry.name))
         except OSError:  # ended meanwhile, or somebody else's
             continue
