@@ -239,6 +239,10 @@ class LaneBroker(Protocol):
     def poll(self) -> None:
         """Bring what is waiting into the buffer, as far as there is room, and have more brought when it comes."""
 
+    def refill(self, messages: int) -> None:
+        """Bring up to so many messages that wait into the buffer, as far as there is room; between two statements of
+        a transaction, so no longer than that takes."""
+
     def acknowledge(self, messages: Iterable[Any]) -> None:
         """Acknowledge messages, which are the oldest of their lanes."""
 
@@ -591,7 +595,7 @@ class LaneStep(bootsteps.StartStopStep):
             if delivery.request is not None:
                 state.task_accepted(delivery.request)
         try:
-            self.write(batch)
+            self.write(batch, more)
         except psycopg.Error as error:
             self.hold_on(error)
             return
@@ -635,18 +639,20 @@ class LaneStep(bootsteps.StartStopStep):
             batch.append(delivery)
         return batch
 
-    def write(self, batch: Sequence[Delivery]) -> None:
+    def write(self, batch: Sequence[Delivery], more: bool) -> None:
         """Write a batch, and make sure that one bad operation stops nobody.
 
         One transaction, unless it is a message of more operations than one may take at present.
 
+        :param more: take as many messages off the lanes meanwhile, if there are so many that more will wait.
         :raises psycopg.Error: for what is no operation's fault; the batch is to be tried again whole.
         """
         assert self.writer is not None
         jobs = jobs_of(batch)
         quarantined = [delivery.quarantined for delivery in batch if delivery.quarantined is not None]
         quarantined += [member for delivery in batch for member in delivery.members if isinstance(member, Quarantined)]
-        self.pieces.write(self.writer, jobs, quarantined)
+        more = more and 2 * len(jobs) >= self.settings.batch_operations
+        self.pieces.write(self.writer, jobs, quarantined, (lambda: self.refill(len(batch))) if more else None)
         for job in jobs:
             if job.status == CONFLICT:
                 logger.warning("id conflict: %s %s of %s", job.name, shown(job.operation), shown(job.account))
@@ -654,6 +660,13 @@ class LaneStep(bootsteps.StartStopStep):
                 log_quarantined(job.quarantined)
         for row in quarantined:
             log_quarantined(row)
+
+    def refill(self, messages: int) -> None:
+        """Take up to so many messages off the lanes while the database works."""
+        assert self.broker is not None
+        stages.end("write")
+        self.broker.refill(messages)
+        stages.begin()
 
     def hold_on(self, error: psycopg.Error) -> None:
         """A fault of the infrastructure is no refusal: keep the batch and try again, visibly."""
@@ -733,26 +746,39 @@ class Pieces:
         self.size = limit
         """The most that the next one takes."""
 
-    def write(self, writer: LedgerWriter, jobs: Sequence[Job], quarantined: Sequence[Quarantined] = ()) -> None:
+    def write(
+        self,
+        writer: LedgerWriter,
+        jobs: Sequence[Job],
+        quarantined: Sequence[Quarantined] = (),
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         """Write in one transaction, or in some, one after the other.
 
+        :param meanwhile: see :meth:`LedgerWriter.write`; called in the first one.
         :raises psycopg.Error: for what is no operation's fault; what was committed before is found again by its ids.
         """
         done = self.size
-        slowest = self._write(writer, jobs[:done], quarantined)
+        slowest = self._write(writer, jobs[:done], quarantined, meanwhile)
         while done < len(jobs):
             size = self.size
-            slowest = max(slowest, self._write(writer, jobs[done : done + size], ()))
+            slowest = max(slowest, self._write(writer, jobs[done : done + size]))
             done += size
         # Not before all are written: those that were written before are quick, and say nothing of the others.
         if slowest < QUICK_SECONDS:
             self.size = min(self.limit, 2 * self.size)
 
-    def _write(self, writer: LedgerWriter, jobs: Sequence[Job], quarantined: Sequence[Quarantined]) -> float:
+    def _write(
+        self,
+        writer: LedgerWriter,
+        jobs: Sequence[Job],
+        quarantined: Sequence[Quarantined] = (),
+        meanwhile: Callable[[], None] | None = None,
+    ) -> float:
         """Write in one transaction; returns the seconds that it took."""
         began = time.monotonic()
         try:
-            write_around(writer, jobs, quarantined)
+            write_around(writer, jobs, quarantined, meanwhile)
         except psycopg.Error:
             if writer.connection.closed:  # maybe because it took too long: a smaller one gets through
                 self._halve(len(jobs))
@@ -766,7 +792,12 @@ class Pieces:
         self.size = max(1, min(self.size, operations) // 2)
 
 
-def write_around(writer: LedgerWriter, jobs: Sequence[Job], quarantined: Sequence[Quarantined] = ()) -> None:
+def write_around(
+    writer: LedgerWriter,
+    jobs: Sequence[Job],
+    quarantined: Sequence[Quarantined] = (),
+    meanwhile: Callable[[], None] | None = None,
+) -> None:
     """Write jobs in one transaction; if a row is at fault, find it by halves, quarantine it, write the rest.
 
     Two writers of one new account can collide on its row once; the second attempt finds it there.
@@ -775,7 +806,7 @@ def write_around(writer: LedgerWriter, jobs: Sequence[Job], quarantined: Sequenc
     """
     for attempt in (1, 2):
         try:
-            writer.write(jobs, quarantined)
+            writer.write(jobs, quarantined, meanwhile)
         except psycopg.Error as error:
             if (error.sqlstate or "")[:2] not in DATA_FAULTS:
                 raise

@@ -194,6 +194,11 @@ FIRST_PLANS = 500
 made for empty tables may scan all operations of an account for each id, and would be kept."""
 
 
+AHEAD_OPERATIONS = 16
+"""Operations per account from which a batch's rows go to the database while the rules still make others. With fewer
+they are sorted by account first, which is cheaper for its indexes."""
+
+
 REPLAYED, CONFLICT = "replayed", "conflict"
 """What becomes of an operation whose id was answered before: with the same content, and with other content."""
 
@@ -271,11 +276,17 @@ class LedgerWriter:
         taken, self.outbox = self.outbox, []
         return taken
 
-    def write(self, jobs: Sequence[Job], quarantined: Sequence[Quarantined] = ()) -> None:
+    def write(
+        self,
+        jobs: Sequence[Job],
+        quarantined: Sequence[Quarantined] = (),
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         """Apply jobs in order and store quarantine rows, in one transaction.
 
         Afterwards each job has a ``result``, or is ``quarantined`` because its code raised.
 
+        :param meanwhile: is called while the database works on the last rows; what it raises undoes the transaction.
         :raises psycopg.Error: when nothing was committed, or when that is unknown because the connection broke.
         """
         if self._written >= self._plan_anew_at:
@@ -283,7 +294,11 @@ class LedgerWriter:
             self.connection.execute("DISCARD PLANS")
         self._written += len(jobs)
         try:
-            self._write(jobs, quarantined)
+            try:
+                self._write(jobs, quarantined, meanwhile, True)
+            except PoisonError:
+                self.connection.execute("ROLLBACK")
+                self._write(jobs, quarantined, meanwhile, False)
         except BaseException:
             if not self.connection.closed:
                 try:
@@ -292,7 +307,17 @@ class LedgerWriter:
                     self.connection.close()
             raise
 
-    def _write(self, jobs: Sequence[Job], quarantined: Sequence[Quarantined]) -> None:
+    def _write(
+        self,
+        jobs: Sequence[Job],
+        quarantined: Sequence[Quarantined],
+        meanwhile: Callable[[], None] | None,
+        ahead: bool,
+    ) -> None:
+        """Write in one transaction; with ``ahead``, operations on their way to the database while others are applied.
+
+        :raises PoisonError: when a job's code raises then.
+        """
         stages.begin()
         loaded = Loaded(self.connection, jobs)
         stages.end("read")
@@ -300,7 +325,14 @@ class LedgerWriter:
         spendable_before = (
             {name: spendable(account, loaded.now) for name, account in loaded.accounts.items()} if self.events else {}
         )
-        rows, follow = apply_all(loaded, jobs, self.catalog(), self.poison)
+        cursor = self.connection.cursor()
+        ahead = ahead and len(jobs) >= AHEAD_OPERATIONS * len(loaded.accounts)
+        if ahead:
+            applied = apply_each(loaded, jobs, self.catalog())
+            copy(cursor, COPY_OPERATIONS, (operation_line(account, row) for account, row in applied))
+        else:
+            apply_all(loaded, jobs, self.catalog(), self.poison)
+        follow = conclude(loaded, jobs)
         poisoned = [*quarantined, *(job.quarantined for job in jobs if job.quarantined is not None)]
         accounts = [account for account in loaded.accounts.values() if account.is_dirty]
         messages = [(each.account, "", each.name, each.operation, encode(each.arguments)) for each in follow]
@@ -311,8 +343,8 @@ class LedgerWriter:
                 for event in events_of(account, spendable_before[account.account], self.events)
             ]
         stages.end("rules")
-        with self.connection.cursor() as cursor:
-            self._insert(cursor, accounts, rows)
+        with cursor:
+            self._insert(cursor, accounts, () if ahead else rows_of(jobs), meanwhile)
             outbox = insert_outbox(cursor, messages, loaded.now) if messages else []
             crash_point("after-copy")
             with self.connection.pipeline():
@@ -329,7 +361,13 @@ class LedgerWriter:
         self.outbox += outbox
         crash_point("after-commit")
 
-    def _insert(self, cursor: Cursor[Any], accounts: Sequence[Account], rows: Iterable[tuple[str, Row]]) -> None:
+    def _insert(
+        self,
+        cursor: Cursor[Any],
+        accounts: Sequence[Account],
+        rows: Iterable[tuple[str, Row]],
+        meanwhile: Callable[[], None] | None,
+    ) -> None:
         new = [row_line((account.account, *account_fields(account))) for account in accounts if account.is_new]
         copy(cursor, COPY_ACCOUNTS, new)
         grants = [
@@ -347,7 +385,7 @@ class LedgerWriter:
             entries.extend(entry_line(account.account, entry) for account in accounts for entry in account.entries)
 
         copy(cursor, COPY_OPERATIONS, operations, make_entries)
-        copy(cursor, COPY_ENTRIES, entries)
+        copy(cursor, COPY_ENTRIES, entries, meanwhile)
         holds = [
             row_line(_hold_row(account.account, hold))
             for account in accounts
@@ -490,15 +528,31 @@ class Loaded:
         return account
 
 
-def apply_all(
-    loaded: Loaded, jobs: Sequence[Job], catalog: Catalog, poison: Poison
-) -> tuple[list[tuple[str, Row]], list[FollowUp]]:
+class PoisonError(Exception):
+    """A job's code raised, and nothing of its batch may stand as it is."""
+
+
+def apply_each(loaded: Loaded, jobs: Sequence[Job], catalog: Catalog) -> Iterator[tuple[str, Row]]:
+    """Apply jobs in order to the loaded accounts, in memory, one by one as they are asked for.
+
+    :returns: the operation rows to write, with their accounts.
+    :raises PoisonError: when a job's code raises.
+    """
+    for job in jobs:
+        job.quarantined = job.answer = None
+        try:
+            job.answer = answer = _apply_one(loaded, job, catalog)
+        except Exception as error:
+            raise PoisonError from error
+        if answer.row is not None:
+            yield job.account, answer.row
+
+
+def apply_all(loaded: Loaded, jobs: Sequence[Job], catalog: Catalog, poison: Poison) -> None:
     """Apply jobs in order to the loaded accounts, in memory.
 
     A job whose code raises is taken out: its account is made anew from the rows that were read, and the jobs
     of that account before it are applied again, so that nothing half done is left. The others stand.
-
-    :returns: the operation rows to write, with their accounts, and what follows from them, both in order.
     """
     for place, job in enumerate(jobs):
         job.quarantined = job.answer = None
@@ -512,12 +566,24 @@ def apply_all(
             for before in jobs[:place]:
                 if before.account == job.account and before.quarantined is None:
                     before.answer = _apply_one(loaded, before, catalog)
+
+
+def rows_of(jobs: Iterable[Job]) -> Iterator[tuple[str, Row]]:
+    """The operation rows of applied jobs, with their accounts."""
+    for job in jobs:
+        if job.answer is not None and job.answer.row is not None:
+            yield job.account, job.answer.row
+
+
+def conclude(loaded: Loaded, jobs: Iterable[Job]) -> list[FollowUp]:
+    """Note when each account is due next, after all jobs are applied.
+
+    :returns: what follows from the jobs, in order.
+    """
     for account in loaded.accounts.values():
         if account.is_dirty:
             account.next_due_at = account.due_at()
-    given = [(job.account, job.answer) for job in jobs if job.answer is not None]
-    rows = [(name, answer.row) for name, answer in given if answer.row is not None]
-    return rows, [follow for _, answer in given for follow in answer.follow]
+    return [follow for job in jobs if job.answer is not None for follow in job.answer.follow]
 
 
 def _apply_one(loaded: Loaded, job: Job, catalog: Catalog) -> Answer:

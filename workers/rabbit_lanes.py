@@ -231,6 +231,9 @@ class RabbitLanes:
             self.loop.remove_reader(self.connection.sock)
             self._reading = False
 
+    def refill(self, messages: int) -> None:
+        """Nothing: what comes over AMQP is read in the loop's turn, with whatever else the connection says."""
+
     def _wanted(self) -> bool:
         """Whether what arrives is to be read: without lanes there are only the broker's heartbeats."""
         return not self.channels or self.room() > 0

@@ -359,6 +359,12 @@ class RedisLanes:
         if not self.channel.fetch(room, everywhere):
             self.channel.wait(self.loop, lambda _lane: self.guard(self.poll))
 
+    def refill(self, messages: int) -> None:
+        """Bring up to so many messages into the buffer, as far as there is room, if any wait."""
+        room = min(messages, self.room())
+        if room > 0:
+            self.channel.fetch(room)
+
     def acknowledge(self, messages: Iterable[Any]) -> None:
         """Acknowledge messages that are the oldest of their lanes, in one round trip."""
         counts: dict[str, int] = {}

@@ -31,8 +31,9 @@ from tasks.registry import OPERATIONS
 from tests.conftest import TEMPLATE
 from tests.support import Ledger, rows, travel, value
 from workers.lane_consumer import Pieces, write_around
-from workers.ledger_writer import FIRST_PLANS, Job, LedgerWriter, connect
+from workers.ledger_writer import AHEAD_OPERATIONS, FIRST_PLANS, Job, LedgerWriter, connect
 from workers.quarantine import Quarantined
+from workers.rows import PIECE
 
 START = datetime(2026, 1, 31, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -506,9 +507,11 @@ def test_a_purchase_is_revoked_from_its_closed_grants_and_from_what_continues_th
 # Faults
 
 
+@pytest.mark.parametrize("many", [0, 2 * PIECE])
 def test_an_operation_whose_code_raises_is_quarantined_and_its_mates_stand_as_if_it_had_not_been_there(
-    ledger: Ledger, other_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, other_ledger: Ledger, monkeypatch: pytest.MonkeyPatch, many: int
 ) -> None:
+    """With many before it, some are on their way to the database when it raises."""
     consume = OPERATIONS["credits.consume"]
 
     def run(account: Account, message: Any, context: Context) -> Outcome:
@@ -522,6 +525,7 @@ def test_an_operation_whose_code_raises_is_quarantined_and_its_mates_stand_as_if
 
     def batch(cursed: bool) -> list[Job]:
         jobs = [
+            *(job("credits.consume", f"many-{number}", account="b", amount="0.01") for number in range(many)),
             job("credits.consume", "before", account="a", amount=1),
             job("credits.consume", "b-1", account="b", amount=2),
             job("credits.hold", "h", account="a", amount=3),
@@ -569,6 +573,26 @@ def test_an_account_whose_only_operation_raises_is_not_made(ledger: Ledger, monk
     send(ledger, "credits.open", "open", account="a")
     assert all_of(ledger, "SELECT account FROM accounts") == []
     assert all_of(ledger, "SELECT code, account FROM quarantine") == [("internal_error", "a")]
+
+
+def test_what_raises_while_the_database_works_undoes_the_transaction(ledger: Ledger) -> None:
+    send(ledger, "credits.open", "open", account="a")
+    before = written(ledger, ["a"])
+    jobs = [job("credits.consume", f"c-{number}", account="a", amount="0.1") for number in range(AHEAD_OPERATIONS)]
+
+    def fail() -> None:
+        raise ConnectionResetError("the broker is gone")
+
+    with pytest.raises(ConnectionResetError):
+        ledger.writer.write(jobs, (), fail)
+    assert written(ledger, ["a"]) == before
+    called: list[int] = []
+    ledger.writer.write(jobs, (), lambda: called.append(1))
+    assert called == [1]
+    assert {each.status for each in jobs} == {"applied"}
+    ledger.writer.write(jobs, (), lambda: called.append(2))  # nothing to write: called all the same
+    assert called == [1, 2]
+    assert {each.status for each in jobs} == {"replayed"}
 
 
 def test_a_batch_that_the_database_refuses_leaves_nothing(ledger: Ledger) -> None:
