@@ -113,10 +113,13 @@ class Operations:
         email: str | None = None,
         locale: str | None = None,
         timezone: str | None = None,
+        plan: str | None = None,
         wait: float | None = None,
     ) -> Result | None:
-        """Create an account, with the catalog's sign-up grant."""
-        arguments = {"account": account, "kind": kind, "email": email, "locale": locale, "timezone": timezone}
+        """Create an account, with the catalog's sign-up grant; a ``plan`` begins at once."""
+        arguments = {
+            "account": account, "kind": kind, "email": email, "locale": locale, "timezone": timezone, "plan": plan,
+        }  # fmt: skip
         return self.submit("credits.open", id, arguments, wait)
 
     def grant(
@@ -271,6 +274,85 @@ class Operations:
         """
         arguments = {"account": account, "to": to, "amount": to_wire(amount), "message": message}
         return self.submit("credits.transfer", id, arguments, wait)
+
+    def subscribe(
+        self,
+        account: str,
+        plan: str,
+        *,
+        id: str,
+        payment: str | None = None,
+        unit_price: dict[str, Any] | None = None,
+        period_start: datetime | None = None,
+        period_end: datetime | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """Begin a plan; its first credits come at once.
+
+        :param payment: what was paid by: a refund of it finds the plan's credits.
+        :param period_start: when the plan began; now unless given.
+        :param period_end: until when it is paid for; a month or a year, as the plan says, unless given.
+        """
+        arguments = {
+            "account": account, "plan": plan, "payment": payment, "unit_price": unit_price,
+            "period_start": period_start, "period_end": period_end,
+        }  # fmt: skip
+        return self.submit("plans.subscribe", id, arguments, wait)
+
+    def change_plan(
+        self,
+        account: str,
+        plan: str,
+        *,
+        id: str,
+        payment: str | None = None,
+        unit_price: dict[str, Any] | None = None,
+        period_end: datetime | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """Change to a higher plan at once, to a lower one with the next renewal."""
+        arguments = {
+            "account": account, "plan": plan, "payment": payment, "unit_price": unit_price, "period_end": period_end,
+        }  # fmt: skip
+        return self.submit("plans.change", id, arguments, wait)
+
+    def cancel_plan(
+        self,
+        account: str,
+        *,
+        id: str,
+        at: Literal["period_end", "now"] = "period_end",
+        reason: str | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """End the plan with its period, or now; nothing more is allotted."""
+        arguments = {"account": account, "at": at, "reason": reason}
+        return self.submit("plans.cancel", id, arguments, wait)
+
+    def renew_plan(
+        self,
+        account: str,
+        *,
+        id: str,
+        period_start: datetime,
+        period_end: datetime | None = None,
+        plan: str | None = None,
+        payment: str | None = None,
+        unit_price: dict[str, Any] | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """A payment has arrived for the period that begins at ``period_start``; however often it is told, once."""
+        arguments = {
+            "account": account, "period_start": period_start, "period_end": period_end, "plan": plan,
+            "payment": payment, "unit_price": unit_price,
+        }  # fmt: skip
+        return self.submit("plans.renew", id, arguments, wait)
+
+    def undo_renewal(
+        self, account: str, *, actor: str, reason: str, id: str, wait: float | None = None
+    ) -> Result | None:
+        """An administrator takes back what the last renewal did."""
+        return self.submit("plans.undo", id, {"account": account, "actor": actor, "reason": reason}, wait)
 
     def settle(self, account: str, *, id: str, wait: float | None = None) -> Result | None:
         """Apply what time has made due, nothing else."""

@@ -25,6 +25,11 @@ class Code(StrEnum):
     ACCOUNT_CLOSED = "account_closed"
     ACCOUNT_EXISTS = "account_exists"
     INVALID = "invalid"
+    UNKNOWN_PLAN = "unknown_plan"
+    NO_SUBSCRIPTION = "no_subscription"
+    ALREADY_SUBSCRIBED = "already_subscribed"
+    ALREADY_RENEWED = "already_renewed"
+    NOTHING_TO_UNDO = "nothing_to_undo"
     UNKNOWN_FEATURE = "unknown_feature"
     UNKNOWN_HOLD = "unknown_hold"
     HOLD_CLOSED = "hold_closed"
@@ -56,6 +61,11 @@ SENTENCES: dict[Code, str] = {
     Code.ACCOUNT_EXISTS: "The account is already open; use it, no second opening is needed.",
     Code.ACCOUNT_CLOSED: "The account is closed and takes no operations.",
     Code.INVALID: "The arguments contradict each other; the reason says which.",
+    Code.UNKNOWN_PLAN: "The catalog has no such plan; name one that it has.",
+    Code.NO_SUBSCRIPTION: "The account has no plan under way; send plans.subscribe first.",
+    Code.ALREADY_SUBSCRIBED: "The account has a plan under way; send plans.change for another one.",
+    Code.ALREADY_RENEWED: "The period of this payment was paid for before; nothing more is given for it.",
+    Code.NOTHING_TO_UNDO: "No renewal began the period under way, or it was undone before.",
     Code.UNKNOWN_FEATURE: "The catalog has no such feature; add it there or send an explicit amount.",
     Code.UNKNOWN_HOLD: "The account has no hold with this id; use the operation id of the hold.",
     Code.HOLD_CLOSED: "The hold was captured or released before, or its time ran out; consume directly.",

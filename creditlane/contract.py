@@ -98,6 +98,8 @@ class Open(Message):
     operation: ClassVar[str] = "credits.open"
 
     kind: Literal["user", "lead", "pool"] = "user"
+    plan: Name | None = None
+    """A plan to subscribe to at once."""
     email: Annotated[str, msgspec.Meta(max_length=254, pattern=_CLEAN)] | None = None
     locale: Annotated[str, msgspec.Meta(max_length=35, pattern=r"^[A-Za-z0-9_-]+\Z")] | None = None
     timezone: Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[A-Za-z0-9_+/-]+\Z")] | None = None
@@ -355,6 +357,70 @@ def _digest(sender: str, transfer: str) -> str:
     return sha256(b"".join(b"%d:%s" % (len(part), part) for part in parts)).hexdigest()
 
 
+class Paid(Message, kw_only=True):
+    """What the operations share that a payment may stand behind."""
+
+    payment: Name | None = None
+    """What was paid by: the purchase of the lots that it pays for, so that a refund finds them."""
+    unit_price: UnitPrice | None = None
+    """What was paid; the catalog's price unless sent."""
+    period_start: Instant | None = None
+    """When what is paid for begins; now unless sent."""
+    period_end: Instant | None = None
+    """When it ends; one month or year later, as the plan is paid for, unless sent."""
+
+    def __post_init__(self) -> None:
+        _in_calendar(self.period_start, "period_start")
+        _in_calendar(self.period_end, "period_end")
+        if self.period_start is not None and self.period_end is not None and self.period_end <= self.period_start:
+            raise ValueError("period_end is not after period_start")
+
+
+class Subscribe(Paid):
+    """``plans.subscribe``: begin a plan; the first period's credits come at once."""
+
+    operation: ClassVar[str] = "plans.subscribe"
+
+    plan: Name
+
+
+class ChangePlan(Paid):
+    """``plans.change``: to a higher plan at once, to a lower one with the next renewal."""
+
+    operation: ClassVar[str] = "plans.change"
+
+    plan: Name
+
+
+class CancelPlan(Message):
+    """``plans.cancel``: end the plan with its period, or now."""
+
+    operation: ClassVar[str] = "plans.cancel"
+
+    at: Literal["period_end", "now"] = "period_end"
+    reason: Text | None = None
+
+
+class RenewPlan(Paid):
+    """``plans.renew``: a payment for the next period has arrived."""
+
+    operation: ClassVar[str] = "plans.renew"
+
+    period_start: Instant
+    """When what is paid for begins: however many messages tell of a payment, its period is given once."""
+    plan: Name | None = None
+    """Which plan was paid for; the present one, or the one that was changed to, unless sent."""
+
+
+class UndoRenewal(Message):
+    """``plans.undo``: an administrator takes back what the last renewal did."""
+
+    operation: ClassVar[str] = "plans.undo"
+
+    actor: Text
+    reason: Text
+
+
 class Batch(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """``credits.batch``: many operations of one lane in one message, each succeeding or failing by itself."""
 
@@ -368,7 +434,7 @@ OPERATIONS: dict[str, type[Message]] = {
     kind.operation: kind
     for kind in (
         Open, Grant, Consume, Hold, Capture, Release, Refund, Adjust, Revoke, Settle, Transfer, Receive, Confirm,
-        Bounce,
+        Bounce, Subscribe, ChangePlan, CancelPlan, RenewPlan, UndoRenewal,
     )
 }  # fmt: skip
 """Every operation of the ledger by its task name."""
@@ -429,6 +495,21 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     available: Decimal | None = None
     shortfall: Decimal | None = None
     offer: dict[str, Any] | None = None
+    plan: str | None = None
+    """For ``plans.…``: the plan, or the last one."""
+    plan_status: Literal["active", "cancelled", "ended"] | None = None
+    """``cancelled`` ends with its period."""
+    plan_next: str | None = None
+    """The plan from the next renewal on, where that is another."""
+    period_start: datetime | None = None
+    period_end: datetime | None = None
+    paid_until: datetime | None = None
+    allotted: Decimal | None = None
+    """What the operation added of the plan's credits."""
+    expired: Decimal | None = None
+    """What ended by it."""
+    taken_back: Decimal | None = None
+    restored: Decimal | None = None
     to: str | None = None
     """Who a transfer's credits are on their way to."""
     sender: str | None = None

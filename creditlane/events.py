@@ -35,6 +35,8 @@ BY_ENTRY = {
     "sent": "credits.sent",
     "bounced": "credits.bounced",
     "received": "credits.received",
+    "rolled_out": "credits.rolled_out",
+    "rolled_in": "credits.rolled_in",
     "debt_incurred": "credits.debt_incurred",
     "debt_paid": "credits.debt_paid",
 }

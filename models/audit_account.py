@@ -98,6 +98,11 @@ CHARGED_BY: dict[str, dict[str, int]] = {
     "credits.receive": {},
     "credits.confirm": {},
     "credits.bounce": {"bounced": -1},
+    "plans.subscribe": {},
+    "plans.change": {},
+    "plans.cancel": {},
+    "plans.renew": {},
+    "plans.undo": {},
 }
 """Which entries make up what an operation says it charged; one that is not here is proven by replay alone."""
 

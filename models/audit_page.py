@@ -25,6 +25,7 @@ from models.audit_rows import (
     OPERATIONS,
     OPERATIONS_SINCE,
     RECEIPTS,
+    SUBSCRIPTIONS,
     Row,
     Stream,
     Totals,
@@ -45,7 +46,14 @@ class Replay(Protocol):
     def feed(self, operation: Row | None, entries: Sequence[Row]) -> None:
         """As :meth:`models.audit_account.AccountAudit.feed`."""
 
-    def finish(self, totals: Totals, grants: Sequence[Row], holds: Sequence[Row], receipts: Sequence[Row]) -> None:
+    def finish(
+        self,
+        totals: Totals,
+        grants: Sequence[Row],
+        holds: Sequence[Row],
+        receipts: Sequence[Row],
+        subscriptions: Sequence[Row],
+    ) -> None:
         """Compare what came out with the rows of the account."""
 
 
@@ -124,6 +132,8 @@ class PageAudit:
         }
         if self.cutoffs:
             queries["leaves"] = LEAVES
+        if self.replayer is not None:
+            queries["subscriptions"] = SUBSCRIPTIONS
         told = 0
         with ExitStack() as stack:
             streams = {
@@ -177,7 +187,7 @@ class PageAudit:
             return
         grants, holds = list(streams["grants"].of(account)), list(streams["holds"].of(account))
         check.finish(totals, grants, holds)
-        replay.finish(totals, grants, holds, receipts)
+        replay.finish(totals, grants, holds, receipts, list(streams["subscriptions"].of(account)))
 
     @staticmethod
     def _replay(replayer: Replayer, connection: Connection[Any], report: Report, totals: Totals) -> Replay:

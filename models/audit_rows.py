@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from psycopg import Connection
 
+from models.columns import SUBSCRIPTION_VALUES
 from models.rules.state import COUNTERS
 
 Row = tuple[Any, ...]
@@ -23,7 +24,7 @@ BUCKETS = ", ".join(f"{counter}_micro" for counter in COUNTERS)
 
 ACCOUNT_COLUMNS = (
     f"account, operations, seq, head, last_grant, debt_micro, {BUCKETS}, updated_at, next_due_at, kind, status, email,"
-    " locale, timezone, opened_at"
+    " locale, timezone, opened_at, reference_micro"
 )
 
 
@@ -40,7 +41,7 @@ class Totals(NamedTuple):
     updated_at: datetime
     next_due_at: datetime | None
     opening: Row
-    """Kind, status, e-mail, locale, time zone and when it was opened."""
+    """Kind, status, e-mail, locale, time zone, when it was opened, what was there when credits last came in."""
 
     @classmethod
     def of(cls, row: Row) -> Totals:
@@ -83,6 +84,7 @@ ENTRIES = f"SELECT {ENTRY_COLUMNS} FROM entries e WHERE e.{PAGE} ORDER BY e.acco
 OPERATIONS = "SELECT {columns} FROM operations o WHERE o." + PAGE + " ORDER BY o.account, o.number"
 GRANTS = f"SELECT {GRANT_COLUMNS} FROM grants g WHERE g.{PAGE} ORDER BY g.account, g.grant_id"
 HOLDS = f"SELECT {HOLD_COLUMNS} FROM holds WHERE {PAGE} ORDER BY account, hold"
+SUBSCRIPTIONS = f"SELECT {SUBSCRIPTION_VALUES} FROM subscriptions WHERE {PAGE} ORDER BY account"
 RECEIPTS = f"""
 SELECT account, operation, line, grant_id, taken_micro, returned_micro FROM receipts
 WHERE {PAGE} ORDER BY account, operation, line

@@ -10,9 +10,12 @@ from zoneinfo import ZoneInfo
 import msgspec
 
 from creditlane.amounts import Micro, parse_amount
-from models.rules.catalog import Catalog, Feature, Pack
+from models.rules.catalog import Catalog, Feature, Pack, Plan
 
 Kind = TypeVar("Kind")
+
+DEFAULT_CATALOG = "packs"
+"""The one in force unless a setting says otherwise."""
 
 SHIPPED = Path(__file__).parent / "catalogs"
 """Where the catalogs that come with the project are."""
@@ -48,15 +51,18 @@ def parse_catalog(text: str, file: str) -> Catalog:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise CatalogError(f"{file}: not TOML: {error}") from None
-    for section, kind in (("features", Feature), ("packs", Pack)):
+    for section, kind in (("features", Feature), ("packs", Pack), ("plans", Plan)):
         entries = tables.get(section)
         for name, entry in entries.items() if isinstance(entries, dict) else ():
             _convert(entry, kind, file, f"{section}.{name}")
     catalog = _convert(tables, Catalog, file, "")
-    try:
-        ZoneInfo(catalog.catalog.zone)
-    except (KeyError, ValueError, OSError):
-        raise CatalogError(f"{file}: catalog.zone: no such IANA time zone") from None
+    zones = {"catalog.zone": catalog.catalog.zone}
+    zones.update((f"plans.{name}.zone", plan.zone) for name, plan in catalog.plans.items() if plan.zone is not None)
+    for key, zone in zones.items():
+        try:
+            ZoneInfo(zone)
+        except (KeyError, ValueError, OSError):
+            raise CatalogError(f"{file}: {key}: no such IANA time zone") from None
     for name, feature in catalog.features.items():
         for other in feature.alternatives:
             if other not in catalog.features:

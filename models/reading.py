@@ -14,9 +14,11 @@ from psycopg import Connection
 
 from creditlane.amounts import format_amount
 from creditlane.codes import SENTENCES
+from models.columns import SUBSCRIPTION_VALUES
+from models.rules.catalog import Catalog
 from models.rules.posting import FLOWS
 from models.rules.settling import settle
-from models.rules.state import COUNTERS, UNOPENED, Account, Grant, Hold, Line
+from models.rules.state import COUNTERS, UNOPENED, Account, Grant, Hold, Line, subscription_of
 
 MAX_PAGE = 1000
 """Rows of one page: operations of a history, messages of the quarantine."""
@@ -33,9 +35,10 @@ BUCKETS = ", ".join(f"{counter}_micro" for counter in COUNTERS)
 
 ACCOUNT = f"""
 SELECT kind, status, email, locale, timezone, opened_at, updated_at, next_due_at, operations, seq, head, last_grant,
-       {BUCKETS}, debt_micro
+       {BUCKETS}, debt_micro, reference_micro
 FROM accounts WHERE account = %s
 """
+SUBSCRIPTION = f"SELECT {SUBSCRIPTION_VALUES} FROM subscriptions WHERE account = %s"
 OPEN_GRANTS = f"""
 SELECT grant_id, source, priority, features, effective_at, expires_at, created_at, operation, purchase, price_minor,
        price_currency, price_per_micro, {BUCKETS}, clawed_back_micro, forgiven_micro, origin
@@ -115,7 +118,7 @@ class AccountSummary(msgspec.Struct, kw_only=True, frozen=True):
     updated_at: datetime
     """The time of its last operation."""
     next_due_at: datetime | None
-    """When time changes it next: a hold's time-out or a grant's expiry."""
+    """When time changes it next: a hold's time-out, a grant's expiry, a renewal."""
     as_of: datetime
     operations: int
     entries: int
@@ -126,19 +129,22 @@ class AccountSummary(msgspec.Struct, kw_only=True, frozen=True):
     """Those that are open, the oldest first."""
 
 
-def account_summary(connection: Connection[Any], account: str) -> AccountSummary | None:
+def account_summary(connection: Connection[Any], account: str, catalog: Catalog) -> AccountSummary | None:
     """An account with its balance, its open grants in burn-down order and its open holds.
 
-    Credits that have expired and holds that have timed out are settled first, in memory, by the rules
-    themselves; so the answer is what an operation would find now.
+    Credits that have expired, holds that have timed out and periods that have ended are settled first, in memory, by
+    the rules themselves; so the answer is what an operation would find now.
 
     :param connection: not within a transaction.
+    :param catalog: the one in force, by which plans renew.
     :returns: None for an account that no operation ever named.
     """
-    loaded = _load(connection, account)
+    loaded = load_account(connection, account)
     if loaded is None:
         return None
-    state, entries, now = loaded
+    state, now = loaded
+    entries = state.seq
+    settle(state, now, catalog)
     return AccountSummary(
         account=account,
         kind=state.kind,
@@ -169,17 +175,118 @@ def account_summary(connection: Connection[Any], account: str) -> AccountSummary
     )
 
 
-def account_balance(connection: Connection[Any], account: str) -> AccountBalance | None:
+def account_balance(connection: Connection[Any], account: str, catalog: Catalog) -> AccountBalance | None:
     """An account's balance at the database's time, as :func:`account_summary` has it.
 
     :param connection: not within a transaction.
+    :param catalog: the one in force.
     :returns: None for an account that was never opened.
     """
-    loaded = _load(connection, account)
+    loaded = load_account(connection, account)
     if loaded is None or loaded[0].status == UNOPENED:
         return None
-    state, _, now = loaded
+    state, now = loaded
+    settle(state, now, catalog)
     return _balance(state, now)
+
+
+class LastRenewal(msgspec.Struct, kw_only=True, frozen=True):
+    """What began the period under way."""
+
+    at: datetime
+    allotted: str
+    rolled_over: str
+    expired: str
+    undone: bool
+
+
+class PlanSummary(msgspec.Struct, kw_only=True, frozen=True):
+    """An account's plan as an operation would find it now; amounts in credits."""
+
+    account: str
+    plan: str
+    status: str
+    """``active``, ``cancelled`` (it ends with its period), ``unpaid`` (in the days of grace) or ``ended``."""
+    monthly_credits: str
+    unlimited: bool
+    mode: str
+    anchor: datetime
+    zone: str
+    period_start: datetime
+    period_end: datetime
+    paid_until: datetime | None
+    """None for a plan without a price."""
+    ended_at: datetime | None
+    allotted: str
+    """What the highest plan of this period gives for it."""
+    remaining: str | None
+    """What is left of the period's credits; None where they do not end with it."""
+    rolled_over: str | None
+    next_plan: str | None
+    """The plan from the next renewal on, where that is another."""
+    next: str
+    """What comes next, in words."""
+    payment: str | None
+    last_renewal: LastRenewal | None
+
+
+def plan_summary(state: Account, now: datetime, catalog: Catalog) -> PlanSummary | None:
+    """An account's plan, or its last one.
+
+    :param state: as :func:`load_account` gives it; it is settled.
+    :param now: the account's time, likewise.
+    :param catalog: the one in force.
+    :returns: None for an account that never had one.
+    """
+    settle(state, now, catalog)
+    subscription = state.subscription
+    if subscription is None:
+        return None
+    terms = subscription.terms
+    renewal = subscription.renewal
+    status: str = subscription.status
+    end = f"{subscription.period_end:%Y-%m-%d %H:%M} UTC"
+    if not subscription.is_active:
+        coming = "nothing: it has ended"
+    elif subscription.cancels:
+        status, coming = "cancelled", f"ends on {end}"
+    elif subscription.renews_by_itself:
+        coming = f"renews on {end}"
+    elif now < subscription.period_end:
+        coming = f"renews when it is paid for, due on {end}"
+    else:
+        status, coming = "unpaid", f"ends on {subscription.grace_ends:%Y-%m-%d %H:%M} UTC unless it is paid for"
+    remaining = sum(state.grants[lot].available for lot in subscription.lots if lot in state.grants)
+    rolled = sum(grant.available for grant in state.order if grant.source == terms.rollover_source)
+    return PlanSummary(
+        account=state.account,
+        plan=terms.plan,
+        status=status,
+        monthly_credits=format_amount(terms.monthly_micro),
+        unlimited=terms.unlimited,
+        mode=terms.mode,
+        anchor=subscription.anchor,
+        zone=subscription.zone,
+        period_start=subscription.period_start,
+        period_end=subscription.period_end,
+        paid_until=subscription.paid_until,
+        ended_at=subscription.ended_at,
+        allotted=format_amount(subscription.allotted),
+        remaining=None if terms.mode == "accumulate" or terms.unlimited else format_amount(remaining),
+        rolled_over=format_amount(rolled) if terms.mode == "rollover" else None,
+        next_plan=None if subscription.pending is None else subscription.pending.plan,
+        next=coming,
+        payment=subscription.payment,
+        last_renewal=None
+        if renewal is None
+        else LastRenewal(
+            at=renewal.at,
+            allotted=format_amount(renewal.allotted),
+            rolled_over=format_amount(renewal.rolled),
+            expired=format_amount(renewal.expired),
+            undone=renewal.undone,
+        ),
+    )
 
 
 def account_exists(connection: Connection[Any], account: str) -> bool:
@@ -187,8 +294,12 @@ def account_exists(connection: Connection[Any], account: str) -> bool:
     return connection.execute("SELECT FROM accounts WHERE account = %s", (account,)).fetchone() is not None
 
 
-def _load(connection: Connection[Any], account: str) -> tuple[Account, int, datetime] | None:
-    """The account settled in memory, how many entries it has in the database, and its time."""
+def load_account(connection: Connection[Any], account: str) -> tuple[Account, datetime] | None:
+    """The account as it was last written, with what time can change of it, and its time now.
+
+    :param connection: not within a transaction.
+    :returns: None for an account that no operation ever named.
+    """
     with connection.transaction(), connection.pipeline():
         # One snapshot: an operation that commits meanwhile is seen whole or not at all.
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
@@ -196,6 +307,7 @@ def _load(connection: Connection[Any], account: str) -> tuple[Account, int, date
         grants = connection.execute(OPEN_GRANTS, (account,))
         holds = connection.execute(OPEN_HOLDS, (account,))
         lines = connection.execute(OPEN_HOLD_LINES, {"account": account})
+        subscription = connection.execute(SUBSCRIPTION, (account,)).fetchone()
         clock = connection.execute("SELECT ledger_now()")
         found = row.fetchone()
         instant = clock.fetchone()
@@ -209,12 +321,12 @@ def _load(connection: Connection[Any], account: str) -> tuple[Account, int, date
             state.holds[hold[0]] = Hold(*hold)
         for operation, grant_id, taken, returned in lines:
             state.holds[operation].lines.append(Line(grant_id, taken, returned))
+        if subscription is not None:
+            state.subscription = subscription_of(subscription[1:])
     now: datetime = instant[0]
     if state.updated_at is not None:
         now = max(now, state.updated_at)
-    entries = state.seq
-    settle(state, now)
-    return state, entries, now
+    return state, now
 
 
 def _balance(state: Account, now: datetime) -> AccountBalance:

@@ -18,6 +18,7 @@ from creditlane.contract import MAX_BATCH
 from creditlane.events import matching
 from creditlane.lanes import LANES
 from creditlane.tls import tls_options
+from models.catalog import DEFAULT_CATALOG
 
 BROKERS = ("redis", "rediss", "amqp", "amqps", "pyamqp")
 """The schemes of a broker's URL; the second and the fourth with TLS."""
@@ -62,7 +63,7 @@ class Settings(BaseSettings):
     lanes: int = Field(LANES, ge=1, le=4096)
     """How many lanes; the same for all producers and workers of a deployment."""
 
-    catalog: str = "packs"
+    catalog: str = DEFAULT_CATALOG
     """A shipped catalog's name, or the path of a TOML file."""
 
     batch_messages: int = Field(500, ge=1, le=5000)

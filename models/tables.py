@@ -95,6 +95,91 @@ class AccountRow(Buckets, Base):
     """The hash of its last entry."""
     last_grant: Mapped[int] = mapped_column(Integer)
     debt_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    reference_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    """What was spendable right after credits last came in: thresholds in percent are of it."""
+
+
+class SubscriptionRow(Base):
+    """An account's plan, or its last one."""
+
+    __tablename__ = "subscriptions"
+    __table_args__ = (
+        CheckConstraint("period_start < period_end AND allotted_micro >= 0", name="subscriptions_period"),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    plan: Mapped[str]
+    status: Mapped[str]
+    """``active`` or ``ended``."""
+    anchor: Mapped[datetime]
+    zone: Mapped[str]
+    number: Mapped[int] = mapped_column(Integer)
+    """Months from the anchor to the period under way."""
+    period_start: Mapped[datetime]
+    period_end: Mapped[datetime]
+    paid_until: Mapped[datetime | None]
+    """NULL for a plan without a price."""
+    ended_at: Mapped[datetime | None]
+    cancels: Mapped[bool]
+    """Whether it ends with the period under way."""
+    allotted_micro: Mapped[int] = mapped_column(BigInteger)
+    """Credits of the highest plan of this period."""
+    payment: Mapped[str | None]
+    price_minor: Mapped[int | None] = mapped_column(BigInteger)
+    price_currency: Mapped[str | None]
+    price_per_micro: Mapped[int | None] = mapped_column(BigInteger)
+    lots: Mapped[list[int]] = mapped_column(ARRAY(Integer))
+    """The grants that end with the period."""
+    renewal_lots: Mapped[list[int]] = mapped_column(ARRAY(Integer))
+    """The grants that its last renewal made or took from."""
+    terms: Mapped[str] = mapped_column(JSON)
+    """The plan as it is until the next renewal."""
+    pending: Mapped[str | None] = mapped_column(JSON)
+    """The plan from the next renewal on, where that is another."""
+    renewal: Mapped[str | None] = mapped_column(JSON)
+    """What the last renewal did."""
+
+
+class NoticeRow(Base):
+    """Something that an account is told of: its row is the in-app inbox."""
+
+    __tablename__ = "notices"
+    __table_args__ = (
+        Index("notices_by_time", "account", "created_at"),
+        Index("notices_undelivered", "created_at", "account", "key", postgresql_where=text("delivered_at IS NULL")),
+    )
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    """What makes it one, however often what it tells of is looked at."""
+    kind: Mapped[str]
+    at: Mapped[datetime]
+    """The instant of what it tells of."""
+    created_at: Mapped[datetime]
+    details: Mapped[str] = mapped_column(JSON)
+    channels: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    """How it goes out, beside the inbox."""
+    read_at: Mapped[datetime | None]
+    delivered_at: Mapped[datetime | None]
+    """When all channels were done with it."""
+
+
+class DeliveryRow(Base):
+    """A notice's way out by one channel."""
+
+    __tablename__ = "deliveries"
+    __table_args__ = ({"postgresql_with": {"fillfactor": "70"}},)
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    channel: Mapped[str] = mapped_column(primary_key=True)
+    status: Mapped[str]
+    """``pending``, ``sent`` or ``parked``."""
+    attempts: Mapped[int] = mapped_column(Integer)
+    next_attempt_at: Mapped[datetime | None]
+    sent_at: Mapped[datetime | None]
+    error: Mapped[str | None]
 
 
 class GrantRow(Buckets, Base):

@@ -38,7 +38,7 @@ SCHEDULE = {
 }
 
 DUE = f"""
-SELECT account, next_due_at FROM accounts
+SELECT account, next_due_at, operations FROM accounts
 WHERE next_due_at <= %s AND (next_due_at, account) > (%s, %s)
 ORDER BY next_due_at, account LIMIT {PAGE}
 """
@@ -67,14 +67,14 @@ def sweep(self: Any) -> dict[str, int]:
         client.buffer(linger_ms=50) as buffer,
     ):
         backlogs: dict[str, int] = {}
-        for account, due_at in due(connection):
+        for account, due_at, operations in due(connection):
             lane = lane_of(account, config.lanes)
             if lane not in backlogs:
                 backlogs[lane] = client.backlog(lane)
             if backlogs[lane] > MAX_BACKLOG:
                 skipped += 1
                 continue
-            buffer.settle(account, id=settle_id(due_at))
+            buffer.settle(account, id=settle_id(due_at, operations))
             sent += 1
             if sent % PAGE == 0:
                 self.update_state(state="PROGRESS", meta={"sent": sent})
@@ -86,10 +86,10 @@ def sweep(self: Any) -> dict[str, int]:
     return {"sent": sent, "skipped": skipped}
 
 
-def due(connection: Connection[Any]) -> Iterator[tuple[str, datetime]]:
+def due(connection: Connection[Any]) -> Iterator[tuple[str, datetime, int]]:
     """The accounts that are due now, the longest overdue first, page by page.
 
-    :returns: each account with the instant at which it fell due.
+    :returns: each account with the instant at which it fell due, and how many operations it has seen.
     """
     row = connection.execute("SELECT ledger_now()").fetchone()
     assert row is not None
@@ -99,6 +99,9 @@ def due(connection: Connection[Any]) -> Iterator[tuple[str, datetime]]:
         last = (page[-1][1], page[-1][0])
 
 
-def settle_id(due_at: datetime) -> str:
-    """The operation id for settling what falls due at an instant: twice sent, once applied."""
-    return f"settle:{due_at.isoformat()}"
+def settle_id(due_at: datetime, operations: int) -> str:
+    """The operation id for settling what falls due at an instant: twice sent, once applied.
+
+    :param operations: how many the account has seen: what is due once more is no repetition.
+    """
+    return f"settle:{due_at.isoformat()}:{operations}"

@@ -64,7 +64,7 @@ def measure_month(bench: Bench) -> Sample:
             READY_SECONDS,
             "The general worker did not come up",
         )
-        side.sent([(account, settle_id(expired_at), None) for account in names])
+        side.sent([(account, settle_id(expired_at, 2), None) for account in names])
         memory = Memory(side.workers.pids, len(names) // EARLY)
         first = side.written()
         with bench.metered(len(names), side.workers) as costs:

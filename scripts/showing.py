@@ -90,7 +90,11 @@ def short(name: str) -> str:
     return name.removeprefix("credits.")
 
 
-def _table(*columns: str, right: Iterable[str] = (), **options: Any) -> Table:
+def plain_table(*columns: str, right: Iterable[str] = (), **options: Any) -> Table:
+    """A table without lines.
+
+    :param right: the columns of numbers.
+    """
     numbers = set(right)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0), **options)
     for name in columns:
@@ -98,7 +102,8 @@ def _table(*columns: str, right: Iterable[str] = (), **options: Any) -> Table:
     return table
 
 
-def _facts(rows: Iterable[tuple[str, str]]) -> Table:
+def facts_table(rows: Iterable[tuple[str, str]]) -> Table:
+    """Names and values side by side."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
@@ -126,7 +131,7 @@ def result_lines(result: Result) -> RenderableType:
         facts.append(("balance", _balance_words(result)))
     again = " [dim](this id was answered before; nothing was changed again)[/]" if result.replayed else ""
     head = f"[green]applied[/] {_deed(result)}{again}"
-    return Group(Text.from_markup(head), _facts(facts))
+    return Group(Text.from_markup(head), facts_table(facts))
 
 
 def _deed(result: Result) -> str:
@@ -213,7 +218,7 @@ def summary_lines(summary: AccountSummary) -> RenderableType:
     )
     if summary.next_due_at is not None:
         facts.append(("next due", f"{instant(summary.next_due_at)} UTC"))
-    parts: list[RenderableType] = [_facts(facts)]
+    parts: list[RenderableType] = [facts_table(facts)]
     if summary.grants:
         parts += ["", _grants_table(summary)]
     if summary.holds:
@@ -236,7 +241,7 @@ def _grants_table(summary: AccountSummary) -> Table:
         "until",
     ]
     columns += ["purchase"] if some_priced else []
-    table = _table(
+    table = plain_table(
         *columns,
         right=("grant", "available", "held", "of", "priority"),
         title="Grants, in the order in which they are spent",
@@ -262,7 +267,7 @@ def _grants_table(summary: AccountSummary) -> Table:
 
 
 def _holds_table(summary: AccountSummary) -> Table:
-    table = _table(
+    table = plain_table(
         "hold", "amount", "feature", "member", "since", "until", right=("amount",),
         title="Open holds", title_justify="left", title_style="dim",
     )  # fmt: skip
@@ -276,7 +281,7 @@ def _holds_table(summary: AccountSummary) -> Table:
 
 def history_table(lines: Iterable[HistoryLine]) -> Table:
     """A history, the newest operation first; what time did stands where it happened."""
-    table = _table("when (UTC)", "operation", "change", "balance", "status", right=("change", "balance"))
+    table = plain_table("when (UTC)", "operation", "change", "balance", "status", right=("change", "balance"))
     for number in (0, 2, 3):
         table.columns[number].no_wrap = True
     table.columns[1].min_width = 36  # a uuid on one line, to be copied
@@ -333,7 +338,7 @@ def _entry_words(entry: EntryLine) -> str:
 
 def quarantine_table(lines: Iterable[QuarantineLine]) -> Table:
     """Quarantined messages, the newest first."""
-    table = _table("number", "received (UTC)", "message", "why", right=("number",))
+    table = plain_table("number", "received (UTC)", "message", "why", right=("number",))
     table.columns[1].no_wrap = True
     for line in lines:
         message = said(line.task or f"{line.body_bytes:,} bytes")
@@ -370,7 +375,7 @@ def quarantined_lines(message: QuarantinedMessage) -> RenderableType:
         ),
         ("content type", said(line.content_type or "not told")),
     ]
-    parts: list[RenderableType] = [_facts(facts), "", "[bold]Headers[/]", said(_pretty(message.headers))]
+    parts: list[RenderableType] = [facts_table(facts), "", "[bold]Headers[/]", said(_pretty(message.headers))]
     body = _pretty(message.body)
     parts += ["", f"[bold]Body[/] ({line.body_bytes:,} bytes)", said(body[:BODY_CHARACTERS])]
     if len(body) > BODY_CHARACTERS:
@@ -436,7 +441,7 @@ def owner_words(owner: Owner | None) -> str:
 
 
 def _workers_table(states: LaneStates) -> Table:
-    table = _table(
+    table = plain_table(
         "worker (database session)", "lanes", "waiting", "being applied", right=("lanes", "waiting", "being applied")
     )
     lanes: Counter[Owner] = Counter()
@@ -455,7 +460,7 @@ def _workers_table(states: LaneStates) -> Table:
 
 
 def _lanes_table(lanes: Iterable[LaneState]) -> Table:
-    table = _table(
+    table = plain_table(
         "lane", "waiting", "being applied", "oldest waits", "owner", right=("waiting", "being applied", "oldest waits")
     )
     for lane in lanes:

@@ -6,22 +6,27 @@ from datetime import timedelta
 
 from creditlane.codes import Code
 from creditlane.contract import Open, Settle
-from models.rules.burning import new_grant
+from models.rules.burning import Plan, came_in, new_grant
 from models.rules.catalog import Welcome
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import OPEN, UNOPENED, Account
 from tasks.operation import Context, Outcome, operation
+from tasks.plans import begin
 
 
 @operation(Open, opens=True)
 def open_account(account: Account, message: Open, context: Context) -> Outcome:
     """Create the account, and give a user or a lead what the catalog welcomes them with.
 
-    A pool starts empty. Refusals: ``account_exists``. (ledger rules: operations, open)
+    A pool starts empty. A ``plan`` begins at once. Refusals: ``account_exists``, ``unknown_plan``.
+    (ledger rules: operations, open)
     """
     if account.status != UNOPENED:
         raise RefusedError(Code.ACCOUNT_EXISTS)
+    terms = None if message.plan is None else context.catalog.terms_of(message.plan)
+    if message.plan is not None and terms is None:
+        raise RefusedError(Code.UNKNOWN_PLAN)
     account.status = OPEN
     account.kind = message.kind
     account.email = message.email
@@ -29,9 +34,18 @@ def open_account(account: Account, message: Open, context: Context) -> Outcome:
     account.timezone = message.timezone
     account.opened_at = context.now
     account.is_dirty = True
+    uses = _welcome(account, message, context)
+    if terms is None:
+        return Outcome(uses=uses)
+    begun = begin(account, terms, None, context)
+    return Outcome(uses=uses, details=begun.details)
+
+
+def _welcome(account: Account, message: Open, context: Context) -> Plan:
+    """Give what the catalog welcomes a user or a lead with."""
     welcome = {"user": context.catalog.signup, "lead": context.catalog.lead}.get(message.kind, Welcome())
     if not welcome.credits:
-        return Outcome()
+        return []
     expires_at = None
     if welcome.expires_days is not None:
         expires_at = context.now + timedelta(days=welcome.expires_days)
@@ -45,7 +59,8 @@ def open_account(account: Account, message: Open, context: Context) -> Outcome:
     )
     amount = int(welcome.credits)
     post(account, grant, "granted", amount, context.now, context.operation)
-    return Outcome(uses=[(grant, amount)])
+    came_in(account, context.now)
+    return [(grant, amount)]
 
 
 @operation(Settle)

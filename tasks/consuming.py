@@ -22,12 +22,12 @@ def consume(account: Account, message: Consume, context: Context) -> Outcome:
     is, if it is not enough. Refusals: ``unknown_feature``, ``insufficient_credits`` (with ``partial``: only
     when there is nothing to take). (ledger rules: burn-down order, feature prices)
     """
-    cost, quantity = cost_of(message, context)
+    cost, quantity = cost_of(account, message, context)
     plan, missing = plan_burn(account, cost, message.feature, context.now)
     if missing and not (message.partial and plan):
-        raise insufficient(context, cost, missing)
+        raise insufficient(account, context, cost, missing)
     receipt = burn(account, plan, "consumed", context.now, context.operation)
-    details = shortage(context, cost, missing) if missing else None
+    details = shortage(account, context, cost, missing) if missing else None
     return Outcome(cost - missing, plan, receipt, details, quantity, message.feature)
 
 
@@ -63,21 +63,23 @@ def refund(account: Account, message: Refund, context: Context) -> Outcome:
     return Outcome(charged=-amount, uses=uses)
 
 
-def cost_of(message: Charge, context: Context) -> tuple[int, int | None]:
+def cost_of(account: Account, message: Charge, context: Context) -> tuple[int, int | None]:
     """What a consume or hold costs, in micro-credits, and its quantity in millionths (none for an amount).
+
+    To the subscriber of an unlimited plan nothing; it is counted all the same (ledger rules: unlimited plans).
 
     :raises RefusedError: ``unknown_feature``; ``invalid`` when the price goes over the largest amount.
     """
     if message.amount is not None:
-        return int(message.amount), None
+        return 0 if account.is_unlimited else int(message.amount), None
     assert message.feature is not None
     assert message.quantity is not None
     quantity = int(message.quantity)
-    return feature_cost(message.feature, quantity, context), quantity
+    return feature_cost(account, message.feature, quantity, context), quantity
 
 
-def feature_cost(feature: str, quantity_micro: int, context: Context) -> int:
-    """The catalog's price of so much of a feature, in micro-credits.
+def feature_cost(account: Account, feature: str, quantity_micro: int, context: Context) -> int:
+    """What so much of a feature costs an account, in micro-credits: the catalog's price, or nothing.
 
     :raises RefusedError: as :func:`cost_of`.
     """
@@ -87,22 +89,24 @@ def feature_cost(feature: str, quantity_micro: int, context: Context) -> int:
     cost = price_of(priced, quantity_micro)
     if cost > MAX_MICRO:
         raise RefusedError(Code.INVALID, "this quantity costs more than the largest amount")
-    return cost
+    return 0 if account.is_unlimited else cost
 
 
-def shortage(context: Context, required: int, missing: int) -> dict[str, Any]:
-    """The fields of a result that say what was wanting and what pack would cover it; amounts in credits."""
+def shortage(account: Account, context: Context, required: int, missing: int) -> dict[str, Any]:
+    """The fields of a result that say what was wanting and what pack or plan would cover it; amounts in credits."""
     fields: dict[str, Any] = {
         "required": format_amount(required),
         "available": format_amount(required - missing),
         "shortfall": format_amount(missing),
     }
-    offer = context.catalog.cheapest_pack(missing)
+    subscription = account.subscription
+    rank = subscription.terms.rank if subscription is not None and subscription.is_active else (False, 0)
+    offer = context.catalog.cheapest_offer(missing, rank)
     if offer is not None:
         fields["offer"] = offer
     return fields
 
 
-def insufficient(context: Context, required: int, missing: int) -> RefusedError:
+def insufficient(account: Account, context: Context, required: int, missing: int) -> RefusedError:
     """The refusal for want of credits (ledger rules: refusals)."""
-    return RefusedError(Code.INSUFFICIENT_CREDITS, **shortage(context, required, missing))
+    return RefusedError(Code.INSUFFICIENT_CREDITS, **shortage(account, context, required, missing))

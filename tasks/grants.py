@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 from creditlane.amounts import format_amount
 from creditlane.codes import Code
 from creditlane.contract import Adjust, Grant, Revoke
-from models.rules.burning import Plan, burn, check_room, new_grant, pay_debt, plan_burn
+from models.rules.burning import Plan, burn, came_in, check_room, new_grant, pay_debt, plan_burn
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import MAX_OPEN_GRANTS, Account
@@ -72,7 +73,7 @@ def adjust(account: Account, message: Adjust, context: Context) -> Outcome:
         return credit(account, lot, amount, context)
     plan, missing = plan_burn(account, -amount, None, context.now)
     if missing:
-        raise insufficient(context, -amount, missing)
+        raise insufficient(account, context, -amount, missing)
     burn(account, plan, "revoked", context.now, context.operation)
     for lot, taken in plan:
         root = account.grants[lot.family]
@@ -99,25 +100,13 @@ def revoke(account: Account, message: Revoke, context: Context) -> Outcome:
     families = _families(account, message)
     if not families:
         raise RefusedError(Code.UNKNOWN_GRANT)
-    worth = {root.id: _worth(root, lots) for root, lots in families}
-    revocable = sum(worth.values())
+    revocable = sum(worth_of(*family) for family in families)
     wanted = revocable if message.amount is None else int(message.amount)
     if wanted > revocable or not wanted:
         raise RefusedError(
             Code.EXCEEDS_ORIGINAL, f"at most {format_amount(revocable)} credits can be taken back from it"
         )
-    taken: Plan = []
-    by_burning = [(lot, root) for root, lots in families for lot in lots]
-    for lot, root in sorted(by_burning, key=lambda pair: pair[0].key, reverse=True):
-        amount = min(lot.available, worth[root.id], wanted)
-        if amount:
-            post(account, lot, "revoked", amount, context.now, context.operation)
-            root.clawed_back += amount
-            root.is_dirty = True
-            worth[root.id] -= amount
-            wanted -= amount
-            taken.append((lot, amount))
-    details = _owe(account, families, worth, wanted, context) if wanted else None
+    taken, details = take_back(account, families, wanted, context)
     return Outcome(charged=sum(amount for _, amount in taken), uses=taken, details=details)
 
 
@@ -136,13 +125,42 @@ def _families(account: Account, message: Revoke) -> list[Family]:
     return [(root, [lot for lot in account.grants.values() if lot.family == root.id]) for root in roots]
 
 
-def _worth(root: Lot, lots: list[Lot]) -> int:
+def worth_of(root: Lot, lots: list[Lot]) -> int:
     """What of a family can still be taken back: not what expired unspent, nor what was taken back before."""
-    return max(0, sum(lot.granted + lot.received - lot.expired for lot in lots) - root.clawed_back)
+    came_in = sum(lot.granted + lot.received - lot.expired for lot in lots)
+    return max(0, came_in - _carried(lots) - root.clawed_back)
+
+
+def _carried(lots: list[Lot]) -> int:
+    """What a family's lots carried to one another: it left one as it came into another."""
+    return sum(lot.received for lot in lots if lot.origin is not None)
+
+
+def take_back(
+    account: Account, families: Sequence[Family], wanted: int, context: Context
+) -> tuple[Plan, dict[str, str]]:
+    """Take so many micro-credits out of families of lots, last burnt first; what is not there is owed, or forgiven.
+
+    :param wanted: not more than they are worth together.
+    :returns: which lots gave how many, and the fields of a result that tell of the rest.
+    """
+    worth = {root.id: worth_of(root, lots) for root, lots in families}
+    taken: Plan = []
+    by_burning = [(lot, root) for root, lots in families for lot in lots]
+    for lot, root in sorted(by_burning, key=lambda pair: pair[0].key, reverse=True):
+        amount = min(lot.available, worth[root.id], wanted)
+        if amount:
+            post(account, lot, "revoked", amount, context.now, context.operation)
+            root.clawed_back += amount
+            root.is_dirty = True
+            worth[root.id] -= amount
+            wanted -= amount
+            taken.append((lot, amount))
+    return taken, _owe(account, families, worth, wanted, context) if wanted else {}
 
 
 def _owe(
-    account: Account, families: list[Family], worth: dict[int, int], wanted: int, context: Context
+    account: Account, families: Sequence[Family], worth: dict[int, int], wanted: int, context: Context
 ) -> dict[str, str]:
     """Book what was spent, or is set aside, as debt, or forgive it: on the families whose credits those are."""
     forgive = context.catalog.clawback.on_spent == "forgive"
@@ -150,7 +168,7 @@ def _owe(
     shares = dict.fromkeys(worth, 0)
     for root, lots in families:
         out = sum(lot.consumed + lot.held + lot.in_transit + lot.sent - lot.restored for lot in lots)
-        away = out - root.forgiven
+        away = out - _carried(lots) - root.forgiven
         shares[root.id] = min(max(0, away), worth[root.id], wanted)
         wanted -= shares[root.id]
     for root, _ in families:
@@ -178,4 +196,5 @@ def credit(account: Account, lot: Lot, amount_micro: int, context: Context) -> O
     """Post new credits to a new lot, and pay the account's debt out of it."""
     post(account, lot, "granted", amount_micro, context.now, context.operation)
     pay_debt(account, lot, amount_micro, context.now, context.operation)
+    came_in(account, context.now)
     return Outcome(uses=[(lot, amount_micro)], details={"grant": lot.id})

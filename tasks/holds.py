@@ -22,12 +22,12 @@ def hold(account: Account, message: Hold, context: Context) -> Outcome:
 
     Refusals: ``unknown_feature``, ``insufficient_credits``, ``limit_reached``. (ledger rules: hold)
     """
-    cost, quantity = cost_of(message, context)
+    cost, quantity = cost_of(account, message, context)
     if account.open_holds() >= MAX_OPEN_HOLDS:
         raise RefusedError(Code.LIMIT_REACHED, f"the account has {MAX_OPEN_HOLDS} open holds")
     plan, missing = plan_burn(account, cost, message.feature, context.now)
     if missing:
-        raise insufficient(context, cost, missing)
+        raise insufficient(account, context, cost, missing)
     reservation = Reservation(
         context.operation,
         cost,
@@ -60,12 +60,14 @@ def capture(account: Account, message: Capture, context: Context) -> Outcome:
         if held.feature is None:
             raise RefusedError(Code.INVALID, "the hold names no feature: capture an amount")
         quantity = int(message.quantity)
-        final = feature_cost(held.feature, quantity, context)
+        final = feature_cost(account, held.feature, quantity, context)
     else:
         final = held.amount if message.amount is None else int(message.amount)
+        if account.is_unlimited:
+            final = min(final, held.amount)
     extra, missing = plan_burn(account, max(0, final - held.amount), held.feature, context.now)
     if missing:
-        raise insufficient(context, final - held.amount, missing)
+        raise insufficient(account, context, final - held.amount, missing)
     close_hold(account, held, context.now, context.operation, min(final, held.amount), "captured")
     receipt = []
     uses = []

@@ -1,4 +1,4 @@
-"""One operation on one account: settle, check the idempotency key, apply, answer.
+"""One operation on one account: check the idempotency key, settle, apply, answer.
 
 The generic part that every operation gets for nothing. Pure: the ledger writer, an audit and a
 simulation run the same code.
@@ -19,6 +19,7 @@ from models.rules.catalog import Catalog
 from models.rules.refusal import RefusedError
 from models.rules.settling import settle
 from models.rules.state import CLOSED, UNOPENED, Account, Grant, Known
+from tasks.notices import Told
 from tasks.operation import Context, FollowUp, Outcome
 from tasks.registry import OPERATIONS
 
@@ -91,11 +92,15 @@ def apply(
     :param now: the account's time; not before its last operation.
     :returns: the result as JSON, with the row to write.
     """
-    account.updated_at = now
-    settle(account, now)
     known = account.known.get(operation)
     if known is not None:
+        # Time stands still for it: whatever time does is written with an operation, which says by which catalog.
         return _repeat(account, name, operation, message, known)
+    told = Told(account, now, catalog) if catalog.notify.is_on else None
+    account.updated_at = now
+    settle(account, now, catalog)
+    if told is not None:
+        told.settled()
     settled = account.seq
     status: str = "applied"
     code: str | None = None
@@ -126,6 +131,10 @@ def apply(
     account.operations += 1
     account.is_dirty = True
     account.known[operation] = Known(name, status, stored, message, arguments, outcome.receipt)
+    if told is not None:
+        told.applied(message, operation, code, outcome)
+    if account.renewals:
+        account.renewals = []
     row = Row(
         operation,
         account.operations,

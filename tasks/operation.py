@@ -60,7 +60,7 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 class Need(NamedTuple):
     """A past row that an operation works on, beyond the account's open grants and holds."""
 
-    kind: Literal["hold", "charge", "transfer", "grant", "purchase"]
+    kind: Literal["hold", "charge", "transfer", "grant", "purchase", "subscription"]
     key: str | int
 
 

@@ -9,8 +9,10 @@ import psycopg
 from celery import shared_task
 
 from creditlane.contract import VERSION, Name
+from models.catalog import load_catalog
 from models.database import reader
 from models.reading import account_balance
+from models.settings import settings
 
 
 @shared_task(
@@ -38,7 +40,7 @@ def balance(account: str, v: int = 1) -> dict[str, Any] | None:
     except msgspec.ValidationError as error:
         raise ValueError(f"account: {error}") from None
     with reader() as connection:
-        found = account_balance(connection, account)
+        found = account_balance(connection, account, load_catalog(settings().catalog))
     if found is None:
         return None
     told: dict[str, Any] = msgspec.to_builtins(found)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from operator import attrgetter
 from typing import Any
 
@@ -18,7 +19,7 @@ from models.audit_rows import Row, Totals
 from models.report import Report
 from models.rules.catalog import Catalog
 from models.rules.settling import settle
-from models.rules.state import COUNTERS, Account, Grant, Hold
+from models.rules.state import COUNTERS, Account, Grant, Hold, subscription_row
 from tasks.ledger import apply
 from tasks.operation import Need
 from tasks.registry import OPERATIONS
@@ -72,6 +73,7 @@ class Replay:
         if named is not None:
             self._named = {key for name, arguments in named for key in _named_by(name, arguments)}
         self._closed: dict[str, Hold] = {}
+        self._catalog: Catalog | None = None
         self._over = False
 
     def _fault(self, table: str, key: str, what: str) -> None:
@@ -114,7 +116,11 @@ class Replay:
             if entry[9] != last:
                 last = entry[9]
                 self.account.updated_at = last
-                settle(self.account, last)
+                self._pass_time(last)
+
+    def _pass_time(self, now: datetime) -> bool:
+        """Let time pass without an operation: only rows of before plans were known have such."""
+        return self._catalog is not None and settle(self.account, now, self._catalog)
 
     def _apply(self, row: Row) -> None:
         (
@@ -134,6 +140,7 @@ class Replay:
             self._fault("operations", operation, f"has arguments that no producer could have sent: {error}")
             self._over = True
             return
+        self._catalog = catalog
         if message.account != name:
             self._fault("operations", operation, f"is in its arguments an operation of {message.account!r}")
             self._over = True
@@ -166,7 +173,7 @@ class Replay:
             if key in self._closed:
                 account.holds[key] = self._closed.pop(key)
             return
-        if need.kind in ("grant", "purchase"):
+        if need.kind in ("grant", "purchase", "subscription"):
             return  # all lots are known; what is taken back of one does not depend on their order
         known = account.known.get(key)
         at_hand = {lot.id for lot in account.order}
@@ -203,13 +210,20 @@ class Replay:
             )
         self._over = True
 
-    def finish(self, totals: Totals, grants: Sequence[Row], holds: Sequence[Row], receipts: Sequence[Row]) -> None:
-        """Compare the account, its grants, holds and receipts with what came out."""
+    def finish(
+        self,
+        totals: Totals,
+        grants: Sequence[Row],
+        holds: Sequence[Row],
+        receipts: Sequence[Row],
+        subscriptions: Sequence[Row],
+    ) -> None:
+        """Compare the account, its grants, holds, receipts and subscription with what came out."""
         if self._over:
             return
         account = self.account
         at = account.updated_at
-        if at is not None and totals.updated_at > at and settle(account, totals.updated_at):
+        if at is not None and totals.updated_at > at and self._pass_time(totals.updated_at):
             at = totals.updated_at  # a hold of nothing ran out, which leaves no entry
         if account.entries:
             self._fault("accounts", "updated_at", "is at a time at which the rules write entries that are not there")
@@ -226,6 +240,7 @@ class Replay:
             "next_due_at": account.due_at(),
             "opening": (
                 account.kind, account.status, account.email, account.locale, account.timezone, account.opened_at,
+                account.reference,
             ),
         }  # fmt: skip
         for field, value in mine.items():
@@ -236,6 +251,9 @@ class Replay:
         kept = (*self._closed.values(), *account.holds.values())
         self._same("holds", "hold", {row[1]: row[2:] for row in holds}, map(_hold_row, kept))
         self._finish_receipts(kept, receipts)
+        subscription = account.subscription
+        made = [] if subscription is None else [(account.account, subscription_row(subscription))]
+        self._same("subscriptions", "subscription of", {row[0]: row[1:] for row in subscriptions}, made)
 
     def _finish_receipts(self, holds: Sequence[Hold], receipts: Sequence[Row]) -> None:
         written = {(operation, line): tuple(rest) for _, operation, line, *rest in receipts}
@@ -269,7 +287,7 @@ def _named_by(name: str, arguments: str) -> Iterable[str]:
         need = find(decode_message(name, arguments.encode())) if find is not None else None
     except (ContractError, KeyError):
         return ()  # it is a fault when its turn comes
-    return () if need is None or need.kind in ("hold", "grant", "purchase") else (str(need.key),)
+    return () if need is None or need.kind in ("hold", "grant", "purchase", "subscription") else (str(need.key),)
 
 
 def _grant_row(grant: Grant) -> tuple[int, Row]:

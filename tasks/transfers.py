@@ -15,7 +15,7 @@ from typing import Any
 from creditlane.amounts import format_amount
 from creditlane.codes import Code
 from creditlane.contract import VERSION, Bounce, Confirm, Receive, Transfer, concluding_id, receiving_id
-from models.rules.burning import Plan, burn, check_room, come_back, new_grant, pay_debt, plan_burn
+from models.rules.burning import Plan, burn, came_in, check_room, come_back, new_grant, pay_debt, plan_burn
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import MAX_OPEN_GRANTS, Account, Grant, Line
@@ -36,8 +36,8 @@ def transfer(account: Account, message: Transfer, context: Context) -> Outcome:
     if missing:
         short = plan_burn(account, amount, None, context.now)[1]
         if short:
-            raise insufficient(context, amount, short)
-        raise RefusedError(Code.NOT_TRANSFERABLE, **shortage(context, amount, missing))
+            raise insufficient(account, context, amount, short)
+        raise RefusedError(Code.NOT_TRANSFERABLE, **shortage(account, context, amount, missing))
     receipt = burn(account, plan, "transferred", context.now, context.operation)
     follow = receiving(account.account, context.operation, message, plan)
     return Outcome(amount, plan, receipt, {"to": message.to}, follow=[follow])
@@ -127,6 +127,7 @@ def receive(account: Account, message: Receive, context: Context) -> Outcome:
         else:
             pay_debt(account, grant, amount, context.now, context.operation)
         uses.append((grant, amount))
+    came_in(account, context.now)
     details = {"sender": message.sender, "transfer": message.transfer}
     return Outcome(uses=uses, details=details, follow=[_concluded(Confirm.operation, message)])
 

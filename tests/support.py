@@ -16,11 +16,13 @@ import msgspec
 import psycopg
 
 from creditlane.contract import decode_message
+from models.catalog import load_catalog
 from models.rules.catalog import Catalog
 from workers.ledger_writer import Job, LedgerWriter
 from workers.ownership import LANE_CLASS
 
 ROOT = Path(__file__).parent.parent
+CATALOG = load_catalog("packs")
 POLL_SECONDS = 0.02
 
 Found = TypeVar("Found")

@@ -19,15 +19,27 @@ from psycopg import Connection, Cursor
 from creditlane.codes import Code
 from creditlane.contract import Message
 from creditlane.events import EXCHANGE
+from models.columns import SUBSCRIPTION_COLUMNS, SUBSCRIPTION_VALUES
 from models.rules.catalog import Catalog
-from models.rules.state import ACCOUNT_FIELDS, COUNTERS, Account, Grant, Hold, Known, Line
+from models.rules.state import (
+    ACCOUNT_FIELDS,
+    COUNTERS,
+    Account,
+    Grant,
+    Hold,
+    Known,
+    Line,
+    Notice,
+    subscription_of,
+    subscription_row,
+)
 from tasks.events import events_of, spendable
 from tasks.ledger import Answer, Row, apply, encode
 from tasks.operation import FollowUp, Need
 from tasks.registry import OPERATIONS
 from workers.crash import crash_point
 from workers.metrics import stages
-from workers.outbox import OutboxRow
+from workers.outbox import DELIVER, NOTICES, OutboxRow
 from workers.quarantine import Quarantined, store
 from workers.rows import (
     Changing,
@@ -35,6 +47,7 @@ from workers.rows import (
     Values,
     copy,
     entry_line,
+    instants,
     operation_line,
     plain,
     row_line,
@@ -46,7 +59,7 @@ BUCKETS = ", ".join(f"{counter}_micro" for counter in COUNTERS)
 
 LOCK_ACCOUNTS = f"""
 SELECT account, kind, status, email, locale, timezone, opened_at, updated_at, next_due_at, operations, seq, head,
-       last_grant, {BUCKETS}, debt_micro
+       last_grant, {BUCKETS}, debt_micro, reference_micro
 FROM accounts WHERE account = ANY(%s::text[]) ORDER BY account FOR UPDATE
 """
 GRANT_COLUMNS = f"""
@@ -113,9 +126,33 @@ ORIGIN = -1
 
 PURCHASED_GRANTS = f"SELECT {GRANT_COLUMNS} FROM {PAIRS} JOIN grants g ON g.account = k.account AND g.purchase = k.key"
 
+SUBSCRIPTIONS = f"SELECT {SUBSCRIPTION_VALUES} FROM subscriptions WHERE account = ANY(%s::text[])"
+SUBSCRIBED_GRANTS = f"""
+SELECT {GRANT_COLUMNS}
+FROM subscriptions s CROSS JOIN LATERAL unnest(s.lots || s.renewal_lots) AS named(grant_id)
+JOIN grants g ON g.account = s.account AND g.grant_id = named.grant_id
+WHERE s.account = ANY(%s::text[])
+"""
+UPSERT_SUBSCRIPTIONS = (
+    f"INSERT INTO subscriptions ({', '.join(SUBSCRIPTION_COLUMNS)})"
+    f" SELECT {', '.join(f'u.{column}::{kind}' for column, kind in SUBSCRIPTION_COLUMNS.items())}"
+    f" FROM (SELECT {', '.join(f'unnest(%s::text[]) AS {column}' for column in SUBSCRIPTION_COLUMNS)}) u"
+    " ON CONFLICT (account) DO UPDATE SET "
+    + ", ".join(f"{column} = excluded.{column}" for column in SUBSCRIPTION_COLUMNS if column != "account")
+)
+"""All values travel as text: an array of arrays would come out flat."""
+
+INSERT_NOTICES = """
+INSERT INTO notices (account, key, kind, at, created_at, details, channels, delivered_at)
+SELECT u.account, u.key, u.kind, u.at, %s, u.details::json, %s, %s
+FROM (SELECT unnest(%s::text[]) AS account, unnest(%s::text[]) AS key, unnest(%s::text[]) AS kind,
+             unnest(%s::timestamptz[]) AS at, unnest(%s::text[]) AS details) u
+ON CONFLICT DO NOTHING
+"""
+
 COPY_ACCOUNTS = (
     "COPY accounts (account, kind, status, email, locale, timezone, opened_at, updated_at, next_due_at, operations,"
-    f" seq, head, last_grant, {BUCKETS}, debt_micro) FROM STDIN"
+    f" seq, head, last_grant, {BUCKETS}, debt_micro, reference_micro) FROM STDIN"
 )
 COPY_GRANTS = (
     "COPY grants (account, grant_id, source, priority, features, effective_at, expires_at, created_at, operation,"
@@ -149,7 +186,7 @@ ACCOUNTS = Changing(
         Column("seq", "bigint"),
         Column("head", "bytea"),
         Column("last_grant", "int"),
-        *(Column(f"{bucket}_micro", "bigint") for bucket in (*COUNTERS, "debt")),
+        *(Column(f"{bucket}_micro", "bigint") for bucket in (*COUNTERS, "debt", "reference")),
     ),
 )
 """In the order of :data:`models.rules.state.ACCOUNT_FIELDS`."""
@@ -326,16 +363,24 @@ class LedgerWriter:
             {name: spendable(account, loaded.now) for name, account in loaded.accounts.items()} if self.events else {}
         )
         cursor = self.connection.cursor()
+        catalog = self.catalog()
         ahead = ahead and len(jobs) >= AHEAD_OPERATIONS * len(loaded.accounts)
         if ahead:
-            applied = apply_each(loaded, jobs, self.catalog())
+            applied = apply_each(loaded, jobs, catalog)
             copy(cursor, COPY_OPERATIONS, (operation_line(account, row) for account, row in applied))
         else:
-            apply_all(loaded, jobs, self.catalog(), self.poison)
+            apply_all(loaded, jobs, catalog, self.poison)
         follow = conclude(loaded, jobs)
         poisoned = [*quarantined, *(job.quarantined for job in jobs if job.quarantined is not None)]
         accounts = [account for account in loaded.accounts.values() if account.is_dirty]
         messages = [(each.account, "", each.name, each.operation, encode(each.arguments)) for each in follow]
+        notices = [(account.account, notice) for account in accounts for notice in account.notices]
+        channels = catalog.notify.channels
+        if channels:
+            messages += [
+                (account, NOTICES, DELIVER, notice.key, encode({"account": account, "key": notice.key}))
+                for account, notice in notices
+            ]
         if self.events:
             messages += [
                 (account.account, EXCHANGE, event["type"], event["id"], encode(event))
@@ -349,6 +394,8 @@ class LedgerWriter:
             crash_point("after-copy")
             with self.connection.pipeline():
                 self._update(cursor, loaded, accounts)
+                if notices:
+                    insert_notices(cursor, notices, channels, loaded.now)
                 store(self.connection, poisoned)
             stages.end("write")
             crash_point("before-commit")
@@ -425,6 +472,14 @@ class LedgerWriter:
                 None,
                 [hold_fields(hold) for _, hold in holds],
             )
+        subscriptions = [
+            (account.account, *subscription_row(account.subscription))
+            for account in accounts
+            if account.subscription is not None and account.subscription.is_dirty
+        ]
+        if subscriptions:
+            columns = zip(*subscriptions, strict=True)
+            cursor.execute(UPSERT_SUBSCRIPTIONS, [texts(map(_text_of, column)) for column in columns])
         receipts = list(_receipts(accounts))
         if receipts:
             holders, operations, *numbers = zip(*receipts, strict=True)
@@ -453,6 +508,11 @@ class Loaded:
             known = connection.execute(KNOWN, keys)
             charges = connection.execute(CHARGES, needs["charge"]) if "charge" in needs else None
             transfers = connection.execute(TRANSFERS, needs["transfer"]) if "transfer" in needs else None
+            subscriptions = []
+            if "subscription" in needs:
+                subscribers = (texts(needs["subscription"][0]),)
+                subscriptions.append(connection.execute(SUBSCRIPTIONS, subscribers))
+                grants.append(connection.execute(SUBSCRIBED_GRANTS, subscribers))
             if "hold" in needs:
                 holds.append(connection.execute(NAMED_HOLDS, needs["hold"]))
             if "charge" in needs:
@@ -470,6 +530,7 @@ class Loaded:
             if due:
                 holds.append(connection.execute(OPEN_HOLDS, (texts(due),)))
                 hold_lines = connection.execute(OPEN_HOLD_LINES, (texts(due),))
+                subscriptions.append(connection.execute(SUBSCRIPTIONS, (texts(due),)))
             self._grants = _by_account(grants)
             missing = self._missing_roots()
             if missing:
@@ -477,6 +538,7 @@ class Loaded:
                     self._grants[account].append(tuple(grant))
             self._holds = _by_account(holds)
             self._hold_lines = _by_account([hold_lines])
+            self._subscriptions = _by_account(subscriptions)
             self._known = _by_account([known])
             self._charges = _by_account([charges, transfers])
         self.accounts = {name: self.make(name) for name in names}
@@ -511,6 +573,8 @@ class Loaded:
             if grant_id not in account.grants:
                 scope = None if features is None else frozenset(features)
                 account.add_grant(Grant(grant_id, source, priority, scope, *rest))
+        for subscription in self._subscriptions.get(name, ()):
+            account.subscription = subscription_of(subscription)
         for hold in self._holds.get(name, ()):
             account.holds[hold[0]] = Hold(*hold)
         for operation, grant_id, taken, returned in self._hold_lines.get(name, ()):
@@ -592,6 +656,34 @@ def _apply_one(loaded: Loaded, job: Job, catalog: Catalog) -> Answer:
     if account.updated_at is not None and account.updated_at > now:
         now = account.updated_at
     return apply(account, job.name, job.operation, job.message, job.arguments, now, catalog)
+
+
+def insert_notices(
+    cursor: Cursor[Any], notices: Sequence[tuple[str, Notice]], channels: Sequence[str], now: datetime
+) -> None:
+    """Write notices with their accounts; one that is there already stays as it is.
+
+    :param channels: how they go out, beside the inbox; without any they are delivered as they stand.
+    """
+    accounts, told = zip(*notices, strict=True)
+    delivered_at = None if channels else now
+    cursor.execute(
+        INSERT_NOTICES,
+        (
+            now, list(channels), delivered_at, texts(accounts), texts(each.key for each in told),
+            texts(each.kind for each in told), instants(each.at for each in told),
+            texts(encode(each.details).decode() for each in told),
+        ),
+    )  # fmt: skip
+
+
+def _text_of(value: Any) -> str | None:
+    """A value in the text form that Postgres casts to its type."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return plain(value) if isinstance(value, list) else str(value)
 
 
 def insert_outbox(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
+from uuid import NAMESPACE_OID, uuid5
 
 import psycopg
 from celery.utils.log import get_logger
@@ -38,6 +39,13 @@ DELETE = """
 DELETE FROM outbox WHERE id IN (SELECT id FROM outbox WHERE id = ANY(%s) FOR UPDATE SKIP LOCKED)
 """
 """Rows that a sweep is publishing at this moment are its own to delete: nobody waits for it."""
+
+
+NOTICES = "notices"
+"""The queue of what goes out to people, and in the outbox the exchange that stands for it."""
+
+DELIVER = "notices.deliver"
+"""The task that delivers one notice by all its channels."""
 
 
 class OutboxRow(NamedTuple):
@@ -88,12 +96,14 @@ class Outbox:
 
 
 def outgoing(rows: Iterable[OutboxRow], lanes: int) -> list[Outgoing]:
-    """The messages of outbox rows: operations as a client sends them, events for their exchange."""
-    return [_event(row, lanes) if row.exchange == EXCHANGE else _operation(row, lanes) for row in rows]
+    """The messages of outbox rows: operations as a client sends them, events for their exchange, tasks for a queue."""
+    return [_event(row, lanes) if row.exchange == EXCHANGE else _task(row, lanes) for row in rows]
 
 
-def _operation(row: OutboxRow, lanes: int) -> Outgoing:
+def _task(row: OutboxRow, lanes: int) -> Outgoing:
     shown = row.arguments[:SHOWN_CHARACTERS].decode("utf-8", "ignore")
+    if row.exchange == NOTICES:
+        return task_message(row.task, str(uuid5(NAMESPACE_OID, row.operation)), NOTICES, row.arguments, shown)
     return task_message(row.task, row.operation, lane_of(row.account, lanes), row.arguments, shown)
 
 

@@ -100,6 +100,11 @@ def pay_debt(
         post(account, grant, "debt_paid", payment, now, operation, at=at)
 
 
+def came_in(account: Account, now: datetime) -> None:
+    """Note what can be spent now that credits came in: thresholds in percent are of it (schedules: notices)."""
+    account.reference = account.spendable(now)
+
+
 def _returning(lines: list[Line], amount_micro: int) -> Iterator[tuple[Line, int]]:
     """Note on a receipt that so much goes back, in reverse order of taking; gives each line and its share."""
     for line in reversed(lines):

@@ -38,6 +38,8 @@ FLOWS: dict[str, Flow] = {
     "sent": Flow("in_transit", "sent"),
     "bounced": Flow("in_transit", "available"),
     "received": Flow(None, "available", "received"),
+    "rolled_out": Flow("available", "sent"),
+    "rolled_in": Flow(None, "available", "received"),
     "debt_incurred": Flow(None, None, None, +1),
     "debt_paid": Flow("available", "revoked", None, -1),
 }

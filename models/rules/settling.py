@@ -6,20 +6,24 @@ however late the sweep is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 
 from models.rules.burning import give_back_held
+from models.rules.catalog import Catalog
 from models.rules.posting import post
-from models.rules.state import Account, Grant, Hold
+from models.rules.state import Account, Grant, Hold, Subscription
+from models.rules.subscriptions import pass_time
 
-HOLD_TIMEOUT, GRANT_EXPIRY = 0, 1
-"""What comes first at the same instant. The subscription's renewal comes after both."""
+HOLD_TIMEOUT, GRANT_EXPIRY, RENEWAL = 0, 1, 2
+"""What comes first at the same instant."""
 
 
-def settle(account: Account, now: datetime) -> bool:
+def settle(account: Account, now: datetime, catalog: Catalog) -> bool:
     """Apply every transition that is due by ``now``, oldest first, each stamped with its own due instant.
 
-    At the same instant hold time-outs come before grant expiries.
+    At the same instant hold time-outs come before grant expiries, and these before the subscription's renewal or end. A
+    lot of the period that ends is dealt with by that, not by expiry: it may be carried.
 
     :returns: whether anything was due.
     """
@@ -28,7 +32,9 @@ def settle(account: Account, now: datetime) -> bool:
     changed = False
     while (due := _next_due(account, now)) is not None:
         instant, _, item = due
-        if isinstance(item, Hold):
+        if isinstance(item, Subscription):
+            pass_time(account, item, now, catalog)
+        elif isinstance(item, Hold):
             close_hold(account, item, now, None, captured=0, at=instant, status="expired")
         else:
             post(account, item, "expired", item.available, now, None, at=instant)
@@ -38,16 +44,28 @@ def settle(account: Account, now: datetime) -> bool:
     return changed
 
 
-def _next_due(account: Account, now: datetime) -> tuple[datetime, tuple[int, str, int], Hold | Grant] | None:
-    first: tuple[datetime, tuple[int, str, int], Hold | Grant] | None = None
+Due = tuple[datetime, tuple[int, str, int], Hold | Grant | Subscription]
+
+
+def _next_due(account: Account, now: datetime) -> Due | None:
+    first: Due | None = None
+    ends_at: datetime | None = None
+    ending: Sequence[int] = ()
+    subscription = account.subscription
+    if subscription is not None:
+        ends_at, ending = subscription.due_at(), subscription.lots
+        if ends_at is not None and ends_at <= now:
+            first = (ends_at, (RENEWAL, "", 0), subscription)
     for hold in account.holds.values():
         if hold.status == "open" and hold.expires_at <= now:
-            key = (hold.expires_at, (HOLD_TIMEOUT, hold.id, 0), hold)
+            key: Due = (hold.expires_at, (HOLD_TIMEOUT, hold.id, 0), hold)
             if first is None or key[:2] < first[:2]:
                 first = key
     for grant in account.order:
         if grant.expires_at is not None and grant.available and grant.expires_at <= now:
-            at = (grant.expires_at, (GRANT_EXPIRY, "", grant.id), grant)
+            if ends_at is not None and ends_at <= grant.expires_at and grant.id in ending:
+                continue
+            at: Due = (grant.expires_at, (GRANT_EXPIRY, "", grant.id), grant)
             if first is None or at[:2] < first[:2]:
                 first = at
     return first

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import msgspec
 
 from creditlane.contract import Message
+from models.rules.catalog import Terms
 
 MAX_OPEN_GRANTS = 1000
 """Grants with credits left that one account may have at a time."""
@@ -172,6 +173,196 @@ class Hold:
         self.is_dirty = False
 
 
+class Taken(msgspec.Struct, frozen=True, gc=False):
+    """What a renewal took out of a lot of the period that ended."""
+
+    grant: int
+    expired: int
+    rolled: int
+
+    @property
+    def total(self) -> int:
+        """All of it, in micro-credits."""
+        return self.expired + self.rolled
+
+
+class Renewal(msgspec.Struct, frozen=True, gc=False):
+    """What a renewal did: for its notice, and for who undoes it."""
+
+    at: datetime
+    """The instant it holds from."""
+    plan: str
+    made: list[int]
+    """The lots that it made: the allotment, and what was carried."""
+    taken: list[Taken]
+    allotted: int = 0
+    undone: bool = False
+
+    @property
+    def rolled(self) -> int:
+        """Micro-credits that were carried."""
+        return sum(each.rolled for each in self.taken)
+
+    @property
+    def expired(self) -> int:
+        """Micro-credits that ended with the period, or over the cap."""
+        return sum(each.expired for each in self.taken)
+
+
+ACTIVE, ENDED = "active", "ended"
+
+PAYMENT_SLACK = timedelta(days=1)
+"""How far a payment's dates may be from ours and mean the same period: a provider counts months in its own zone."""
+
+
+class Subscription:
+    """An account's plan, and where in its time it is (ledger rules: subscriptions)."""
+
+    __slots__ = (
+        "allotted", "anchor", "cancels", "ended_at", "is_dirty", "is_new", "lots", "number", "paid_until", "payment",
+        "pending", "period_end", "period_start", "price_currency", "price_minor", "price_per", "renewal", "status",
+        "terms", "zone",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        terms: Terms,
+        anchor: datetime,
+        zone: str,
+        number: int,
+        period_start: datetime,
+        period_end: datetime,
+        paid_until: datetime | None,
+        payment: str | None = None,
+        status: str = ACTIVE,
+        cancels: bool = False,
+        allotted: int = 0,
+        pending: Terms | None = None,
+        lots: list[int] | None = None,
+        price_minor: int | None = None,
+        price_currency: str | None = None,
+        price_per: int | None = None,
+        renewal: Renewal | None = None,
+        ended_at: datetime | None = None,
+    ) -> None:
+        self.terms = terms
+        self.anchor = anchor
+        self.zone = zone
+        self.number = number
+        """Months from the anchor to the period under way."""
+        self.period_start = period_start
+        self.period_end = period_end
+        self.paid_until = paid_until
+        """Of a plan that is paid for, until when; None for others."""
+        self.payment = payment
+        """The last payment: the purchase of the lots that it pays for."""
+        self.status = status
+        self.cancels = cancels
+        """Whether it ends with the period under way."""
+        self.allotted = allotted
+        """Micro-credits of the highest plan of this period."""
+        self.pending = pending
+        """The plan from the next renewal on, where that is another."""
+        self.lots = [] if lots is None else lots
+        """The lots that end with the period."""
+        self.price_minor = price_minor
+        self.price_currency = price_currency
+        self.price_per = price_per
+        self.renewal = renewal
+        """The one that began this period, if one did."""
+        self.ended_at = ended_at
+        self.is_new = False
+        self.is_dirty = False
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it has not ended."""
+        return self.status == ACTIVE
+
+    @property
+    def next_terms(self) -> Terms:
+        """The plan from the next renewal on."""
+        return self.terms if self.pending is None else self.pending
+
+    @property
+    def renews_by_itself(self) -> bool:
+        """Whether the next renewal comes with the calendar: nothing is to be paid, or it has been."""
+        if self.cancels:
+            return False
+        if not self.next_terms.paid:
+            return True
+        return self.paid_until is not None and self.paid_until > self.period_end + PAYMENT_SLACK
+
+    @property
+    def grace_ends(self) -> datetime:
+        """Until when the allotment stays usable if no payment comes."""
+        return self.period_end + timedelta(days=self.terms.grace_days)
+
+    def due_at(self) -> datetime | None:
+        """The next instant at which time alone changes it."""
+        if not self.is_active:
+            return None
+        return self.period_end if self.cancels or self.renews_by_itself else self.grace_ends
+
+
+_encode = msgspec.json.Encoder().encode
+_decode_terms = msgspec.json.Decoder(Terms).decode
+_decode_renewal = msgspec.json.Decoder(Renewal).decode
+
+
+def subscription_row(subscription: Subscription) -> tuple[Any, ...]:
+    """What is kept of a subscription, in the order of the columns of its table, its account apart."""
+    pending, renewal = subscription.pending, subscription.renewal
+    renewal_lots = [] if renewal is None else [*renewal.made, *(taken.grant for taken in renewal.taken)]
+    return (
+        subscription.terms.plan, subscription.status, subscription.anchor, subscription.zone, subscription.number,
+        subscription.period_start, subscription.period_end, subscription.paid_until, subscription.ended_at,
+        subscription.cancels, subscription.allotted, subscription.payment, subscription.price_minor,
+        subscription.price_currency, subscription.price_per, list(subscription.lots), renewal_lots,
+        _encode(subscription.terms).decode(), None if pending is None else _encode(pending).decode(),
+        None if renewal is None else _encode(renewal).decode(),
+    )  # fmt: skip
+
+
+def subscription_of(row: Sequence[Any]) -> Subscription:
+    """A subscription of what :func:`subscription_row` gave."""
+    (
+        _plan, status, anchor, zone, number, period_start, period_end, paid_until, ended_at, cancels, allotted, payment,
+        price_minor, price_currency, price_per, lots, _renewal_lots, terms, pending, renewal,
+    ) = row  # fmt: skip
+    return Subscription(
+        _decode_terms(terms),
+        anchor,
+        zone,
+        number,
+        period_start,
+        period_end,
+        paid_until,
+        payment,
+        status,
+        cancels,
+        allotted,
+        None if pending is None else _decode_terms(pending),
+        list(lots),
+        price_minor,
+        price_currency,
+        price_per,
+        None if renewal is None else _decode_renewal(renewal),
+        ended_at,
+    )
+
+
+class Notice(NamedTuple):
+    """Something that an account is told of (schedules: notices)."""
+
+    kind: str
+    key: str
+    """The account has one of this key, ever."""
+    at: datetime
+    """The instant of what it tells of."""
+    details: dict[str, Any]
+
+
 class Entry(NamedTuple):
     """One immutable line of the ledger; ``amount_micro`` is never negative, ``kind`` says which way it goes."""
 
@@ -211,11 +402,11 @@ COUNTERS = (
 
 ACCOUNT_FIELDS = (
     "kind", "status", "email", "locale", "timezone", "opened_at", "updated_at", "next_due_at", "operations", "seq",
-    "head", "last_grant", *COUNTERS, "debt",
+    "head", "last_grant", *COUNTERS, "debt", "reference",
 )  # fmt: skip
 """What is kept of an account beside its name, in the order in which :class:`Account` takes it."""
 
-NOBODY = ("user", UNOPENED, None, None, None, None, None, None, 0, 0, b"", 0, *(0 for _ in COUNTERS), 0)
+NOBODY = ("user", UNOPENED, None, None, None, None, None, None, 0, 0, b"", 0, *(0 for _ in COUNTERS), 0, 0)
 """The fields of an account that nothing is known of."""
 
 
@@ -243,15 +434,19 @@ class Account:
         "last_grant",
         "locale",
         "next_due_at",
+        "notices",
         "opened_at",
         "operations",
         "order",
         "received",
+        "reference",
+        "renewals",
         "restored",
         "revoked",
         "sent",
         "seq",
         "status",
+        "subscription",
         "timezone",
         "updated_at",
     )  # fmt: skip
@@ -269,6 +464,8 @@ class Account:
     seq: int
     head: bytes
     last_grant: int
+    reference: int
+    """What was spendable right after credits last came in: thresholds in percent are of it."""
 
     def __init__(self, account: str, fields: Sequence[Any] = NOBODY) -> None:
         """An account with these :data:`ACCOUNT_FIELDS`, a new one unless given."""
@@ -277,15 +474,26 @@ class Account:
             self.kind, self.status, self.email, self.locale, self.timezone, self.opened_at, self.updated_at,
             self.next_due_at, self.operations, self.seq, self.head, self.last_grant, self.granted, self.received,
             self.restored, self.available, self.held, self.in_transit, self.consumed, self.expired, self.revoked,
-            self.sent, self.debt,
+            self.sent, self.debt, self.reference,
         ) = fields  # fmt: skip
         self.grants: dict[int, Grant] = {}
         self.order: list[Grant] = []
         self.holds: dict[str, Hold] = {}
         self.known: dict[str, Known] = {}
+        self.subscription: Subscription | None = None
+        """Loaded where something is due some day, or the operation is about it; one that has ended may not be."""
         self.entries: list[Entry] = []
+        self.renewals: list[Renewal] = []
+        """Those of the operation under way."""
+        self.notices: list[Notice] = []
         self.is_new = False
         self.is_dirty = False
+
+    @property
+    def is_unlimited(self) -> bool:
+        """Whether it is charged nothing: its plan has no limit."""
+        subscription = self.subscription
+        return subscription is not None and subscription.terms.unlimited and subscription.is_active
 
     def add_grant(self, grant: Grant) -> None:
         """Put a grant in its place in the burn-down order."""
@@ -300,9 +508,13 @@ class Account:
         """How many holds are open."""
         return sum(1 for hold in self.holds.values() if hold.status == "open")
 
+    def spendable(self, now: datetime) -> int:
+        """Micro-credits that are there to be spent, what has ended since the account was last settled included."""
+        return sum(grant.available for grant in self.order if grant.available and grant.effective_at <= now)
+
     def due_at(self) -> datetime | None:
-        """The next instant at which time alone changes this account: a hold's time-out, a grant's expiry."""
-        soonest: datetime | None = None
+        """The next instant at which time alone changes this account: a hold's time-out, a grant's expiry, a renewal."""
+        soonest = None if self.subscription is None else self.subscription.due_at()
         for hold in self.holds.values():
             if hold.status == "open" and (soonest is None or hold.expires_at < soonest):
                 soonest = hold.expires_at

@@ -52,9 +52,10 @@ def test_it_goes_on_where_the_last_one_held(ledger: Ledger) -> None:
     third = audited(ledger)
     assert (third.faults, third.accounts, third.operations) == ([], 0, 0)
     freeze(ledger, LATER + timedelta(days=1))
-    ledger.apply("credits.open", "open", account="a")  # answered before: the hold's time-out is all that is new
+    ledger.apply("credits.open", "open", account="a")  # answered before: nothing is new
+    ledger.apply("credits.settle", "settle", account="a")  # the hold's time-out
     fourth = audited(ledger)
-    assert (fourth.faults, fourth.operations, fourth.entries) == ([], 0, 1)
+    assert (fourth.faults, fourth.operations, fourth.entries) == ([], 1, 1)
     assert audit(ledger.writer.connection).holds
 
 

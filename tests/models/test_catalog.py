@@ -223,7 +223,7 @@ quote_above = 500
 def test_the_offer_is_the_pack_of_least_price_that_covers_and_of_equals_the_fuller(
     shortfall: int, pack: str | None
 ) -> None:
-    offer = parse_catalog(PACKS, "mine.toml").cheapest_pack(shortfall * 1_000_000)
+    offer = parse_catalog(PACKS, "mine.toml").cheapest_offer(shortfall * 1_000_000)
     assert (offer and offer["pack"]) == pack
     if pack == "d":
         assert offer == {"pack": "d", "credits": "100", "price": "9.00 EUR"}

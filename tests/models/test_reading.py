@@ -26,7 +26,7 @@ from models.reading import (
     quarantine,
     quarantined_message,
 )
-from tests.support import Ledger, travel
+from tests.support import CATALOG, Ledger, travel
 from workers.ledger_writer import Job
 from workers.ownership import LANE_CLASS, PRESENCE_CLASS, Ownership
 from workers.quarantine import Quarantined, store
@@ -39,7 +39,7 @@ def connection(database: str) -> Iterator[psycopg.Connection[Any]]:
 
 
 def balance(connection: psycopg.Connection[Any], account: str) -> Any:
-    return msgspec.to_builtins(account_balance(connection, account))
+    return msgspec.to_builtins(account_balance(connection, account, CATALOG))
 
 
 def total(lines: list[HistoryLine]) -> Decimal:
@@ -70,18 +70,18 @@ def rich_history(ledger: Ledger, database: str) -> None:
 
 
 def test_an_account_that_nobody_named(connection: psycopg.Connection[Any]) -> None:
-    assert account_summary(connection, "nobody") is None
-    assert account_balance(connection, "nobody") is None
+    assert account_summary(connection, "nobody", CATALOG) is None
+    assert account_balance(connection, "nobody", CATALOG) is None
     assert not account_exists(connection, "nobody")
     assert history(connection, "nobody").lines == []
 
 
 def test_an_account_that_was_only_mentioned(ledger: Ledger, connection: psycopg.Connection[Any]) -> None:
     ledger.apply("credits.consume", "c-1", account="bob", amount="1")
-    summary = account_summary(connection, "bob")
+    summary = account_summary(connection, "bob", CATALOG)
     assert summary is not None
     assert (summary.status, summary.balance.available, summary.operations) == ("unopened", "0", 1)
-    assert account_balance(connection, "bob") is None
+    assert account_balance(connection, "bob", CATALOG) is None
     assert account_exists(connection, "bob")
 
 
@@ -108,11 +108,11 @@ def test_what_is_due_counts_as_done(ledger: Ledger, database: str, connection: p
     ledger.apply("credits.grant", "g-1", account="alice", amount="10", source="trial", expires_in=60, priority=0)
     ledger.apply("credits.hold", "h-1", account="alice", amount="15", ttl=30)
     travel(database, timedelta(seconds=45))
-    summary = account_summary(connection, "alice")
+    summary = account_summary(connection, "alice", CATALOG)
     assert summary is not None
     assert (summary.balance.available, summary.balance.held, summary.holds) == ("60", "0", [])
     travel(database, timedelta(seconds=90))
-    summary = account_summary(connection, "alice")
+    summary = account_summary(connection, "alice", CATALOG)
     assert summary is not None
     assert summary.balance.available == "50"
     assert [grant.source for grant in summary.grants] == ["signup"]
@@ -137,7 +137,7 @@ def test_a_summary_names_grants_in_burn_down_order_and_holds(
         ledger.apply("credits.grant", f"g-{number}", account="alice", amount="2", **fields)
     ledger.apply("credits.hold", "h-1", account="alice", feature="image", quantity=8, member="mia")
     ledger.apply("credits.hold", "h-2", account="alice", amount="0.000001")
-    summary = account_summary(connection, "alice")
+    summary = account_summary(connection, "alice", CATALOG)
     assert summary is not None
     assert [grant.source for grant in summary.grants] == ["first", "scoped", "sooner", "signup", "never", "last"]
     first = summary.grants[0]

@@ -24,7 +24,7 @@ from models.seal import make_seal
 from scripts.embedded import Stack, temporary_stack
 from tests.conftest import LANES, Spawn
 from tests.proof import live
-from tests.support import ROOT, Ledger, eventually, execute, owned_lanes, rows, travel, value
+from tests.support import CATALOG, ROOT, Ledger, eventually, execute, owned_lanes, rows, travel, value
 from workers.ownership import LANE_CLASS, PRESENCE_CLASS
 
 PASSWORDS = {WORKER: secrets.token_urlsafe(16), READER: secrets.token_urlsafe(16)}
@@ -203,7 +203,7 @@ def test_the_read_side_works_in_the_readers_role(
     for name in ("a", "b"):
         ledger.apply("credits.open", "open", account=name)
     with connect_reader(reader_url, "test") as connection:
-        assert account_summary(connection, "a") is not None
+        assert account_summary(connection, "a", CATALOG) is not None
         assert len(history(connection, "a").lines) == 1
         assert quarantine(connection).lines == []
         owned = lane_owners(connection, LANE_CLASS, PRESENCE_CLASS)

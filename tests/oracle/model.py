@@ -116,7 +116,6 @@ class Ledger:
         """Apply one operation and answer it; amounts of the answer are in micro-credits."""
         said = meaning(name, content)
         self.letters = []
-        self.settle(now)
         if operation in self.answers:
             first_name, first_said, first_answer = self.answers[operation]
             if (first_name, first_said) == (name, said):
@@ -126,6 +125,7 @@ class Ledger:
                     self.answer_the_sender("credits.bounce", said, refused=first_answer["code"])
                 return {**first_answer, "replayed": True}
             return {"status": "rejected", "code": "id_conflict", "replayed": False}
+        self.settle(now)
         try:
             if not self.opened and name != "credits.open":
                 raise Refusal("unknown_account")

@@ -153,15 +153,15 @@ def test_the_due_are_found_page_by_page_the_longest_overdue_first(environment: N
     with psycopg.connect(database, autocommit=True) as connection:
         found = list(expiry.due(connection))
     assert found == rows(
-        database, "SELECT account, next_due_at FROM accounts WHERE next_due_at IS NOT NULL ORDER BY 2, 1"
+        database, "SELECT account, next_due_at, operations FROM accounts WHERE next_due_at IS NOT NULL ORDER BY 2, 1"
     )
     assert len(found) == IDLE
-    assert len({expiry.settle_id(instant) for _, instant in found}) > 1
+    assert len({expiry.settle_id(instant, operations) for _, instant, operations in found}) > 1
 
 
 def test_accounts_that_are_due_at_the_same_instant_are_all_found(environment: None, idle: None, database: str) -> None:
     with psycopg.connect(database, autocommit=True) as connection:
         with connection.transaction(force_rollback=True):
             connection.execute("UPDATE accounts SET next_due_at = '2026-01-01T00:00:00Z'")
-            found = [account for account, _ in expiry.due(connection)]
+            found = [account for account, *_ in expiry.due(connection)]
         assert sorted(found) == sorted(["endless", *(f"idle-{number}" for number in range(IDLE))])

@@ -26,8 +26,9 @@ from creditlane import command
 from creditlane.lanes import lane_of
 from models.audit import Fault, Report
 from models.catalog import load_catalog
-from scripts import command_line
-from scripts.command_line import Deployment, app, masked, parse_instant, parse_span
+from scripts import command_line, command_parts
+from scripts.command_line import app
+from scripts.command_parts import Deployment, masked, operator, parse_instant, parse_span
 from scripts.embedded import free_port
 from scripts.requeue import RequeueError, drop
 from scripts.showing import plain, signed, span
@@ -128,7 +129,7 @@ def test_every_operation(run: Run, lane_worker: Worker) -> None:
     lines = several(run("account", "history", "alice", "--json"))
     assert [line["number"] for line in lines] == list(range(14, 0, -1))
     assert lines[3]["actor"] == "anna"
-    assert lines[2]["actor"] == command_line.operator()
+    assert lines[2]["actor"] == operator()
     page = run("account", "history", "alice", "--limit", "4").stdout
     assert "twice · anna" in page
     assert "--before 11" in page
@@ -545,7 +546,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in [name for name in os.environ if name.startswith("CREDITLANE_")]:
         monkeypatch.delenv(name)
     state = tmp_path / "stack.json"
-    monkeypatch.setattr(command_line, "STATE", state)
+    monkeypatch.setattr(command_parts, "STATE", state)
     return state
 
 

@@ -21,7 +21,7 @@ from scripts.bench_grow import fill
 from scripts.embedded import Stack
 from tests.conftest import TEMPLATE, _ledger
 from tests.proof import live
-from tests.support import Ledger, travel
+from tests.support import CATALOG, Ledger, travel
 from workers import ledger_writer
 from workers.outbox import DELETE
 
@@ -127,7 +127,7 @@ def live_on(ledger: Ledger, database: str) -> None:
 
 def read(connection: psycopg.Connection[Any], account: str) -> None:
     """Every read that the command line makes."""
-    assert reading.account_summary(connection, account) is not None
+    assert reading.account_summary(connection, account, CATALOG) is not None
     assert reading.history(connection, account, limit=3, with_entries=True).next_before
     reading.history(connection, account, limit=3, before=9, status="applied")
     for status in ("open", "dropped", None):

@@ -8,6 +8,7 @@ from models.rules.burning import burn, new_grant, plan_burn
 from models.rules.posting import post
 from models.rules.settling import settle
 from models.rules.state import OPEN, Account, Entry, Grant, Hold
+from tests.support import CATALOG
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
@@ -40,7 +41,7 @@ def hold(account: Account, id: str, amount: int, end: float) -> Hold:
 def settled(account: Account, now: datetime) -> list[Entry]:
     """The entries that settling wrote."""
     before = len(account.entries)
-    settle(account, now)
+    settle(account, now, CATALOG)
     return account.entries[before:]
 
 
@@ -48,21 +49,21 @@ def test_nothing_is_due_on_an_account_without_ends() -> None:
     account = opened()
     lot(account, 5, None)
     account.is_dirty = False
-    assert settle(account, at(10**9)) is False
+    assert settle(account, at(10**9), CATALOG) is False
     assert not account.is_dirty
 
 
 def test_nothing_is_due_before_the_first_end() -> None:
     account = opened()
     lot(account, 5, 10)
-    assert settle(account, at(9.999999)) is False
+    assert settle(account, at(9.999999), CATALOG) is False
     assert account.available == 5
 
 
 def test_credits_expire_at_their_end_and_not_a_microsecond_later() -> None:
     account = opened()
     grant = lot(account, 5, 10)
-    assert settle(account, at(10)) is True
+    assert settle(account, at(10), CATALOG) is True
     assert (grant.available, grant.expired, account.available, account.expired) == (0, 5, 0, 5)
 
 
@@ -148,9 +149,9 @@ def test_settling_twice_settles_once() -> None:
     account = opened()
     lot(account, 5, 10)
     hold(account, "h", 2, 5)
-    assert settle(account, at(60)) is True
+    assert settle(account, at(60), CATALOG) is True
     seq = account.seq
-    assert settle(account, at(60)) is False
+    assert settle(account, at(60), CATALOG) is False
     assert account.seq == seq
 
 
@@ -161,7 +162,7 @@ def test_settling_tells_when_the_account_is_due_next() -> None:
     hold(account, "h", 2, 30)
     assert account.due_at() == at(10)
     for now, next_due in ((10, at(30)), (30, at(50)), (50, None)):
-        settle(account, at(now))
+        settle(account, at(now), CATALOG)
         assert account.next_due_at == next_due == account.due_at()
 
 
@@ -169,7 +170,7 @@ def test_what_was_noted_too_early_is_looked_at_again_and_nothing_happens() -> No
     account = opened()
     lot(account, 5, 50)
     account.next_due_at = at(10)
-    assert settle(account, at(20)) is False
+    assert settle(account, at(20), CATALOG) is False
     assert account.next_due_at == at(50)
     assert account.available == 5
 

@@ -1,0 +1,204 @@
+"""Subscriptions: what time and payments do to them (ledger rules: subscriptions).
+
+Whatever is due is stamped with its own instant and depends on nothing else, so that it comes out the same whether a
+sweep, the account's next operation or a replay applies it.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from operator import attrgetter
+
+from models.rules.burning import came_in, new_grant, pay_debt
+from models.rules.calendar import add_months
+from models.rules.catalog import Catalog, Terms
+from models.rules.posting import post
+from models.rules.state import ENDED, MAX_TOTAL_MICRO, NEVER, Account, Grant, Renewal, Subscription, Taken
+
+
+def pass_time(account: Account, subscription: Subscription, now: datetime, catalog: Catalog) -> None:
+    """Apply what is due to a subscription at its :meth:`~models.rules.state.Subscription.due_at`.
+
+    It ends, because it was cancelled or no payment came within the grace period; or it is renewed.
+
+    :param now: when it is recorded.
+    """
+    at = subscription.due_at()
+    assert at is not None
+    if subscription.renews_by_itself:
+        renew(account, subscription, at, now, None, catalog)
+    else:
+        end(account, subscription, at, now, None)
+
+
+def renew(
+    account: Account,
+    subscription: Subscription,
+    at: datetime,
+    now: datetime,
+    operation: str | None,
+    catalog: Catalog,
+) -> None:
+    """Begin the next period: what is left of the last one expires or is carried, and the new credits come in.
+
+    The ending plan's terms decide over what is left of it; the catalog's, as they are now, over what comes. A plan that
+    the catalog no longer has goes on as it was.
+
+    :param at: the instant it holds from: the period's end, or later where a payment came late.
+    """
+    ending = subscription.terms
+    subscription.terms = catalog.terms_of(subscription.next_terms.plan) or subscription.next_terms
+    subscription.pending = None
+    if not subscription.terms.paid:
+        subscription.paid_until = subscription.payment = None
+    subscription.number += 1
+    subscription.period_start = subscription.period_end
+    subscription.period_end = add_months(subscription.anchor, subscription.number + 1, subscription.zone)
+    last = account.last_grant
+    taken = _close_period(account, subscription, ending, at, now, operation, catalog)
+    subscription.allotted = subscription.terms.monthly_micro
+    subscription.lots = []
+    allotted = allot(account, subscription, subscription.allotted, at, now, operation, catalog)
+    made = list(range(last + 1, account.last_grant + 1))
+    subscription.renewal = Renewal(at, subscription.terms.plan, made, taken, allotted)
+    account.renewals.append(subscription.renewal)
+    subscription.is_dirty = account.is_dirty = True
+
+
+def _close_period(
+    account: Account,
+    subscription: Subscription,
+    ending: Terms,
+    at: datetime,
+    now: datetime,
+    operation: str | None,
+    catalog: Catalog,
+) -> list[Taken]:
+    """Expire or carry what is left of a period's lots; over the cap, the rollover lots that end soonest go first."""
+    lots = lots_of(account, subscription)
+    excess = sum(lot.available for lot in lots)
+    taken: dict[int, Taken] = {}
+    if ending.mode == "rollover":
+        cap = ending.cap_micro
+        if ending.caps_balance:
+            cap = max(0, cap - subscription.terms.monthly_micro)
+        carried = [
+            lot
+            for lot in account.order
+            if lot.source == ending.rollover_source and lot.available and lot.id not in subscription.lots
+        ]
+        carried.sort(key=lambda lot: (lot.expires_at or NEVER, lot.created_at, lot.id))
+        excess = max(0, sum(lot.available for lot in carried) + excess - cap)
+        lots = carried + lots
+    for lot in lots:
+        over = min(lot.available, excess)
+        excess -= over
+        if over:
+            post(account, lot, "expired", over, now, operation, at=at)
+        rest = lot.available if lot.id in subscription.lots else 0
+        if rest:
+            _carry(account, subscription, ending, lot, rest, at, now, operation, catalog)
+        if over or rest:
+            taken[lot.id] = Taken(lot.id, over, rest)
+    return list(taken.values())
+
+
+def _carry(
+    account: Account,
+    subscription: Subscription,
+    ending: Terms,
+    lot: Grant,
+    amount_micro: int,
+    at: datetime,
+    now: datetime,
+    operation: str | None,
+    catalog: Catalog,
+) -> None:
+    """Move credits of an ended period into a rollover lot of their own, with what was paid for them."""
+    expires_at = None
+    if ending.rollover_months is not None:
+        months = subscription.number + ending.rollover_months
+        expires_at = add_months(subscription.anchor, months, subscription.zone)
+    carried = new_grant(
+        account,
+        source=ending.rollover_source,
+        priority=catalog.priority_of(ending.rollover_source),
+        features=lot.features,
+        expires_at=expires_at,
+        now=at,
+        operation=operation or renewal_name(at),
+        purchase=lot.purchase,
+        price=(lot.price_minor, lot.price_currency, lot.price_per),
+        origin=lot.family,
+    )
+    post(account, lot, "rolled_out", amount_micro, now, operation, at=at)
+    post(account, carried, "rolled_in", amount_micro, now, operation, at=at)
+
+
+def allot(
+    account: Account,
+    subscription: Subscription,
+    amount_micro: int,
+    at: datetime,
+    now: datetime,
+    operation: str | None,
+    catalog: Catalog,
+) -> int:
+    """Add a lot of the plan's credits that ends with the period under way, grace included; a debt is paid out of it.
+
+    :param at: the instant it holds from.
+    :returns: micro-credits; 0 where the lot would have ended already, or the account can never hold it.
+    """
+    terms = subscription.terms
+    expires_at = None if terms.mode == "accumulate" else subscription.grace_ends
+    room: int = MAX_TOTAL_MICRO - account.granted - account.received - account.restored
+    amount = min(amount_micro, room)
+    if amount <= 0 or (expires_at is not None and expires_at <= at):
+        return 0
+    lot = new_grant(
+        account,
+        source=terms.source,
+        priority=catalog.priority_of(terms.source),
+        expires_at=expires_at,
+        now=at,
+        operation=operation or renewal_name(at),
+        purchase=subscription.payment,
+        price=(subscription.price_minor, subscription.price_currency, subscription.price_per),
+    )
+    if expires_at is not None:
+        subscription.lots = [*subscription.lots, lot.id]
+    post(account, lot, "granted", amount, now, operation, at=at)
+    pay_debt(account, lot, amount, now, operation, at)
+    came_in(account, at)
+    return amount
+
+
+def end(account: Account, subscription: Subscription, at: datetime, now: datetime, operation: str | None) -> int:
+    """End a subscription: what is left of its period's lots expires.
+
+    :param at: the instant it holds from.
+    :returns: micro-credits that expired.
+    """
+    expired = 0
+    for lot in lots_of(account, subscription):
+        if lot.available:
+            expired += lot.available
+            post(account, lot, "expired", lot.available, now, operation, at=at)
+    subscription.status = ENDED
+    subscription.ended_at = at
+    subscription.lots = []
+    subscription.pending = None
+    subscription.cancels = False
+    subscription.is_dirty = account.is_dirty = True
+    return expired
+
+
+def lots_of(account: Account, subscription: Subscription) -> list[Grant]:
+    """The lots of the period under way that are at hand, in burn-down order; others have nothing left."""
+    named = (account.grants.get(number) for number in subscription.lots)
+    return sorted((lot for lot in named if lot is not None), key=attrgetter("key"))
+
+
+def renewal_name(at: datetime) -> str:
+    """What a lot that time made has in place of an operation's id."""
+    return f"renewal:{at.isoformat()}"

@@ -1,0 +1,325 @@
+"""Plans: subscribe, change, cancel, renew on payment, undo a renewal (ledger rules: subscriptions)."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+
+from creditlane.amounts import format_amount
+from creditlane.codes import Code
+from creditlane.contract import CancelPlan, ChangePlan, Paid, RenewPlan, Subscribe, UndoRenewal
+from models.rules.burning import new_grant, pay_debt
+from models.rules.calendar import add_months, month_start, months_passed
+from models.rules.catalog import Terms
+from models.rules.posting import post
+from models.rules.refusal import RefusedError
+from models.rules.state import PAYMENT_SLACK, Account, Subscription
+from models.rules.state import Grant as Lot
+from models.rules.subscriptions import allot, end, lots_of, renew
+from tasks.grants import take_back, worth_of
+from tasks.operation import Context, Need, Outcome, operation
+
+
+def _need(message: Any) -> Need:
+    return Need("subscription", "")
+
+
+@operation(Subscribe, need=_need)
+def subscribe(account: Account, message: Subscribe, context: Context) -> Outcome:
+    """Begin a plan: the credits of the period under way come at once, those of the next ones in their time.
+
+    ``period_start`` may lie in the past: no period that is over gives credits. A plan that was cancelled and has not
+    ended goes on. One without a price, ended and begun again within the same period, gives no more for it than its
+    highest plan. Refusals: ``unknown_plan``, ``already_subscribed``, ``already_renewed``, ``invalid``.
+    """
+    terms = _terms(message.plan, context)
+    subscription = account.subscription
+    if subscription is not None and subscription.is_active:
+        if subscription.terms.plan != message.plan or not subscription.cancels:
+            raise RefusedError(Code.ALREADY_SUBSCRIBED)
+        subscription.cancels = False
+        return _outcome(account, subscription)
+    return begin(account, terms, message, context)
+
+
+def begin(account: Account, terms: Terms, message: Paid | None, context: Context) -> Outcome:
+    """Begin a subscription to a plan.
+
+    :param message: what is known of the payment, if anything.
+    :raises RefusedError: ``invalid`` for a start that lies ahead; ``already_renewed`` for the last one's payment.
+    """
+    now = context.now
+    start = now if message is None or message.period_start is None else message.period_start
+    if start > now + PAYMENT_SLACK:
+        raise RefusedError(Code.INVALID, "period_start lies ahead; subscribe when the plan begins")
+    zone = context.catalog.zone_of(terms.plan)
+    before = account.subscription
+    payment = None if message is None else message.payment
+    if before is not None and payment is not None and payment == before.payment:
+        raise RefusedError(Code.ALREADY_RENEWED)
+    paid_until = None
+    if terms.paid:
+        given = None if message is None else message.period_end
+        paid_until = given or add_months(start, terms.interval_months, zone)
+    if not terms.paid and before is not None and now < before.period_end:
+        # The same period goes on, whatever was subscribed to and cancelled in it.
+        anchor, zone, number, allotted = before.anchor, before.zone, before.number, before.allotted
+    else:
+        allotted = 0
+        anchor = month_start(start, zone) if context.catalog.plans[terms.plan].anchor == "month" else start
+        last = now if paid_until is None else min(now, paid_until - timedelta.resolution)
+        number = months_passed(anchor, last, zone)
+    subscription = Subscription(
+        terms,
+        anchor,
+        zone,
+        number,
+        add_months(anchor, number, zone),
+        add_months(anchor, number + 1, zone),
+        paid_until,
+        allotted=max(allotted, terms.monthly_micro),
+    )
+    subscription.is_new = before is None
+    account.subscription = subscription
+    _note_payment(subscription, message, context)
+    return _outcome(account, subscription, _allot(account, subscription, terms.monthly_micro - allotted, context))
+
+
+@operation(ChangePlan, need=_need)
+def change(account: Account, message: ChangePlan, context: Context) -> Outcome:
+    """Change to another plan.
+
+    To a higher one at once: what more it gives for the period under way is the catalog's choice, and never more than
+    the highest plan of the period has, however often one changes. To a lower one with the next renewal; changing back
+    before that calls it off. Refusals: ``unknown_plan``, ``no_subscription``.
+    """
+    terms = _terms(message.plan, context)
+    subscription = _active(account)
+    subscription.cancels = False
+    subscription.pending = None
+    if terms.plan == subscription.terms.plan:
+        return _outcome(account, subscription)
+    if terms.rank < subscription.terms.rank:
+        subscription.pending = terms
+        return _outcome(account, subscription, _catch_up(account, subscription, context))
+    now = context.now
+    subscription.terms = terms
+    if not terms.paid:
+        subscription.paid_until = None
+    elif message.period_end is not None:
+        subscription.paid_until = message.period_end
+    elif subscription.paid_until is None:
+        subscription.paid_until = subscription.period_end
+    _note_payment(subscription, message, context)
+    more = max(0, terms.monthly_micro - subscription.allotted)
+    left = max(timedelta(0), subscription.period_end - now)  # nothing in the days of grace: that period is over
+    expired = 0
+    if terms.upgrade == "prorated":
+        more = more * _microseconds(left) // _microseconds(subscription.period_end - subscription.period_start)
+    elif not left:
+        more = 0
+    elif terms.upgrade == "full" and more:
+        more = terms.monthly_micro
+        for lot in lots_of(account, subscription):
+            if lot.available:
+                expired += lot.available
+                post(account, lot, "expired", lot.available, now, context.operation)
+        subscription.lots = []
+    subscription.allotted = max(subscription.allotted, terms.monthly_micro)
+    allotted = _allot(account, subscription, more, context)
+    return _outcome(account, subscription, allotted + _catch_up(account, subscription, context), expired)
+
+
+@operation(CancelPlan, need=_need)
+def cancel(account: Account, message: CancelPlan, context: Context) -> Outcome:
+    """End the plan: nothing more is allotted, and what is left of the period's credits stays until the period's end.
+
+    With ``at`` ``now`` it ends at once, and they with it. Refusals: ``no_subscription``.
+    """
+    subscription = _active(account)
+    now = context.now
+    if message.at == "now" or subscription.period_end <= now:
+        return _outcome(account, subscription, expired=end(account, subscription, now, now, context.operation))
+    subscription.cancels = True
+    subscription.pending = None
+    return _outcome(account, subscription)
+
+
+@operation(RenewPlan, need=_need)
+def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> Outcome:
+    """A payment has arrived for what comes after what is paid for.
+
+    If the period is over, the next one begins now; if not, it begins when it is. A payment whose period begins in the
+    midst of the one under way moves the anchor there. A subscription that has ended begins again. However many
+    messages tell of a payment, its period is given once. Refusals: ``no_subscription``, ``unknown_plan``,
+    ``already_renewed``, ``invalid`` for a plan without a price.
+    """
+    subscription = account.subscription
+    if subscription is None:
+        raise RefusedError(Code.NO_SUBSCRIPTION)
+    terms = subscription.next_terms if message.plan is None else _terms(message.plan, context)
+    if not terms.paid:
+        raise RefusedError(Code.INVALID, "this plan has no price: it renews by the calendar")
+    start = message.period_start
+    until = message.period_end or add_months(start, terms.interval_months, subscription.zone)
+    paid_until = subscription.paid_until
+    if paid_until is not None and until <= paid_until + PAYMENT_SLACK:
+        raise RefusedError(Code.ALREADY_RENEWED)
+    if not subscription.is_active:
+        return begin(account, terms, message, context)
+    if terms.plan != subscription.next_terms.plan:
+        subscription.pending = terms
+    subscription.cancels = False
+    subscription.paid_until = until
+    _note_payment(subscription, message, context)
+    follows = abs(start - subscription.period_end) <= PAYMENT_SLACK
+    if not follows and start > subscription.period_start + PAYMENT_SLACK:
+        subscription.anchor = subscription.period_end = max(start, subscription.period_start)
+        subscription.number = -1
+    return _outcome(account, subscription, _catch_up(account, subscription, context))
+
+
+@operation(UndoRenewal, need=_need)
+def undo(account: Account, message: UndoRenewal, context: Context) -> Outcome:
+    """Take back what the renewal did that began the period under way, by hand of a named administrator.
+
+    The lots that it made are taken back, what was spent of them as the catalog's claw-back says; what it let expire or
+    carried comes back in lots that end with the period under way. Dates stay: the next renewal comes in its time.
+    Refusals: ``no_subscription``, ``nothing_to_undo``.
+    """
+    subscription = _active(account)
+    renewal = subscription.renewal
+    if renewal is None or renewal.undone:
+        raise RefusedError(Code.NOTHING_TO_UNDO)
+    now, operation = context.now, context.operation
+    revoked = account.revoked
+    subscription.lots = []
+    carried: list[Lot] = []
+    allotted: list[Lot] = []
+    for number in renewal.made:
+        lot = account.grants.get(number)
+        if lot is not None:
+            (allotted if lot.family == lot.id else carried).append(lot)
+    families = [(lot, [lot]) for lot in allotted]
+    wanted = sum(worth_of(*family) for family in families)
+    details = take_back(account, families, wanted, context)[1] if wanted else {}
+    taken_back = account.revoked - revoked
+    restored = 0
+    for lot in carried:
+        amount = lot.available
+        if amount:
+            back = _back(account, subscription, lot, context)
+            post(account, lot, "rolled_out", amount, now, operation)
+            post(account, back, "rolled_in", amount, now, operation)
+            pay_debt(account, back, amount, now, operation)
+    for taken in renewal.taken:
+        if taken.expired:
+            restored += taken.expired
+            back = _back(account, subscription, account.grants[taken.grant], context)
+            post(account, back, "restored", taken.expired, now, operation)
+            pay_debt(account, back, taken.expired, now, operation)
+    subscription.renewal = msgspec.structs.replace(renewal, undone=True)
+    outcome = _outcome(account, subscription)
+    assert outcome.details is not None
+    outcome.details.update(details, taken_back=format_amount(taken_back), restored=format_amount(restored))
+    return outcome
+
+
+def _back(account: Account, subscription: Subscription, lot: Lot, context: Context) -> Lot:
+    """A new lot for credits of an ended period, which ends with the period under way."""
+    terms = subscription.terms
+    back = new_grant(
+        account,
+        source=terms.source,
+        priority=context.catalog.priority_of(terms.source),
+        features=lot.features,
+        expires_at=None if terms.mode == "accumulate" else subscription.grace_ends,
+        now=context.now,
+        operation=context.operation,
+        purchase=lot.purchase,
+        price=(lot.price_minor, lot.price_currency, lot.price_per),
+        origin=lot.family,
+    )
+    if back.expires_at is not None:
+        subscription.lots.append(back.id)
+    return back
+
+
+def _terms(plan: str, context: Context) -> Terms:
+    terms = context.catalog.terms_of(plan)
+    if terms is None:
+        raise RefusedError(Code.UNKNOWN_PLAN)
+    return terms
+
+
+def _active(account: Account) -> Subscription:
+    subscription = account.subscription
+    if subscription is None or not subscription.is_active:
+        raise RefusedError(Code.NO_SUBSCRIPTION)
+    return subscription
+
+
+def _note_payment(subscription: Subscription, message: Paid | None, context: Context) -> None:
+    """Keep what pays for the next lots: the payment's name, and the price of a credit."""
+    terms = subscription.terms
+    if not terms.paid:
+        subscription.payment = None
+        subscription.price_minor = subscription.price_currency = subscription.price_per = None
+        return
+    if message is not None and message.payment is not None:
+        subscription.payment = message.payment
+    price = None if message is None else message.unit_price
+    if price is not None:
+        subscription.price_minor = price.minor
+        subscription.price_currency = price.currency
+        subscription.price_per = int(price.per)
+    else:
+        terms = subscription.next_terms
+        subscription.price_minor = terms.price_minor
+        subscription.price_currency = terms.price_currency
+        subscription.price_per = terms.monthly_micro * terms.interval_months or None
+
+
+def _allot(account: Account, subscription: Subscription, amount_micro: int, context: Context) -> int:
+    now = context.now
+    return allot(account, subscription, amount_micro, now, now, context.operation, context.catalog)
+
+
+def _catch_up(account: Account, subscription: Subscription, context: Context) -> int:
+    """Renew now what has come to be overdue by a payment or a change; gives what it allotted.
+
+    Not at the period's end: what was spent since then was spent of the old allotment.
+    """
+    due = subscription.due_at()
+    if due is None or due > context.now or not subscription.renews_by_itself:
+        return 0
+    renew(account, subscription, context.now, context.now, context.operation, context.catalog)
+    assert subscription.renewal is not None
+    return subscription.renewal.allotted
+
+
+def _outcome(account: Account, subscription: Subscription, allotted: int = 0, expired: int = 0) -> Outcome:
+    """What the subscription is now; it is written anew, and the account knows when it is due."""
+    subscription.is_dirty = account.is_dirty = True
+    account.next_due_at = account.due_at()
+    details: dict[str, Any] = {
+        "plan": subscription.terms.plan,
+        "plan_status": "cancelled" if subscription.cancels else subscription.status,
+        "period_start": subscription.period_start,
+        "period_end": subscription.period_end,
+    }
+    if subscription.pending is not None:
+        details["plan_next"] = subscription.pending.plan
+    if subscription.paid_until is not None:
+        details["paid_until"] = subscription.paid_until
+    if allotted:
+        details["allotted"] = format_amount(allotted)
+    if expired:
+        details["expired"] = format_amount(expired)
+    return Outcome(details=details)
+
+
+def _microseconds(span: timedelta) -> int:
+    return span // timedelta.resolution
