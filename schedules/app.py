@@ -5,9 +5,18 @@ Beat only ticks. What is due is a fact in the database: two beats, or none for a
 
 from __future__ import annotations
 
-from schedules import audit, expiry, outbox, seal, transfers
+from schedules import audit, expiry, outbox, retention, seal, transfers, usage
 from workers.app import app
 
-app.conf.beat_schedule = {**expiry.SCHEDULE, **outbox.SCHEDULE, **audit.SCHEDULE, **seal.SCHEDULE, **transfers.SCHEDULE}
+app.conf.beat_scheduler = "schedules.beat:Scheduler"
+app.conf.beat_schedule = {
+    **expiry.SCHEDULE,
+    **outbox.SCHEDULE,
+    **transfers.SCHEDULE,
+    **usage.SCHEDULE,
+    **audit.SCHEDULE,
+    **seal.SCHEDULE,
+    **retention.SCHEDULE,
+}
 
 __all__ = ["app"]

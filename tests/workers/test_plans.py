@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import msgspec
@@ -96,7 +96,7 @@ def large(stack: Stack) -> Iterator[str]:
         ledger.writer.connection.execute(DELETE, ([1, 2],))
     with psycopg.connect(url, autocommit=True, cursor_factory=Recording) as connection:
         read(connection, "a")
-        list(expiry.due(connection))
+        list(expiry.due(connection, datetime.now(UTC)))
         with connection.transaction():
             outbox.left_behind(connection, 0)
     with psycopg.connect(url, autocommit=True) as connection:
