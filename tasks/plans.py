@@ -71,13 +71,16 @@ def begin(account: Account, terms: Terms, message: Paid | None, context: Context
         anchor = month_start(start, zone) if context.catalog.plans[terms.plan].anchor == "month" else start
         last = now if paid_until is None else min(now, paid_until - timedelta.resolution)
         number = months_passed(anchor, last, zone)
+    period_end = add_months(anchor, number + 1, zone)
+    if paid_until is not None and paid_until < period_end - PAYMENT_SLACK:
+        period_end = paid_until  # a trial, say
     subscription = Subscription(
         terms,
         anchor,
         zone,
         number,
         add_months(anchor, number, zone),
-        add_months(anchor, number + 1, zone),
+        period_end,
         paid_until,
         allotted=max(allotted, terms.monthly_micro),
     )
@@ -98,11 +101,12 @@ def change(account: Account, message: ChangePlan, context: Context) -> Outcome:
     terms = _terms(message.plan, context)
     subscription = _active(account)
     subscription.cancels = False
-    subscription.pending = None
+    subscription.pending = subscription.pending_at = None
     if terms.plan == subscription.terms.plan:
         return _outcome(account, subscription)
     if terms.rank < subscription.terms.rank:
         subscription.pending = terms
+        subscription.pending_at = subscription.paid_until or subscription.period_end
         return _outcome(account, subscription, _catch_up(account, subscription, context))
     now = context.now
     subscription.terms = terms
@@ -136,6 +140,8 @@ def change(account: Account, message: ChangePlan, context: Context) -> Outcome:
 def cancel(account: Account, message: CancelPlan, context: Context) -> Outcome:
     """End the plan: nothing more is allotted, and what is left of the period's credits stays until the period's end.
 
+    A year that is paid for is given to its end.
+
     With ``at`` ``now`` it ends at once, and they with it. Refusals: ``no_subscription``.
     """
     subscription = _active(account)
@@ -143,7 +149,7 @@ def cancel(account: Account, message: CancelPlan, context: Context) -> Outcome:
     if message.at == "now" or subscription.period_end <= now:
         return _outcome(account, subscription, expired=end(account, subscription, now, now, context.operation))
     subscription.cancels = True
-    subscription.pending = None
+    subscription.pending = subscription.pending_at = None
     return _outcome(account, subscription)
 
 
@@ -170,14 +176,13 @@ def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> 
     if not subscription.is_active:
         return begin(account, terms, message, context)
     if terms.plan != subscription.next_terms.plan:
-        subscription.pending = terms
+        subscription.pending, subscription.pending_at = terms, subscription.period_end
     subscription.cancels = False
     subscription.paid_until = until
     _note_payment(subscription, message, context)
     follows = abs(start - subscription.period_end) <= PAYMENT_SLACK
     if not follows and start > subscription.period_start + PAYMENT_SLACK:
-        subscription.anchor = subscription.period_end = max(start, subscription.period_start)
-        subscription.number = -1
+        subscription.period_end = start
     return _outcome(account, subscription, _catch_up(account, subscription, context))
 
 
@@ -263,8 +268,7 @@ def _active(account: Account) -> Subscription:
 
 def _note_payment(subscription: Subscription, message: Paid | None, context: Context) -> None:
     """Keep what pays for the next lots: the payment's name, and the price of a credit."""
-    terms = subscription.terms
-    if not terms.paid:
+    if not subscription.next_terms.paid:
         subscription.payment = None
         subscription.price_minor = subscription.price_currency = subscription.price_per = None
         return

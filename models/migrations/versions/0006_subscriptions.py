@@ -33,6 +33,7 @@ CREATE TABLE subscriptions (
     terms JSON NOT NULL,
     pending JSON,
     renewal JSON,
+    pending_at TIMESTAMP WITH TIME ZONE,
     PRIMARY KEY (account),
     CONSTRAINT subscriptions_period CHECK (period_start < period_end AND allotted_micro >= 0)
 ) WITH (fillfactor = 70);
