@@ -19,12 +19,10 @@ from celery.utils.log import get_logger
 from psycopg import Connection
 
 from models.cutoff import somebody_does, try_alone
+from models.due import BEAT
 from models.settings import settings
 
 logger = get_logger(__name__)
-
-TICKING = "beat"
-"""What only one session does at a time."""
 
 STANDBY_SECONDS = 2.0
 """How often a beat that stands by looks whether the lock is free, and one without a database whether it is back."""
@@ -88,7 +86,7 @@ class Scheduler(beat.Scheduler):
         if self._ticks:
             self._connection.execute("SELECT")  # the lock is there as long as the session is
             return True
-        if not try_alone(self._connection, TICKING):
+        if not try_alone(self._connection, BEAT):
             self._tell("another beat ticks; this one stands by")
             return False
         last = dict(self._connection.execute(LAST_TICKS, (self.app.now(),)).fetchall())
@@ -140,7 +138,7 @@ def main() -> int:
     :returns: the exit code, 0 if one does.
     """
     with connect(settings().database_url.get_secret_value()) as connection:
-        ticks = somebody_does(connection, TICKING)
+        ticks = somebody_does(connection, BEAT)
     sys.stdout.write("a beat ticks\n" if ticks else "no beat ticks\n")
     return 0 if ticks else 1
 

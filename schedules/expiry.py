@@ -24,6 +24,7 @@ from psycopg import Connection
 from creditlane.client import CreditClient
 from creditlane.lanes import lane_of
 from models.cutoff import BusyError, alone
+from models.due import estimate
 from models.settings import settings
 from schedules.progress import Progress
 
@@ -44,9 +45,6 @@ LINGER_MS = 1000
 MAX_SECONDS = 600.0
 """How long a run goes on; the next one takes what is left."""
 
-COUNTED = 100_000
-"""Accounts that are counted for the progress; of more the planner's estimate is good enough."""
-
 EVERY_SECONDS = 60.0
 
 SCHEDULE = {
@@ -65,8 +63,6 @@ SELECT account, next_due_at, operations FROM accounts
 WHERE next_due_at <= %s AND (next_due_at, account) > (%s, %s)
 ORDER BY next_due_at, account LIMIT {PAGE}
 """
-COUNT = f"SELECT count(*) FROM (SELECT FROM accounts WHERE next_due_at <= %s LIMIT {COUNTED}) AS found"
-ESTIMATE = "EXPLAIN (FORMAT JSON) SELECT FROM accounts WHERE next_due_at <= %s"
 BEGINNING = datetime.fromisoformat("0001-01-02T00:00:00+00:00")
 
 
@@ -156,18 +152,6 @@ def due(connection: Connection[Any], now: datetime) -> Iterator[tuple[str, datet
     while page := connection.execute(DUE, (now, *last)).fetchall():
         yield from page
         last = (page[-1][1], page[-1][0])
-
-
-def estimate(connection: Connection[Any], now: datetime) -> int:
-    """About how many accounts are due: counted up to :data:`COUNTED`, beyond that what the planner believes."""
-    row = connection.execute(COUNT, (now,)).fetchone()
-    assert row is not None
-    counted = int(row[0])
-    if counted < COUNTED:
-        return counted
-    plan = connection.execute(ESTIMATE, (now,)).fetchone()
-    assert plan is not None
-    return max(counted, int(plan[0][0]["Plan"]["Plan Rows"]))
 
 
 def settle_id(due_at: datetime, operations: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
+import models.due
 from creditlane.client import CreditClient
 from models.cutoff import alone
 from models.settings import settings
@@ -244,11 +245,11 @@ def test_of_very_many_accounts_the_planner_says_how_many(
     environment: None, idle: None, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     travel(database, timedelta(hours=2))
-    monkeypatch.setattr(expiry, "COUNT", expiry.COUNT.replace(str(expiry.COUNTED), "2"))
-    monkeypatch.setattr(expiry, "COUNTED", 2)
+    monkeypatch.setattr(models.due, "COUNT", models.due.COUNT.replace(str(models.due.COUNTED), "2"))
+    monkeypatch.setattr(models.due, "COUNTED", 2)
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute("ANALYZE accounts")
-        assert 2 <= expiry.estimate(connection, now_of(connection)) <= IDLE + 1
+        assert 2 <= models.due.estimate(connection, now_of(connection)) <= IDLE + 1
 
 
 def test_a_lane_that_fills_up_during_a_sweep_is_left(
