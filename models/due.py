@@ -22,6 +22,12 @@ COUNTED = 100_000
 SAMPLE = 1000
 """Due accounts, the longest overdue, of which is looked at what is due to them."""
 
+IN_ORDER = "SET enable_sort = off"
+"""For a session that reads pages: a page is read off the index, never sorted out of all that is yet to come."""
+
+BEGINNING = datetime.fromisoformat("0001-01-02T00:00:00+00:00")
+"""Before every instant that a page begins at."""
+
 COUNT = f"SELECT count(*) FROM (SELECT FROM accounts WHERE next_due_at <= %s LIMIT {COUNTED}) AS found"
 ESTIMATE = "EXPLAIN (FORMAT JSON) SELECT FROM accounts WHERE next_due_at <= %s"
 OLDEST = f"""

@@ -60,6 +60,9 @@ WITH counted AS (
 )
 SELECT count(*) FROM counted
 """
+BY_INDEX = "SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL enable_seqscan = off"
+"""A span of time is found by the index over blocks, what a refund gives back by its key."""
+
 CLEAR = "DELETE FROM usage_days; DELETE FROM usage_watermark"
 
 Progress = Callable[[int, datetime, datetime], bool]
@@ -101,8 +104,7 @@ def _count(connection: Connection[Any], cutoff: datetime, step: timedelta) -> tu
     """
     with connection.transaction():
         declare_reader(connection)
-        connection.execute("SET LOCAL enable_hashjoin = off")  # what a refund gives back is looked up by its key
-        connection.execute("SET LOCAL enable_mergejoin = off")
+        connection.execute(BY_INDEX)
         row = connection.execute(WATERMARK).fetchone()
         if row is None:
             first = connection.execute(FIRST).fetchone()

@@ -24,7 +24,7 @@ from psycopg import Connection
 from creditlane.client import CreditClient
 from creditlane.lanes import lane_of
 from models.cutoff import BusyError, alone
-from models.due import estimate
+from models.due import BEGINNING, IN_ORDER, estimate
 from models.settings import settings
 from schedules.progress import Progress
 
@@ -63,7 +63,6 @@ SELECT account, next_due_at, operations FROM accounts
 WHERE next_due_at <= %s AND (next_due_at, account) > (%s, %s)
 ORDER BY next_due_at, account LIMIT {PAGE}
 """
-BEGINNING = datetime.fromisoformat("0001-01-02T00:00:00+00:00")
 
 
 @shared_task(name="schedules.expiry", bind=True, max_retries=3, autoretry_for=(psycopg.OperationalError,),
@@ -148,6 +147,7 @@ def due(connection: Connection[Any], now: datetime) -> Iterator[tuple[str, datet
 
     :returns: each account with the instant at which it fell due, and how many operations it has seen.
     """
+    connection.execute(IN_ORDER)
     last: tuple[datetime, str] = (BEGINNING, "")
     while page := connection.execute(DUE, (now, *last)).fetchall():
         yield from page

@@ -19,6 +19,7 @@ from psycopg import Connection
 
 from models.catalog import load_catalog
 from models.cutoff import BusyError, alone
+from models.due import BEGINNING, IN_ORDER
 from models.settings import settings
 from schedules.progress import Progress
 
@@ -47,7 +48,6 @@ SELECT id, status <> 'open' AND coalesce(resolved_at < %s, false) FROM quarantin
 WHERE id > %s ORDER BY id LIMIT {PAGE}
 """
 DELETE_QUARANTINED = "DELETE FROM quarantine WHERE id = ANY(%s) AND status <> 'open'"
-BEGINNING = datetime.fromisoformat("0001-01-02T00:00:00+00:00")
 
 
 @shared_task(name="schedules.retention", bind=True, max_retries=3, autoretry_for=(psycopg.OperationalError,),
@@ -92,6 +92,7 @@ def delete_notices(connection: Connection[Any], before: datetime) -> Iterator[in
 
     :returns: how many, page by page.
     """
+    connection.execute(IN_ORDER)
     last: tuple[datetime, str, str] = (BEGINNING, "", "")
     while page := connection.execute(OLD_NOTICES, (before, *last)).fetchall():
         last = page[-1]

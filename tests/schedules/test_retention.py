@@ -92,6 +92,11 @@ def test_what_is_kept_no_longer_goes_and_nothing_else(
     assert retain(CATALOG) == {"notices": 0, "quarantined": 0}
 
 
+def test_a_quarantined_message_that_is_open_cannot_be_deleted(retain: Run, database: str) -> None:
+    with pytest.raises(psycopg.errors.RestrictViolation, match="is open"):
+        execute(database, "DELETE FROM quarantine")
+
+
 def test_nothing_goes_unless_the_catalog_says_so(retain: Run, database: str) -> None:
     assert retain('[catalog]\nname = "long"') == {"notices": 0, "quarantined": 0}
     assert value(database, "SELECT count(*) FROM notices") == 12

@@ -39,11 +39,20 @@ CREATE TABLE usage_watermark (
 );
 GRANT INSERT, UPDATE ON schedules TO creditlane_workers;
 GRANT INSERT, UPDATE, DELETE ON usage_days, usage_watermark TO creditlane_workers;
+CREATE FUNCTION refuse_open() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION USING MESSAGE = 'the quarantined message ' || OLD.id || ' is open',
+        ERRCODE = 'restrict_violation', HINT = 'Replay or drop it first.';
+END $$;
+CREATE TRIGGER quarantine_open_stays BEFORE DELETE ON quarantine
+    FOR EACH ROW WHEN (OLD.status = 'open') EXECUTE FUNCTION refuse_open();
 GRANT DELETE ON quarantine TO creditlane_workers;
 """
 
 BACK = """
 REVOKE DELETE ON quarantine FROM creditlane_workers;
+DROP TRIGGER quarantine_open_stays ON quarantine;
+DROP FUNCTION refuse_open();
 DROP TABLE usage_watermark, usage_days, schedules;
 DROP INDEX notices_delivered;
 DROP INDEX accounts_due;
