@@ -592,4 +592,4 @@ def test_a_notice_is_a_row_a_message_and_an_event_of_its_operation(ledger: Ledge
     ledger.apply(
         "plans.renew", "late", account="a", period_start=begun["period_end"], period_end="2026-04-20T00:00:00Z"
     )
-    assert connection.execute("SELECT count(*) FROM notices").fetchone() == (4,)
+    assert connection.execute("SELECT count(*) FROM notices").fetchone() == (5,)
