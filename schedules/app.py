@@ -5,9 +5,17 @@ Beat only ticks. What is due is a fact in the database: two beats, or none for a
 
 from __future__ import annotations
 
-from schedules import audit, expiry, outbox, seal, transfers
+from schedules import audit, expiry, notices, outbox, seal, transfers, warnings
 from workers.app import app
 
-app.conf.beat_schedule = {**expiry.SCHEDULE, **outbox.SCHEDULE, **audit.SCHEDULE, **seal.SCHEDULE, **transfers.SCHEDULE}
+app.conf.beat_schedule = {
+    **expiry.SCHEDULE,
+    **outbox.SCHEDULE,
+    **audit.SCHEDULE,
+    **seal.SCHEDULE,
+    **transfers.SCHEDULE,
+    **notices.SCHEDULE,
+    **warnings.SCHEDULE,
+}
 
 __all__ = ["app"]
