@@ -6,8 +6,8 @@ early, comes late or twice warns of nothing twice.
 
 Credits of a plan's period are left out for as long as the plan goes on: what becomes of them at the period's end, to be
 carried or to make room for new ones, the notice of the renewal tells. Of a plan that was cancelled they end with the
-period, which may be before the grant's own ``expires_at``; of one that was not paid for they end with the days of grace:
-those are warned of.
+period, which may be before the grant's own ``expires_at``; of one that was not paid for, with the days of grace. Those
+are warned of.
 """
 
 from __future__ import annotations

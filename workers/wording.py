@@ -98,48 +98,76 @@ def word(told: Told, catalog: Catalog, brand: str = "") -> Worded:
     :param catalog: for the titles of plans.
     :param brand: whose e-mail it is; the catalog's name unless given.
     """
-    style = Style(told.locale, told.timezone)
-    every = sentences(style.language)
-    own = every["kinds"].get(told.kind) or every["kinds"][OTHER]
-    values = {
-        **told.details,
-        "kind": told.kind,
-        "at": told.at,
-        "account": told.account,
-        "style": style,
-        "plans": {name: plan.title or name for name, plan in catalog.plans.items()},
-        "advice": told.advice,
-    }
+    speech = Speech(told, catalog)
+    about = {"brand": brand or catalog.catalog.name, "account": told.account}
+    return Worded(speech.language, speech.subject, speech.page("notice.txt", about), speech.page("notice.html", about))
 
-    def say(sentence: str, html: bool) -> str:
-        said: str = _sentence(sentence, html).render(values).strip()
-        return said
 
-    def page(html: bool) -> str:
-        shown = {
-            "language": style.language,
-            "subject": say(own["subject"], False),
-            "brand": brand or catalog.catalog.name,
+def subject(told: Told, catalog: Catalog) -> str:
+    """A notice in one line."""
+    return Speech(told, catalog).subject
+
+
+class Speech:
+    """The sentences of one notice.
+
+    :param catalog: for the titles of plans.
+    """
+
+    def __init__(self, told: Told, catalog: Catalog) -> None:
+        style = Style(told.locale, told.timezone)
+        self.language = style.language
+        self._all = sentences(style.language)
+        self._own = self._all["kinds"].get(told.kind) or self._all["kinds"][OTHER]
+        self._advised = told.advice is not None
+        self._values = {
+            **told.details,
+            "kind": told.kind,
+            "at": told.at,
             "account": told.account,
-            "figure": say(own.get("figure", ""), False),
-            "caption": say(own.get("caption", ""), False),
-            "paragraphs": [said for each in own["body"] if (said := say(each, html))],
-            "advice": [said for each in every["advice"]["body"] if (said := say(each, html))]
-            if told.advice is not None
-            else [],
-            "words": every["words"],
+            "style": style,
+            "plans": {name: plan.title or name for name, plan in catalog.plans.items()},
+            "advice": told.advice,
         }
-        return _environment(html).get_template("notice.html" if html else "notice.txt").render(shown)
 
-    # A header is one line, whatever stands in what it tells of.
-    subject = " ".join(say(own["subject"], False).split())
-    return Worded(style.language, subject, page(False), page(True))
+    @property
+    def subject(self) -> str:
+        """One line, whatever stands in what it tells of."""
+        return _line(self._say(self._own["subject"]))
+
+    def page(self, template: str, about: dict[str, str]) -> str:
+        """All of it, in a template of its kind of text."""
+        html = template.endswith(".html")
+        shown = {
+            **about,
+            "language": self.language,
+            "subject": self.subject,
+            "figure": self._say(self._own.get("figure", "")),
+            "caption": self._say(self._own.get("caption", "")),
+            "paragraphs": self._paragraphs(self._own["body"], html),
+            "advice": self._paragraphs(self._all["advice"]["body"], html) if self._advised else [],
+            "words": self._all["words"],
+        }
+        return _environment(html).get_template(template).render(shown)
+
+    def _paragraphs(self, body: list[str], html: bool) -> list[str]:
+        return [said for each in body if (said := self._say(each, html))]
+
+    def _say(self, sentence: str, html: bool = False) -> str:
+        """A sentence with what it tells of in it; where it is HTML, that is escaped."""
+        said: str = _sentence(sentence, html).render(self._values).strip()
+        return said
 
 
 @cache
 def sentences(language: str) -> dict[str, Any]:
     """All sentences of a language."""
     return tomllib.loads((TEMPLATES / f"{language}.toml").read_text(encoding="utf-8"))
+
+
+def _line(text: str) -> str:
+    """Text with nothing but single plain spaces in it."""
+    return " ".join(text.split())
 
 
 def _filled(text: str, indent: str = "") -> str:
@@ -164,6 +192,7 @@ def _environment(html: bool) -> Environment:
     for name in ("number", "credits", "money", "day", "moment"):
         environment.filters[name] = _filter(name)
     environment.filters["filled"] = _filled
+    environment.filters["line"] = _line
     return environment
 
 
