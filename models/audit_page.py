@@ -129,11 +129,10 @@ class PageAudit:
             "grants": GRANTS if whole else GRANTS_SINCE,
             "holds": HOLDS if whole else OPEN_HOLDS,
             "receipts": RECEIPTS if whole else OPEN_HOLD_RECEIPTS,
+            "subscriptions": SUBSCRIPTIONS,
         }
         if self.cutoffs:
             queries["leaves"] = LEAVES
-        if self.replayer is not None:
-            queries["subscriptions"] = SUBSCRIPTIONS
         told = 0
         with ExitStack() as stack:
             streams = {
@@ -162,6 +161,7 @@ class PageAudit:
         account = totals.account
         only_new, start = start is not None, start or BEGINNING
         receipts = list(streams["receipts"].of(account))
+        subscriptions = list(streams["subscriptions"].of(account))
         leaves = [Leaf(*row[1:]) for row in streams["leaves"].of(account)] if self.cutoffs else ()
         check = AccountAudit(report, account, start, receipts, leaves, self.cutoffs, only_new)
         feeds = [check.feed]
@@ -183,11 +183,11 @@ class PageAudit:
                 feed(None, entries)
             report.entries += len(entries)
         if replay is None:
-            check.finish(totals, streams["grants"].of(account), streams["holds"].of(account))
+            check.finish(totals, streams["grants"].of(account), streams["holds"].of(account), subscriptions)
             return
         grants, holds = list(streams["grants"].of(account)), list(streams["holds"].of(account))
-        check.finish(totals, grants, holds)
-        replay.finish(totals, grants, holds, receipts, list(streams["subscriptions"].of(account)))
+        check.finish(totals, grants, holds, subscriptions)
+        replay.finish(totals, grants, holds, receipts, subscriptions)
 
     @staticmethod
     def _replay(replayer: Replayer, connection: Connection[Any], report: Report, totals: Totals) -> Replay:
