@@ -125,7 +125,7 @@ def message_of(told: Told, catalog: Catalog, sender: str) -> EmailMessage:
     message["Date"] = localtime()
     message["Message-ID"] = f"<{told.id}@{address.rpartition('@')[2]}>"
     message["Auto-Submitted"] = "auto-generated"
-    message["Content-Language"] = worded.language
     message.set_content(worded.text)
     message.add_alternative(worded.html, subtype="html")
+    message["Content-Language"] = worded.language  # of the whole: set before, it would be the first part's
     return message
