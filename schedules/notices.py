@@ -48,12 +48,15 @@ SCHEDULE = {
 }
 
 UNBEGUN = f"""
-SELECT created_at, account, key FROM notices n
-WHERE delivered_at IS NULL AND created_at <= ledger_now() - interval '{AGE_SECONDS} seconds'
-  AND (created_at, account, key) > (%s, %s, %s)
-  AND NOT EXISTS (SELECT FROM deliveries d WHERE d.account = n.account AND d.key = n.key)
-ORDER BY created_at, account, key LIMIT {PAGE}
+SELECT n.created_at, n.account, n.key
+FROM notices n LEFT JOIN LATERAL (
+    SELECT true AS is_begun FROM deliveries d WHERE d.account = n.account AND d.key = n.key LIMIT 1
+) d ON true
+WHERE n.delivered_at IS NULL AND n.created_at <= ledger_now() - interval '{AGE_SECONDS} seconds'
+  AND (n.created_at, n.account, n.key) > (%s, %s, %s) AND d.is_begun IS NULL
+ORDER BY n.created_at, n.account, n.key LIMIT {PAGE}
 """
+"""Looked up one by one: while a channel is away for long, a whole table would be read for each page otherwise."""
 CLAIM = f"""
 UPDATE deliveries SET next_attempt_at = ledger_now() + interval '{CLAIM_SECONDS} seconds'
 WHERE (account, key, channel) IN (
