@@ -21,10 +21,16 @@ class MailServer:
     """Takes e-mails.
 
     :param tls: it speaks nothing but TLS with this.
+    :param starttls: it takes e-mails only after STARTTLS, with this.
     :param login: user and password that it asks for.
     """
 
-    def __init__(self, tls: ssl.SSLContext | None = None, login: tuple[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        tls: ssl.SSLContext | None = None,
+        login: tuple[str, str] | None = None,
+        starttls: ssl.SSLContext | None = None,
+    ) -> None:
         self.mails: list[EmailMessage] = []
         self.recipients: list[str] = []
         self.reply = "250 OK"
@@ -39,6 +45,8 @@ class MailServer:
         options: dict[str, Any] = {"authenticator": authenticate, "auth_require_tls": False}
         if login is not None:
             options["auth_required"] = True
+        if starttls is not None:
+            options |= {"tls_context": starttls, "require_starttls": True}
         self._controller = Controller(
             self, hostname=HOST, port=_free_port(), ssl_context=tls, server_hostname=HOST, **options
         )

@@ -53,9 +53,6 @@ JITTER = 0.2
 CLAIM_SECONDS = 900
 """How long after a message was sent its delivery counts as forgotten, and gets another one."""
 
-LEFT_ALONE_SECONDS = (60, 600)
-"""When a delivery comes again whose channel is left alone at present, from and to."""
-
 ERROR_CHARACTERS = 200
 
 NOTICE = """
@@ -124,7 +121,16 @@ def send(account: str, key: str, channel: str, attempt: int) -> dict[str, Any]:
             return {"status": "nothing to do"}
         end = _attempt(account, key, channel, attempt, config)
         crash_point("after-delivery")
-        connection.execute(END, {"account": account, "key": key, "channel": channel, **msgspec.structs.asdict(end)})
+        connection.execute(
+            END,
+            {
+                "account": account,
+                "key": key,
+                "channel": channel,
+                "failed": int(end.failed),
+                **msgspec.structs.asdict(end),
+            },
+        )
         if end.status != PENDING:
             connection.execute(HOLD_NOTICE, (account, key))
             connection.execute(FINISH, (account, key))
@@ -141,18 +147,20 @@ class End(msgspec.Struct, frozen=True):
     error: str | None = None
     pause: timedelta | None = None
     """When it comes again."""
-    failed: int = 0
-    """1 where the attempt counts: one that was not made because its channel is left alone does not."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it counts as a failure; so does one that was not made because its channel is left alone."""
+        return self.status in (PENDING, PARKED)
 
 
 def _attempt(account: str, key: str, channel: str, attempt: int, config: Settings) -> End:
     """Try to send; every way in which that ends has its own end."""
     way = CHANNEL_OF.get(channel)
     if way is None:
-        return End(PARKED, f"there is no channel {channel!r}"[:ERROR_CHARACTERS], failed=1)
+        return End(PARKED, f"there is no channel {channel!r}"[:ERROR_CHARACTERS])
     if not rests.admits(channel):
-        pause = timedelta(seconds=random.uniform(*LEFT_ALONE_SECONDS))  # noqa: S311 - nothing secret
-        return End(PENDING, "not tried: the channel was away a moment ago", pause)
+        return _again(account, key, channel, attempt, "not tried: the channel was away a moment ago")
     try:
         catalog = load_catalog(config.catalog)
         way(told_of(account, key, catalog), catalog, config)
@@ -162,7 +170,7 @@ def _attempt(account: str, key: str, channel: str, attempt: int, config: Setting
     except UndeliverableError as error:
         logger.warning("notice %r of %r is parked: %s", key, account, error)
         rests.end(channel)
-        return End(PARKED, str(error), failed=1)
+        return End(PARKED, str(error))
     except ChannelAwayError as error:
         rests.begin(channel)
         return _again(account, key, channel, attempt, str(error))
@@ -180,10 +188,10 @@ def _again(account: str, key: str, channel: str, attempt: int, error: str) -> En
     """Try it later, or park it when it was tried often enough."""
     if attempt >= len(RETRY_SECONDS):
         logger.error("notice %r of %r by %s is parked after %d attempts: %s", key, account, channel, attempt + 1, error)
-        return End(PARKED, error[:ERROR_CHARACTERS], failed=1)
+        return End(PARKED, error[:ERROR_CHARACTERS])
     seconds = RETRY_SECONDS[attempt] * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - nothing secret
     logger.warning("notice %r of %r by %s failed, again in %.0f s: %s", key, account, channel, seconds, error)
-    return End(PENDING, error[:ERROR_CHARACTERS], timedelta(seconds=seconds), failed=1)
+    return End(PENDING, error[:ERROR_CHARACTERS], timedelta(seconds=seconds))
 
 
 def told_of(account: str, key: str, catalog: Catalog) -> Told:

@@ -222,6 +222,23 @@ def test_a_server_elsewhere_gets_nothing_without_tls(mail_server: MailServer) ->
     assert mail_server.mails == []
 
 
+def test_a_server_elsewhere_is_spoken_to_after_starttls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority = Authority(tmp_path, "ours")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*authority.sign("mail", "DNS:127.1"))
+    server = MailServer(starttls=context)
+    try:
+        elsewhere = config(server, "smtp://127.1:{port}")
+        with pytest.raises(ChannelAwayError, match="SSLCertVerificationError"):
+            send(told(), CATALOG, elsewhere)
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority.own.file))
+        send(told(), CATALOG, elsewhere)
+        assert len(server.mails) == 1
+    finally:
+        server.close()
+
+
+@pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS")
 def test_with_tls_and_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     authority = Authority(tmp_path, "ours")
     certificate = authority.sign("mail", "IP:127.0.0.1")
