@@ -66,18 +66,20 @@ def begin(account: Account, terms: Terms, message: Paid | None, context: Context
     if not terms.paid and before is not None and now < before.period_end:
         # The same period goes on, whatever was subscribed to and cancelled in it.
         anchor, zone, number, allotted = before.anchor, before.zone, before.number, before.allotted
+        period_start, period_end = before.period_start, before.period_end
     else:
         allotted = 0
         anchor = month_start(start, zone) if context.catalog.plans[terms.plan].anchor == "month" else start
         last = now if paid_until is None else min(now, paid_until - timedelta.resolution)
         number = months_passed(anchor, last, zone)
+        period_start, period_end = add_months(anchor, number, zone), add_months(anchor, number + 1, zone)
     subscription = Subscription(
         terms,
         anchor,
         zone,
         number,
-        add_months(anchor, number, zone),
-        add_months(anchor, number + 1, zone),
+        period_start,
+        period_end,
         paid_until,
         allotted=max(allotted, terms.monthly_micro),
     )
@@ -195,7 +197,6 @@ def undo(account: Account, message: UndoRenewal, context: Context) -> Outcome:
         raise RefusedError(Code.NOTHING_TO_UNDO)
     now, operation = context.now, context.operation
     revoked = account.revoked
-    subscription.lots = []
     carried: list[Lot] = []
     allotted: list[Lot] = []
     for number in renewal.made:
@@ -263,10 +264,9 @@ def _active(account: Account) -> Subscription:
 
 def _note_payment(subscription: Subscription, message: Paid | None, context: Context) -> None:
     """Keep what pays for the next lots: the payment's name, and the price of a credit."""
-    terms = subscription.terms
+    terms = subscription.next_terms
     if not terms.paid:
-        subscription.payment = None
-        subscription.price_minor = subscription.price_currency = subscription.price_per = None
+        subscription.forget_payment()
         return
     if message is not None and message.payment is not None:
         subscription.payment = message.payment
@@ -276,7 +276,6 @@ def _note_payment(subscription: Subscription, message: Paid | None, context: Con
         subscription.price_currency = price.currency
         subscription.price_per = int(price.per)
     else:
-        terms = subscription.next_terms
         subscription.price_minor = terms.price_minor
         subscription.price_currency = terms.price_currency
         subscription.price_per = terms.monthly_micro * terms.interval_months or None
@@ -290,14 +289,15 @@ def _allot(account: Account, subscription: Subscription, amount_micro: int, cont
 def _catch_up(account: Account, subscription: Subscription, context: Context) -> int:
     """Renew now what has come to be overdue by a payment or a change; gives what it allotted.
 
-    Not at the period's end: what was spent since then was spent of the old allotment.
+    Not at the period's end: what was spent since then was spent of the old allotment. Where the days of grace are more
+    than a period, several may be overdue, one after the other.
     """
-    due = subscription.due_at()
-    if due is None or due > context.now or not subscription.renews_by_itself:
-        return 0
-    renew(account, subscription, context.now, context.now, context.operation, context.catalog)
-    assert subscription.renewal is not None
-    return subscription.renewal.allotted
+    allotted = 0
+    while subscription.renews_by_itself and subscription.period_end <= context.now:
+        renew(account, subscription, context.now, context.now, context.operation, context.catalog)
+        assert subscription.renewal is not None
+        allotted += subscription.renewal.allotted
+    return allotted
 
 
 def _outcome(account: Account, subscription: Subscription, allotted: int = 0, expired: int = 0) -> Outcome:

@@ -298,6 +298,10 @@ class Subscription:
         """Until when the allotment stays usable if no payment comes."""
         return self.period_end + timedelta(days=self.terms.grace_days)
 
+    def forget_payment(self) -> None:
+        """Nothing was paid for the lots to come."""
+        self.payment = self.price_minor = self.price_currency = self.price_per = None
+
     def due_at(self) -> datetime | None:
         """The next instant at which time alone changes it."""
         if not self.is_active:

@@ -87,13 +87,15 @@ def test_what_a_repeated_message_settled_is_settled_at_its_time(ledger: Ledger) 
     assert report.replayed == report.operations == 6
 
 
-def test_a_hold_of_nothing_that_a_repeated_message_ended(ledger: Ledger) -> None:
+def test_a_hold_of_nothing_that_time_ended(ledger: Ledger) -> None:
     freeze(ledger, START)
     ledger.apply("credits.open", "open", account="a")
     held = ledger.apply("credits.hold", "nothing", account="a", feature=free_feature(), ttl=60)
     assert held["status"] == "applied"
     freeze(ledger, START + timedelta(hours=1))
-    ledger.apply("credits.open", "open", account="a")
+    ledger.apply("credits.open", "open", account="a")  # answered before: time stands still
+    assert ledger.writer.connection.execute("SELECT status FROM holds").fetchall() == [("open",)]
+    ledger.apply("credits.settle", "settle", account="a")
     assert ledger.writer.connection.execute("SELECT status FROM holds").fetchall() == [("expired",)]
     assert replayed(ledger).faults == []
 
