@@ -77,6 +77,10 @@ rollover_months = 3
 [plans.endless]
 unlimited = true
 price = "99 EUR"
+[notify]
+kinds = ["depleted", "credits_expired", "period_renewed", "refunded", "plan_started", "plan_changed",
+         "plan_cancelled", "plan_ended"]
+low_balance = ["50%", "1"]
 [clawback]
 on_spent = "{on_spent}"
 [refunds]
