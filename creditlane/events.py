@@ -11,6 +11,7 @@ import re
 from datetime import datetime
 from decimal import Decimal
 from fnmatch import fnmatchcase
+from typing import Any
 
 import msgspec
 
@@ -42,7 +43,17 @@ BY_ENTRY = {
 }
 """The type of event that each kind of ledger entry makes."""
 
-TYPES = (BALANCE_CHANGED, BALANCE_DEPLETED, *BY_ENTRY.values())
+BY_NOTICE = {
+    "low_balance": "balance.low",
+    "period_renewed": "plan.renewed",
+    "plan_started": "plan.started",
+    "plan_changed": "plan.changed",
+    "plan_cancelled": "plan.cancelled",
+    "plan_ended": "plan.ended",
+}
+"""The type of event that a notice makes, where the catalog's ``[notify]`` has notices of its kind made."""
+
+TYPES = (BALANCE_CHANGED, BALANCE_DEPLETED, *BY_ENTRY.values(), *BY_NOTICE.values())
 """Every type of event."""
 
 _PATTERN = re.compile(r"[a-z_.*]{1,64}\Z", re.ASCII)
@@ -68,7 +79,9 @@ class Event(msgspec.Struct, kw_only=True, frozen=True):
     balance_after: Decimal | None = None
     """For ``credits.…``: the account's credits after it, those that take effect later included."""
     balance: Balance | None = None
-    """For ``balance.…``: the whole balance."""
+    """For ``balance.changed`` and ``.depleted``: the whole balance."""
+    details: dict[str, Any] = {}
+    """For ``balance.low`` and ``plan.…``: what the notice says."""
 
 
 def routing_key(type: str, account: str, lanes: int = LANES) -> str:

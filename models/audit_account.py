@@ -17,7 +17,7 @@ from creditlane.amounts import format_amount
 from models.audit_rows import GRANT_BASE, GRANT_COUNTERS, GRANT_EXPIRES_AT, GRANT_ID, Row, Totals
 from models.report import Report
 from models.rules.posting import FLOWS
-from models.rules.state import COUNTERS
+from models.rules.state import COUNTERS, subscription_of
 
 
 class Leaf(NamedTuple):
@@ -307,7 +307,7 @@ class AccountAudit:
 
     # --- What it all adds up to ----------------------------------------------------------------------
 
-    def finish(self, totals: Totals, grants: Iterable[Row], holds: Iterable[Row]) -> None:
+    def finish(self, totals: Totals, grants: Iterable[Row], holds: Iterable[Row], subscriptions: Iterable[Row]) -> None:
         """Compare the account's rows with what the entries add up to.
 
         :param grants: with the counters of the checkpoint behind them, if the audit began at one.
@@ -342,11 +342,11 @@ class AccountAudit:
             self.fault("accounts", "operations", f"is {totals.operations}, the last operation has {self.number}")
         if self.last is not None and totals.updated_at < self.last:
             self.fault("accounts", "updated_at", "is before its last operation")
-        due = self._finish_holds(holds, expected[HELD])
-        if due is not None and (soonest is None or due < soonest):
-            soonest = due
+        turns = [self._finish_holds(holds, expected[HELD])]
+        turns += [subscription_of(row[1:]).due_at() for row in subscriptions]
+        soonest = min((turn for turn in (soonest, *turns) if turn is not None), default=None)
         if totals.next_due_at != soonest:
-            self.fault("accounts", "next_due_at", f"is {totals.next_due_at}, its grants and holds say {soonest}")
+            self.fault("accounts", "next_due_at", f"is {totals.next_due_at}, its grants, holds and plan say {soonest}")
         for leaf in {leaf.seal: leaf for leaf in (*self._leaves, *self._seal_seq)}.values():
             self.fault("accounts", f"seal {leaf.seal}", "has operations or entries of it that are there no more")
 

@@ -129,11 +129,10 @@ class PageAudit:
             "grants": GRANTS if whole else GRANTS_SINCE,
             "holds": HOLDS if whole else OPEN_HOLDS,
             "receipts": RECEIPTS if whole else OPEN_HOLD_RECEIPTS,
+            "subscriptions": SUBSCRIPTIONS,
         }
         if self.cutoffs:
             queries["leaves"] = LEAVES
-        if self.replayer is not None:
-            queries["subscriptions"] = SUBSCRIPTIONS
         told = 0
         with ExitStack() as stack:
             streams = {
@@ -182,12 +181,13 @@ class PageAudit:
             for feed in feeds:
                 feed(None, entries)
             report.entries += len(entries)
+        subscriptions = list(streams["subscriptions"].of(account))
         if replay is None:
-            check.finish(totals, streams["grants"].of(account), streams["holds"].of(account))
+            check.finish(totals, streams["grants"].of(account), streams["holds"].of(account), subscriptions)
             return
         grants, holds = list(streams["grants"].of(account)), list(streams["holds"].of(account))
-        check.finish(totals, grants, holds)
-        replay.finish(totals, grants, holds, receipts, list(streams["subscriptions"].of(account)))
+        check.finish(totals, grants, holds, subscriptions)
+        replay.finish(totals, grants, holds, receipts, subscriptions)
 
     @staticmethod
     def _replay(replayer: Replayer, connection: Connection[Any], report: Report, totals: Totals) -> Replay:

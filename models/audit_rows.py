@@ -24,7 +24,7 @@ BUCKETS = ", ".join(f"{counter}_micro" for counter in COUNTERS)
 
 ACCOUNT_COLUMNS = (
     f"account, operations, seq, head, last_grant, debt_micro, {BUCKETS}, updated_at, next_due_at, kind, status, email,"
-    " locale, timezone, opened_at, reference_micro"
+    " locale, timezone, opened_at"
 )
 
 
@@ -41,7 +41,7 @@ class Totals(NamedTuple):
     updated_at: datetime
     next_due_at: datetime | None
     opening: Row
-    """Kind, status, e-mail, locale, time zone, when it was opened, what was there when credits last came in."""
+    """Kind, status, e-mail, locale, time zone and when it was opened."""
 
     @classmethod
     def of(cls, row: Row) -> Totals:

@@ -7,7 +7,7 @@ SUBSCRIPTION_COLUMNS = {
     "period_start": "timestamptz", "period_end": "timestamptz", "paid_until": "timestamptz",
     "ended_at": "timestamptz", "cancels": "bool", "allotted_micro": "bigint", "payment": "text",
     "price_minor": "bigint", "price_currency": "text", "price_per_micro": "bigint", "lots": "int[]",
-    "renewal_lots": "int[]", "terms": "json", "pending": "json", "renewal": "json",
+    "renewal_lots": "int[]", "terms": "json", "pending": "json", "renewal": "json", "pending_at": "timestamptz",
 }  # fmt: skip
 """In the order of :func:`models.rules.state.subscription_row`, the account first."""
 

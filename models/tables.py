@@ -139,6 +139,8 @@ class SubscriptionRow(Base):
     """The plan from the next renewal on, where that is another."""
     renewal: Mapped[str | None] = mapped_column(JSON)
     """What the last renewal did."""
+    pending_at: Mapped[datetime | None]
+    """When that other plan begins, at the earliest."""
 
 
 class NoticeRow(Base):

@@ -9,10 +9,11 @@ import http.client
 import json
 import os
 import secrets
+import select
 import shlex
 import signal
+import socket
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -650,14 +651,30 @@ class Signals:
     """What happens on Ctrl-C: the first time we stop in good order, the second time at once."""
 
     children: Children | None = None
-    woken: threading.Event = field(default_factory=threading.Event)
+    _ends: tuple[socket.socket, socket.socket] = field(default_factory=socket.socketpair)
     _stopping: bool = False
 
     def install(self) -> None:
         """Take over the signals that ask us to stop, and the one that tells of a child's end."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._stop)
-        signal.signal(signal.SIGCHLD, lambda *_: self.woken.set())
+        for end in self._ends:
+            end.setblocking(False)
+        signal.signal(signal.SIGCHLD, self._wake)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until a child may have ended, at the longest so many seconds."""
+        heard, _ = self._ends
+        if select.select([heard], [], [], seconds)[0]:
+            heard.recv(4096)
+
+    def _wake(self, _number: int, _frame: FrameType | None) -> None:
+        # No lock: this may come in the midst of itself, or of the wait, since children that are held still and let go
+        # on tell of it as well.
+        try:
+            self._ends[1].send(b"!")
+        except BlockingIOError:
+            pass  # it is woken already
 
     def stopping(self) -> None:
         """From now on a signal means: at once."""
@@ -943,8 +960,7 @@ def main(
                 account = next(iter(outcome.used_micro), "user_1")
                 show_addresses(running, running.stack.directory / "stack.json", flower_port, account, some_feature)
                 while True:
-                    signals.woken.wait(60)
-                    signals.woken.clear()
+                    signals.wait(60)
                     running.check()
     except (ReplayError, CatalogError) as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)

@@ -9,26 +9,25 @@ from itertools import groupby
 from typing import Any
 
 from creditlane.amounts import format_amount
-from creditlane.events import BALANCE_CHANGED, BALANCE_DEPLETED, BY_ENTRY
+from creditlane.events import BALANCE_CHANGED, BALANCE_DEPLETED, BY_ENTRY, BY_NOTICE
 from models.rules.state import Account
 from tasks.ledger import balance_of
 
 
-def spendable(account: Account, now: datetime) -> int:
-    """Micro-credits that were there to be spent, what has ended since the account was last settled included."""
-    return sum(grant.available for grant in account.order if grant.effective_at <= now)
-
-
 def events_of(account: Account, spendable_before: int, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
-    """The events of an account's new entries, in the order of their ``seq``.
+    """The events of an account's new notices and entries, those of entries in the order of their ``seq``.
 
-    One for each run of entries of one operation and kind; then, for all of them together, that nothing is left to
-    spend, if it was this batch that left nothing, and that the balance changed.
+    First those of notices. Then one for each run of entries of one operation and kind; then, for all of them together,
+    that nothing is left to spend, if it was this batch that left nothing, and that the balance changed.
 
-    :param spendable_before: what :func:`spendable` gave before the batch.
+    :param spendable_before: what was spendable before the batch.
     :param wanted: types, as of :func:`creditlane.events.matching`.
     :returns: each as :class:`creditlane.events.Event` on the wire.
     """
+    for notice in account.notices:
+        type = BY_NOTICE.get(notice.kind, "")
+        if type in wanted:
+            yield {**_event(account, type, account.seq, notice.at, notice.key), "details": notice.details}
     if not account.entries:
         return
     for (kind, operation), run in groupby(account.entries, key=lambda entry: (entry.kind, entry.operation)):
@@ -53,7 +52,7 @@ def events_of(account: Account, spendable_before: int, wanted: frozenset[str]) -
     for type in (BALANCE_DEPLETED, BALANCE_CHANGED):
         if type not in wanted:
             continue
-        if type == BALANCE_DEPLETED and not (spendable_before and not spendable(account, last.recorded_at)):
+        if type == BALANCE_DEPLETED and not (spendable_before and not account.spendable(last.recorded_at)):
             continue
         yield {
             **_event(account, type, last.seq, last.recorded_at),
@@ -61,6 +60,6 @@ def events_of(account: Account, spendable_before: int, wanted: frozenset[str]) -
         }
 
 
-def _event(account: Account, type: str, seq: int, at: datetime) -> dict[str, Any]:
-    id = sha256(f"{type}:{seq}:{account.account}".encode()).hexdigest()[:32]
+def _event(account: Account, type: str, seq: int, at: datetime, key: str | None = None) -> dict[str, Any]:
+    id = sha256(f"{type}:{seq if key is None else key}:{account.account}".encode()).hexdigest()[:32]
     return {"id": id, "type": type, "account": account.account, "seq": seq, "at": at}

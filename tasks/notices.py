@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from creditlane.amounts import format_amount
-from creditlane.contract import CancelPlan, ChangePlan, Grant, Message, Receive, Refund, Subscribe
+from creditlane.contract import CancelPlan, ChangePlan, Grant, Message, Receive, Refund
 from models.rules.catalog import Catalog
 from models.rules.state import Account, Entry, Notice
 from tasks.operation import Outcome
@@ -48,6 +48,7 @@ class Told:
         self._renewed()
         subscription = account.subscription
         if subscription is not None and self._had_plan and not subscription.is_active:
+            self._had_plan = False
             at = subscription.ended_at or self._now
             self._tell("plan_ended", f"plan_ended:{at.isoformat()}", at, plan=subscription.terms.plan)
 
@@ -60,6 +61,7 @@ class Told:
 
     def _operation(self, message: Message, operation: str, outcome: Outcome) -> None:
         now = self._now
+        subscription = self._account.subscription
         details = outcome.details or {}
         plan = {key: value for key, value in details.items() if key.startswith(("plan", "period_", "allotted"))}
         if isinstance(message, Grant) and message.purchase is not None:
@@ -72,7 +74,7 @@ class Told:
         elif isinstance(message, Refund):
             self._tell("refunded", f"refunded:{operation}", now, amount=format_amount(-outcome.charged),
                        charge=message.charge)  # fmt: skip
-        elif isinstance(message, Subscribe):
+        elif subscription is not None and subscription.is_active and not self._had_plan:
             self._tell("plan_started", f"plan_started:{operation}", now, **plan)
         elif isinstance(message, ChangePlan):
             self._tell("plan_changed", f"plan_changed:{operation}", now, **plan)

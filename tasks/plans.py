@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
@@ -59,20 +59,22 @@ def begin(account: Account, terms: Terms, message: Paid | None, context: Context
     payment = None if message is None else message.payment
     if before is not None and payment is not None and payment == before.payment:
         raise RefusedError(Code.ALREADY_RENEWED)
+    anchor = month_start(start, zone) if context.catalog.plans[terms.plan].anchor == "month" else start
     paid_until = None
     if terms.paid:
         given = None if message is None else message.period_end
-        paid_until = given or add_months(start, terms.interval_months, zone)
+        paid_until = given or add_months(anchor, terms.interval_months, zone)
     if not terms.paid and before is not None and now < before.period_end:
         # The same period goes on, whatever was subscribed to and cancelled in it.
         anchor, zone, number, allotted = before.anchor, before.zone, before.number, before.allotted
         period_start, period_end = before.period_start, before.period_end
     else:
         allotted = 0
-        anchor = month_start(start, zone) if context.catalog.plans[terms.plan].anchor == "month" else start
         last = now if paid_until is None else min(now, paid_until - timedelta.resolution)
         number = months_passed(anchor, last, zone)
         period_start, period_end = add_months(anchor, number, zone), add_months(anchor, number + 1, zone)
+    if paid_until is not None and paid_until < period_end - PAYMENT_SLACK:
+        period_end = paid_until  # a trial, say
     subscription = Subscription(
         terms,
         anchor,
@@ -94,24 +96,31 @@ def change(account: Account, message: ChangePlan, context: Context) -> Outcome:
     """Change to another plan.
 
     To a higher one at once: what more it gives for the period under way is the catalog's choice, and never more than
-    the highest plan of the period has, however often one changes. To a lower one with the next renewal; changing back
+    the highest plan of the period has, however often one changes. If what was paid for begins now and outlasts the
+    period under way, that ends, and one of the new plan begins. To a lower one with the next renewal; changing back
     before that calls it off. Refusals: ``unknown_plan``, ``no_subscription``.
     """
     terms = _terms(message.plan, context)
     subscription = _active(account)
     subscription.cancels = False
-    subscription.pending = None
+    subscription.pending = subscription.pending_at = None
     if terms.plan == subscription.terms.plan:
         return _outcome(account, subscription)
     if terms.rank < subscription.terms.rank:
         subscription.pending = terms
+        subscription.pending_at = subscription.paid_until or subscription.period_end
         return _outcome(account, subscription, _catch_up(account, subscription, context))
     now = context.now
+    start, until = message.period_start, message.period_end
+    outlasts = until is not None and until > subscription.period_end + PAYMENT_SLACK
+    if terms.paid and outlasts and start is not None and _is_amidst(subscription, start):
+        assert until is not None
+        return _pay(account, subscription, terms, start, until, message, context)
     subscription.terms = terms
     if not terms.paid:
         subscription.paid_until = None
-    elif message.period_end is not None:
-        subscription.paid_until = message.period_end
+    elif until is not None:
+        subscription.paid_until = until
     elif subscription.paid_until is None:
         subscription.paid_until = subscription.period_end
     _note_payment(subscription, message, context)
@@ -138,6 +147,8 @@ def change(account: Account, message: ChangePlan, context: Context) -> Outcome:
 def cancel(account: Account, message: CancelPlan, context: Context) -> Outcome:
     """End the plan: nothing more is allotted, and what is left of the period's credits stays until the period's end.
 
+    A year that is paid for is given to its end.
+
     With ``at`` ``now`` it ends at once, and they with it. Refusals: ``no_subscription``.
     """
     subscription = _active(account)
@@ -145,7 +156,7 @@ def cancel(account: Account, message: CancelPlan, context: Context) -> Outcome:
     if message.at == "now" or subscription.period_end <= now:
         return _outcome(account, subscription, expired=end(account, subscription, now, now, context.operation))
     subscription.cancels = True
-    subscription.pending = None
+    subscription.pending = subscription.pending_at = None
     return _outcome(account, subscription)
 
 
@@ -171,16 +182,37 @@ def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> 
         raise RefusedError(Code.ALREADY_RENEWED)
     if not subscription.is_active:
         return begin(account, terms, message, context)
-    if terms.plan != subscription.next_terms.plan:
-        subscription.pending = terms
     subscription.cancels = False
+    return _pay(account, subscription, terms, start, until, message, context)
+
+
+def _pay(
+    account: Account,
+    subscription: Subscription,
+    terms: Terms,
+    start: datetime,
+    until: datetime,
+    message: Paid,
+    context: Context,
+) -> Outcome:
+    """Note what was paid for, and begin it, if it has begun.
+
+    If it begins in the midst of the period under way, or later than that ends and nothing was paid for what lies
+    between, that period ends where it begins.
+    """
+    late = start > subscription.period_end + PAYMENT_SLACK and not subscription.is_prepaid
+    if late or _is_amidst(subscription, start):
+        subscription.period_end = start
+    if terms.plan != subscription.next_terms.plan:
+        subscription.pending, subscription.pending_at = terms, start
     subscription.paid_until = until
     _note_payment(subscription, message, context)
-    follows = abs(start - subscription.period_end) <= PAYMENT_SLACK
-    if not follows and start > subscription.period_start + PAYMENT_SLACK:
-        subscription.anchor = subscription.period_end = max(start, subscription.period_start)
-        subscription.number = -1
     return _outcome(account, subscription, _catch_up(account, subscription, context))
+
+
+def _is_amidst(subscription: Subscription, start: datetime) -> bool:
+    """Whether something begins within the period under way, and neither with it nor with the next."""
+    return subscription.period_start + PAYMENT_SLACK < start < subscription.period_end - PAYMENT_SLACK
 
 
 @operation(UndoRenewal, need=_need)

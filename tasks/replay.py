@@ -240,7 +240,6 @@ class Replay:
             "next_due_at": account.due_at(),
             "opening": (
                 account.kind, account.status, account.email, account.locale, account.timezone, account.opened_at,
-                account.reference,
             ),
         }  # fmt: skip
         for field, value in mine.items():

@@ -33,7 +33,7 @@ from models.rules.state import (
     subscription_of,
     subscription_row,
 )
-from tasks.events import events_of, spendable
+from tasks.events import events_of
 from tasks.ledger import Answer, Row, apply, encode
 from tasks.operation import FollowUp, Need
 from tasks.registry import OPERATIONS
@@ -360,7 +360,7 @@ class LedgerWriter:
         stages.end("read")
         crash_point("after-load")
         spendable_before = (
-            {name: spendable(account, loaded.now) for name, account in loaded.accounts.items()} if self.events else {}
+            {name: account.spendable(loaded.now) for name, account in loaded.accounts.items()} if self.events else {}
         )
         cursor = self.connection.cursor()
         catalog = self.catalog()

@@ -220,8 +220,8 @@ class Subscription:
 
     __slots__ = (
         "allotted", "anchor", "cancels", "ended_at", "is_dirty", "is_new", "lots", "number", "paid_until", "payment",
-        "pending", "period_end", "period_start", "price_currency", "price_minor", "price_per", "renewal", "status",
-        "terms", "zone",
+        "pending", "pending_at", "period_end", "period_start", "price_currency", "price_minor", "price_per", "renewal",
+        "status", "terms", "zone",
     )  # fmt: skip
 
     def __init__(
@@ -244,6 +244,7 @@ class Subscription:
         price_per: int | None = None,
         renewal: Renewal | None = None,
         ended_at: datetime | None = None,
+        pending_at: datetime | None = None,
     ) -> None:
         self.terms = terms
         self.anchor = anchor
@@ -258,11 +259,12 @@ class Subscription:
         """The last payment: the purchase of the lots that it pays for."""
         self.status = status
         self.cancels = cancels
-        """Whether it ends with the period under way."""
+        """Whether it ends with the period under way, or with the last one that is paid for."""
         self.allotted = allotted
         """Micro-credits of the highest plan of this period."""
         self.pending = pending
-        """The plan from the next renewal on, where that is another."""
+        """The plan from the renewal at :attr:`pending_at` on, where that is another."""
+        self.pending_at = pending_at
         self.lots = [] if lots is None else lots
         """The lots that end with the period."""
         self.price_minor = price_minor
@@ -281,17 +283,20 @@ class Subscription:
 
     @property
     def next_terms(self) -> Terms:
-        """The plan from the next renewal on."""
-        return self.terms if self.pending is None else self.pending
+        """The plan from the next renewal on: a year that is paid for is given to its end."""
+        if self.pending is None or (self.pending_at or self.period_end) > self.period_end + PAYMENT_SLACK:
+            return self.terms
+        return self.pending
+
+    @property
+    def is_prepaid(self) -> bool:
+        """Whether what follows the period under way has been paid for."""
+        return self.paid_until is not None and self.paid_until > self.period_end + PAYMENT_SLACK
 
     @property
     def renews_by_itself(self) -> bool:
         """Whether the next renewal comes with the calendar: nothing is to be paid, or it has been."""
-        if self.cancels:
-            return False
-        if not self.next_terms.paid:
-            return True
-        return self.paid_until is not None and self.paid_until > self.period_end + PAYMENT_SLACK
+        return self.is_prepaid or not (self.cancels or self.next_terms.paid)
 
     @property
     def grace_ends(self) -> datetime:
@@ -324,7 +329,7 @@ def subscription_row(subscription: Subscription) -> tuple[Any, ...]:
         subscription.cancels, subscription.allotted, subscription.payment, subscription.price_minor,
         subscription.price_currency, subscription.price_per, list(subscription.lots), renewal_lots,
         _encode(subscription.terms).decode(), None if pending is None else _encode(pending).decode(),
-        None if renewal is None else _encode(renewal).decode(),
+        None if renewal is None else _encode(renewal).decode(), subscription.pending_at,
     )  # fmt: skip
 
 
@@ -332,7 +337,7 @@ def subscription_of(row: Sequence[Any]) -> Subscription:
     """A subscription of what :func:`subscription_row` gave."""
     (
         _plan, status, anchor, zone, number, period_start, period_end, paid_until, ended_at, cancels, allotted, payment,
-        price_minor, price_currency, price_per, lots, _renewal_lots, terms, pending, renewal,
+        price_minor, price_currency, price_per, lots, _renewal_lots, terms, pending, renewal, pending_at,
     ) = row  # fmt: skip
     return Subscription(
         _decode_terms(terms),
@@ -353,6 +358,7 @@ def subscription_of(row: Sequence[Any]) -> Subscription:
         price_per,
         None if renewal is None else _decode_renewal(renewal),
         ended_at,
+        pending_at,
     )
 
 

@@ -13,7 +13,17 @@ from models.rules.burning import came_in, new_grant, pay_debt
 from models.rules.calendar import add_months
 from models.rules.catalog import Catalog, Terms
 from models.rules.posting import post
-from models.rules.state import ENDED, MAX_TOTAL_MICRO, NEVER, Account, Grant, Renewal, Subscription, Taken
+from models.rules.state import (
+    ENDED,
+    MAX_TOTAL_MICRO,
+    NEVER,
+    PAYMENT_SLACK,
+    Account,
+    Grant,
+    Renewal,
+    Subscription,
+    Taken,
+)
 
 
 def pass_time(account: Account, subscription: Subscription, now: datetime, catalog: Catalog) -> None:
@@ -46,13 +56,18 @@ def renew(
 
     :param at: the instant it holds from: the period's end, or later where a payment came late.
     """
-    ending = subscription.terms
-    subscription.terms = catalog.terms_of(subscription.next_terms.plan) or subscription.next_terms
-    subscription.pending = None
+    ending, coming = subscription.terms, subscription.next_terms
+    subscription.terms = catalog.terms_of(coming.plan) or coming
+    if coming is subscription.pending:
+        subscription.pending = subscription.pending_at = None
     if not subscription.terms.paid:
         subscription.paid_until = None
         subscription.forget_payment()
     subscription.number += 1
+    if abs(add_months(subscription.anchor, subscription.number, subscription.zone) - subscription.period_end) > (
+        PAYMENT_SLACK
+    ):
+        subscription.anchor, subscription.number = subscription.period_end, 0  # the last period was no whole month
     subscription.period_start = subscription.period_end
     subscription.period_end = add_months(subscription.anchor, subscription.number + 1, subscription.zone)
     last = account.last_grant
@@ -192,7 +207,7 @@ def end(account: Account, subscription: Subscription, at: datetime, now: datetim
     subscription.status = ENDED
     subscription.ended_at = at
     subscription.lots = []
-    subscription.pending = None
+    subscription.pending = subscription.pending_at = None
     subscription.cancels = False
     subscription.is_dirty = account.is_dirty = True
     return expired

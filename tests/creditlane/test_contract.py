@@ -39,7 +39,17 @@ MINIMAL: dict[str, dict[str, Any]] = {
     },
     "credits.confirm": {"account": "user_42", "transfer": "gift-1"},
     "credits.bounce": {"account": "user_42", "transfer": "gift-1", "refused": "unknown_account"},
+    "plans.subscribe": {"account": "user_42", "plan": "pro"},
+    "plans.change": {"account": "user_42", "plan": "pro"},
+    "plans.cancel": {"account": "user_42"},
+    "plans.renew": {"account": "user_42", "period_start": "2027-02-01T00:00:00Z"},
+    "plans.undo": {"account": "user_42", "actor": "ann", "reason": "by mistake"},
 }
+
+PAID = {
+    "payment": "in_1", "unit_price": {"minor": 999, "currency": "EUR", "per": "100"},
+    "period_start": "2027-02-01T00:00:00Z", "period_end": "2027-03-01T00:00:00Z",
+}  # fmt: skip
 
 FULL: dict[str, dict[str, Any]] = {
     "credits.open": {
@@ -96,6 +106,11 @@ FULL: dict[str, dict[str, Any]] = {
     },
     "credits.confirm": {"account": "user_42", "transfer": "gift-1"},
     "credits.bounce": {"account": "user_42", "transfer": "gift-1", "refused": "limit_reached"},
+    "plans.subscribe": {"account": "user_42", "plan": "pro", **PAID},
+    "plans.change": {"account": "user_42", "plan": "pro", **PAID},
+    "plans.cancel": {"account": "user_42", "at": "now", "reason": "moved away"},
+    "plans.renew": {"account": "user_42", "plan": "pro", **PAID},
+    "plans.undo": {"account": "user_42", "actor": "ann", "reason": "by mistake"},
 }
 
 REQUIRED = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from creditlane.events import BY_ENTRY, TYPES, matching, routing_key
+from creditlane.events import BY_ENTRY, BY_NOTICE, TYPES, matching, routing_key
 from creditlane.lanes import lane_of
 from models.rules.posting import FLOWS
 from models.settings import Settings
@@ -13,7 +13,7 @@ from models.settings import Settings
 
 def test_every_kind_of_entry_has_its_event() -> None:
     assert set(BY_ENTRY) == set(FLOWS)
-    assert len(set(TYPES)) == len(FLOWS) + 2
+    assert len(set(TYPES)) == len(FLOWS) + 2 + len(BY_NOTICE)
 
 
 @pytest.mark.parametrize(
@@ -22,11 +22,11 @@ def test_every_kind_of_entry_has_its_event() -> None:
         ("", set()),
         (" , ", set()),
         ("balance.changed", {"balance.changed"}),
-        ("balance.*", {"balance.changed", "balance.depleted"}),
+        ("balance.*", {"balance.changed", "balance.depleted", "balance.low"}),
         ("credits.held, credits.re*ed", {f"credits.{each}" for each in (
             "held", "released", "refunded", "revoked", "received")}),
         ("*", set(TYPES)),
-        ("balance.changed,credits.*", set(TYPES) - {"balance.depleted"}),
+        ("balance.changed,credits.*", {"balance.changed", *BY_ENTRY.values()}),
     ],
 )  # fmt: skip
 def test_patterns_name_types(patterns: str, types: set[str]) -> None:

@@ -119,23 +119,26 @@ class PlanLedger(Ledger):
         if before is not None and said.get("payment") is not None and said["payment"] == before["payment"]:
             raise Refusal("already_renewed")
         zone = wanted["zone"] or self.policy["zone"]
+        anchor = first_of_month(start, zone) if wanted["anchor"] == "month" else start
         paid_until = None
         if wanted["price"] is not None:
-            paid_until = said.get("period_end") or later(start, self.months_of(wanted), zone)
+            paid_until = said.get("period_end") or later(anchor, self.months_of(wanted), zone)
         given = 0
         if wanted["price"] is None and before is not None and now < before["end"]:
             anchor, zone, months, given = before["anchor"], before["zone"], before["months"], before["most"]
             begins, ends = before["start"], before["end"]
         else:
-            anchor = first_of_month(start, zone) if wanted["anchor"] == "month" else start
             last = now if paid_until is None else min(now, paid_until - TICK)
             months = 0
             while later(anchor, months + 1, zone) <= last:
                 months += 1
             begins, ends = later(anchor, months, zone), later(anchor, months + 1, zone)
+        if paid_until is not None and ends - paid_until > DAY:
+            ends = paid_until
         self.plan = {
             "is": wanted,
             "next": None,
+            "next_from": None,
             "anchor": anchor,
             "zone": zone,
             "months": months,
@@ -162,7 +165,13 @@ class PlanLedger(Ledger):
             return self.state()
         if height(wanted) < height(plan["is"]):
             plan["next"] = wanted
+            plan["next_from"] = plan["paid_until"] or plan["end"]
             return self.state(allotted=self.renew_what_is_overdue(now, operation))
+        start, until = said.get("period_start"), said.get("period_end")
+        outlasts = until is not None and until - plan["end"] > DAY
+        if wanted["price"] is not None and outlasts and start is not None and self.amidst(start):
+            assert until is not None
+            return self.pay(wanted, start, until, said, now, operation)
         left = max(timedelta(0), plan["end"] - now)
         plan["is"] = wanted
         if wanted["price"] is None:
@@ -200,7 +209,7 @@ class PlanLedger(Ledger):
         plan = self.plan
         if plan is None:
             raise Refusal("no_subscription")
-        wanted = self.known_plan(said["plan"]) if "plan" in said else plan["next"] or plan["is"]
+        wanted = self.known_plan(said["plan"]) if "plan" in said else self.comes_next()
         if wanted["price"] is None:
             raise Refusal("invalid")
         start = said["period_start"]
@@ -209,17 +218,24 @@ class PlanLedger(Ledger):
             raise Refusal("already_renewed")
         if not plan["alive"]:
             return self.begin(wanted, said, operation, now)
-        if wanted["name"] != (plan["next"] or plan["is"])["name"]:
-            plan["next"] = wanted
         plan["cancels"] = False
+        return self.pay(wanted, start, until, said, now, operation)
+
+    def pay(self, wanted: Row, start: datetime, until: datetime, said: Row, now: datetime, operation: str) -> Row:
+        """What is paid for begins where what was paid for ends, or at a beginning of its own."""
+        plan = self.running()
+        paid_so_far = plan["end"] if plan["paid_until"] is None else max(plan["end"], plan["paid_until"])
+        if self.amidst(start) or (start - plan["end"] > DAY and paid_so_far - plan["end"] <= DAY):
+            plan["end"] = start
+        if wanted["name"] != self.comes_next()["name"]:
+            plan["next"], plan["next_from"] = wanted, start
         plan["paid_until"] = until
         self.remember_payment(said)
-        follows = -DAY <= start - plan["end"] <= DAY
-        if not follows and start > plan["start"] + DAY:
-            # Another beginning: the period under way ends there.
-            plan["anchor"] = plan["end"] = start
-            plan["months"] = -1
         return self.state(allotted=self.renew_what_is_overdue(now, operation))
+
+    def amidst(self, start: datetime) -> bool:
+        plan = self.running()
+        return bool(start - plan["start"] > DAY and plan["end"] - start > DAY)
 
     def undo_(self, said: Row, operation: str, now: datetime) -> Row:
         plan = self.running()
@@ -305,12 +321,19 @@ class PlanLedger(Ledger):
         """Whether the next period comes with the calendar."""
         plan = self.plan
         assert plan is not None
-        if plan["cancels"]:
-            return False
-        if (plan["next"] or plan["is"])["price"] is None:
-            return True
         # A payment that reaches a day or less into the next period does not pay for it.
-        return plan["paid_until"] is not None and plan["paid_until"] - plan["end"] > DAY
+        if plan["paid_until"] is not None and plan["paid_until"] - plan["end"] > DAY:
+            return True
+        return not plan["cancels"] and self.comes_next()["price"] is None
+
+    def comes_next(self) -> Row:
+        """The plan of the next period: what was paid for is given to its end first."""
+        plan = self.plan
+        assert plan is not None
+        found: Row = plan["is"]
+        if plan["next"] is not None and plan["next_from"] - plan["end"] <= DAY:
+            found = plan["next"]
+        return found
 
     def turn(self) -> datetime | None:
         """When time alone changes the plan."""
@@ -336,12 +359,16 @@ class PlanLedger(Ledger):
     def next_period(self, at: datetime, now: datetime, operation: str | None) -> int:
         plan = self.running()
         over = plan["is"]
-        wanted = plan["next"] or over
+        wanted = self.comes_next()
         plan["is"] = self.policy["plans"].get(wanted["name"], wanted)
-        plan["next"] = None
+        if wanted is plan["next"]:
+            plan["next"] = None
         if plan["is"]["price"] is None:
             plan["paid_until"], plan["payment"], plan["price"] = None, None, NO_PRICE
         plan["months"] += 1
+        planned = later(plan["anchor"], plan["months"], plan["zone"])
+        if not -DAY <= planned - plan["end"] <= DAY:
+            plan["anchor"], plan["months"] = plan["end"], 0
         plan["start"] = plan["end"]
         plan["end"] = later(plan["anchor"], plan["months"] + 1, plan["zone"])
         known = len(self.lots)
@@ -438,7 +465,7 @@ class PlanLedger(Ledger):
     def remember_payment(self, said: Row) -> None:
         """Who paid, and how much a credit: for the lots to come."""
         plan = self.running()
-        wanted = plan["next"] or plan["is"]
+        wanted = self.comes_next()
         if wanted["price"] is None:
             plan["payment"], plan["price"] = None, NO_PRICE
             return

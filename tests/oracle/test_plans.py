@@ -253,10 +253,18 @@ class Plans(RuleBasedStateMachine):
         start = None if ago is None else written(self.both.now - timedelta(hours=ago))
         self.send("plans.subscribe", present(plan=plan, payment=payment, unit_price=price, period_start=start))
 
-    @rule(plan=st.sampled_from(PLANS), payment=payments, ahead=st.sampled_from([None, None, None, 1, 20, 40, 400]))
-    def change(self, plan: str, payment: str | None, ahead: int | None) -> None:
-        end = None if ahead is None else written(self.both.now + timedelta(days=ahead))
-        self.send("plans.change", present(plan=plan, payment=payment, period_end=end))
+    @rule(
+        plan=st.sampled_from(PLANS),
+        payment=payments,
+        ago=st.sampled_from([None, None, 0, 0, -2, 2]),
+        ahead=st.sampled_from([None, None, None, 1, 20, 31, 40, 400]),
+    )
+    def change(self, plan: str, payment: str | None, ago: int | None, ahead: int | None) -> None:
+        start = None if ago is None else written(self.both.now - timedelta(days=ago))
+        end = None if ahead is None else written(self.both.now + timedelta(days=ahead, hours=1))
+        if ago is not None and ahead is not None and ahead <= -ago:
+            end = None
+        self.send("plans.change", present(plan=plan, payment=payment, period_start=start, period_end=end))
 
     @rule(at=st.sampled_from([None, None, None, "now"]))
     def cancel(self, at: str | None) -> None:

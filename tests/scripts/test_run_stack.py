@@ -202,3 +202,24 @@ def test_a_feature_to_try_is_of_the_catalog() -> None:
 def test_what_does_not_come_in_time_is_said() -> None:
     with pytest.raises(StackError, match="Nothing came within 0 s"):
         wait_for(lambda: False, lambda: None, 0, "Nothing came")
+
+
+FLOODED = """
+import os, signal, subprocess, sys
+from scripts.run_stack import Signals
+
+signals = Signals()
+signals.install()
+flood = f"import os\\nfor _ in range(100_000): os.kill({os.getpid()}, {int(signal.SIGCHLD)})"
+process = subprocess.Popen([sys.executable, "-c", flood])
+while process.poll() is None:
+    signals.wait(60)
+"""
+
+
+@pytest.mark.timeout(60)
+def test_children_that_end_in_the_midst_of_one_anothers_news_stop_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FLOODED], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -87,14 +87,15 @@ def test_what_a_repeated_message_settled_is_settled_at_its_time(ledger: Ledger) 
     assert report.replayed == report.operations == 6
 
 
-def test_a_hold_of_nothing_that_time_ended(ledger: Ledger) -> None:
+def test_a_hold_of_nothing_that_runs_out(ledger: Ledger) -> None:
     freeze(ledger, START)
     ledger.apply("credits.open", "open", account="a")
     held = ledger.apply("credits.hold", "nothing", account="a", feature=free_feature(), ttl=60)
     assert held["status"] == "applied"
     freeze(ledger, START + timedelta(hours=1))
-    ledger.apply("credits.open", "open", account="a")  # answered before: time stands still
+    ledger.apply("credits.open", "open", account="a")  # known: nothing changes
     assert ledger.writer.connection.execute("SELECT status FROM holds").fetchall() == [("open",)]
+    assert replayed(ledger).faults == []
     ledger.apply("credits.settle", "settle", account="a")
     assert ledger.writer.connection.execute("SELECT status FROM holds").fetchall() == [("expired",)]
     assert replayed(ledger).faults == []

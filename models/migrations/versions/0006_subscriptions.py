@@ -10,7 +10,7 @@ branch_labels = None
 depends_on = None
 
 STATEMENTS = """
-ALTER TABLE accounts ADD COLUMN reference_micro BIGINT NOT NULL DEFAULT 0;
+ALTER TABLE accounts ADD COLUMN reference_micro BIGINT NOT NULL DEFAULT '0';
 CREATE TABLE subscriptions (
     account TEXT NOT NULL,
     plan TEXT NOT NULL,
@@ -33,6 +33,7 @@ CREATE TABLE subscriptions (
     terms JSON NOT NULL,
     pending JSON,
     renewal JSON,
+    pending_at TIMESTAMP WITH TIME ZONE,
     PRIMARY KEY (account),
     CONSTRAINT subscriptions_period CHECK (period_start < period_end AND allotted_micro >= 0)
 ) WITH (fillfactor = 70);
@@ -69,3 +70,8 @@ GRANT INSERT, UPDATE, DELETE ON notices, deliveries TO creditlane_workers;
 def upgrade() -> None:
     """Create the column and the tables."""
     op.execute(STATEMENTS)
+
+
+def downgrade() -> None:
+    """Drop them."""
+    op.execute("DROP TABLE deliveries, notices, subscriptions; ALTER TABLE accounts DROP COLUMN reference_micro")
