@@ -307,7 +307,9 @@ class AccountAudit:
 
     # --- What it all adds up to ----------------------------------------------------------------------
 
-    def finish(self, totals: Totals, grants: Iterable[Row], holds: Iterable[Row], subscriptions: Iterable[Row]) -> None:
+    def finish(
+        self, totals: Totals, grants: Iterable[Row], holds: Iterable[Row], subscriptions: Iterable[Row] = ()
+    ) -> None:
         """Compare the account's rows with what the entries add up to.
 
         :param grants: with the counters of the checkpoint behind them, if the audit began at one.
@@ -342,9 +344,13 @@ class AccountAudit:
             self.fault("accounts", "operations", f"is {totals.operations}, the last operation has {self.number}")
         if self.last is not None and totals.updated_at < self.last:
             self.fault("accounts", "updated_at", "is before its last operation")
-        turns = [self._finish_holds(holds, expected[HELD])]
-        turns += [subscription_of(row[1:]).due_at() for row in subscriptions]
-        soonest = min((turn for turn in (soonest, *turns) if turn is not None), default=None)
+        due = self._finish_holds(holds, expected[HELD])
+        if due is not None and (soonest is None or due < soonest):
+            soonest = due
+        for row in subscriptions:
+            due = subscription_of(row[1:]).due_at()
+            if due is not None and (soonest is None or due < soonest):
+                soonest = due
         if totals.next_due_at != soonest:
             self.fault("accounts", "next_due_at", f"is {totals.next_due_at}, its grants, holds and plan say {soonest}")
         for leaf in {leaf.seal: leaf for leaf in (*self._leaves, *self._seal_seq)}.values():

@@ -161,6 +161,7 @@ class PageAudit:
         account = totals.account
         only_new, start = start is not None, start or BEGINNING
         receipts = list(streams["receipts"].of(account))
+        subscriptions = list(streams["subscriptions"].of(account))
         leaves = [Leaf(*row[1:]) for row in streams["leaves"].of(account)] if self.cutoffs else ()
         check = AccountAudit(report, account, start, receipts, leaves, self.cutoffs, only_new)
         feeds = [check.feed]
@@ -181,7 +182,6 @@ class PageAudit:
             for feed in feeds:
                 feed(None, entries)
             report.entries += len(entries)
-        subscriptions = list(streams["subscriptions"].of(account))
         if replay is None:
             check.finish(totals, streams["grants"].of(account), streams["holds"].of(account), subscriptions)
             return

@@ -72,16 +72,22 @@ def simulate(
     steps.append(Step(at=now, what="today", amount="0", available=format_amount(account.spendable(now))))
     account.entries = []
     moment, spent = now, 0
-    while moment < until:
-        evening = min(moment + timedelta(days=1), until)
-        for at in _changes(account, evening):
+
+    def change_until(end: datetime) -> None:
+        nonlocal spent, expired
+        for at in _changes(account, end):
+            before = account.spendable(at)
             _pass_time(account, at, catalog, paid)
             if spent and account.entries:
-                steps.append(_spent(account, at, spent))
+                steps.append(Step(at=at, what="spent", amount=format_amount(spent), available=format_amount(before)))
                 spent = 0
-            steps += _told(account, at)
+            steps.extend(_told(account, at))
             expired += sum(entry.amount_micro for entry in account.entries if entry.kind == "expired")
             account.entries = []
+
+    while moment < until:
+        evening = min(moment + timedelta(days=1), until)
+        change_until(evening - timedelta.resolution)  # what changes with its end comes after what is spent by then
         wanted = pace_micro * ((evening - moment) // timedelta.resolution) // (86_400 * 10**6)
         plan, missing = plan_burn(account, wanted, None, evening)
         burn(account, plan, "consumed", evening, SIMULATED)
@@ -91,8 +97,10 @@ def simulate(
             runs_out_at = evening
         daily.append((evening, format_amount(account.spendable(evening))))
         moment = evening
+    change_until(until)
     if spent:
-        steps.append(_spent(account, until, spent))
+        available = format_amount(account.spendable(until))
+        steps.append(Step(at=until, what="spent", amount=format_amount(spent), available=available))
     return Future(
         account=account.account,
         until=until,
@@ -150,7 +158,3 @@ def _told(account: Account, at: datetime) -> Iterator[Step]:
     subscription = account.subscription
     if subscription is not None and not subscription.is_active and subscription.ended_at == at:
         yield Step(at=at, what="plan ended", amount="0", available=available)
-
-
-def _spent(account: Account, at: datetime, spent_micro: int) -> Step:
-    return Step(at=at, what="spent", amount=format_amount(spent_micro), available=format_amount(account.spendable(at)))

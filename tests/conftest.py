@@ -29,7 +29,7 @@ from workers.quarantine import Quarantined
 LANES = 8
 """Few lanes, so that two workers have some each and every lane some accounts."""
 
-CATALOGS = [load_catalog(name) for name in ("packs", "metering")]
+CATALOGS = [load_catalog(name) for name in ("packs", "metering", "rollover", "dual", "registration")]
 """What the operations of the tests are replayed with in the end; those of other catalogs are not."""
 
 TEMPLATE = "migrated"
