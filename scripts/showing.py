@@ -123,10 +123,14 @@ def result_lines(result: Result) -> RenderableType:
         facts.append(("grants", uses))
     if result.expires_at is not None:
         facts.append(("expires", f"{instant(result.expires_at)} UTC"))
-    for name in ("shortfall", "owed", "forgiven"):
+    for name in ("shortfall", "owed", "forgiven", "allotted", "expired", "taken_back", "restored"):
         amount = getattr(result, name)
         if amount:
-            facts.append((name, credits(amount)))
+            facts.append((name.replace("_", " "), credits(amount)))
+    if result.period_start is not None:
+        facts.append(("period", f"{instant(result.period_start)} to {instant(result.period_end)} UTC"))
+    if result.plan_next is not None:
+        facts.append(("next plan", said(result.plan_next)))
     if result.balance is not None:
         facts.append(("balance", _balance_words(result)))
     again = " [dim](this id was answered before; nothing was changed again)[/]" if result.replayed else ""
@@ -153,6 +157,8 @@ def _deed(result: Result) -> str:
         case "grant" | "adjust" if not amount:
             given = sum((use.amount for use in result.grants), Decimal(0))
             return f"{short(result.operation)}: {credits(given)} added to {account}"
+        case name if result.plan is not None and name.startswith("plans."):
+            return f"{name}: {account} has the plan [bold]{said(result.plan)}[/], {result.plan_status}"
         case "adjust" | "revoke":
             return f"{short(result.operation)}: {credits(amount)} taken from {account}"
         case name:
@@ -179,7 +185,8 @@ def refusal(result: Result) -> str:
             f"{to_wire(result.shortfall or 0)} short"
         )
     if result.offer:
-        sentence += f"; the cheapest pack that covers it: {result.offer.get('pack', result.offer)}"
+        kind = "plan" if "plan" in result.offer else "pack"
+        sentence += f"; the cheapest that covers it: {kind} {result.offer.get(kind)}, {result.offer.get('price')}"
     again = " (as it was before: this id was answered already)" if result.replayed else ""
     return f"{result.code}: {sentence.rstrip('.')}{again}."
 

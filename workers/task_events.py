@@ -136,6 +136,7 @@ class _Stored(msgspec.Struct):
     code: str | None = None
     charged: str | None = None
     balance: _Balance | None = None
+    allotted: str | None = None
 
 
 _decode = msgspec.json.Decoder(_Stored).decode
@@ -155,6 +156,8 @@ def summary(delivery: Delivery) -> str:
     parts = [job.answer.status if told.code is None else f"{job.answer.status} {told.code}"]
     if told.charged not in (None, "0"):
         parts.append(f"charged {told.charged}")
+    if told.allotted is not None:
+        parts.append(f"allotted {told.allotted}")
     if told.balance is not None:
         parts.append(f"available {told.balance.available}")
     if job.answer.replayed:

@@ -7,9 +7,13 @@ meant.
 
 from __future__ import annotations
 
+import zoneinfo
 from calendar import monthrange
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
+
+zoneinfo.reset_tzpath(to=())
+# The zones are those of the package ``tzdata``, never a machine's own: all workers of a deployment have the same ones.
 
 MONTHS_PER_YEAR = 12
 

@@ -24,19 +24,21 @@ from kombu import Connection, Exchange, Queue, binding
 from creditlane.client import CreditClient
 from creditlane.codes import Code
 from creditlane.contract import concluding_id, decode_message, receiving_id
-from creditlane.events import EXCHANGE, TYPES, Event, matching, routing_key
+from creditlane.events import BY_NOTICE, EXCHANGE, TYPES, Event, matching, routing_key
 from creditlane.lanes import lane_of
 from creditlane.rabbitmq import declare_lane
 from creditlane.sending import Sender, make_sender
+from models.catalog import load_catalog
 from models.rules.state import Account
 from scripts.embedded import Redis, free_port, temporary_directory
 from tasks.ledger import Answer, apply, encode
 from tests.broker import Broker, RabbitBroker, on_both_brokers
 from tests.conftest import LANES
 from tests.support import ROOT, Ledger, rows, value
+from tests.workers.test_ledger_writer import priced_by
 from workers.crash import OUTBOX_POINTS
 from workers.ledger_writer import SILENT_SECONDS, Job
-from workers.outbox import PATIENCE_SECONDS, Outbox, OutboxRow
+from workers.outbox import NOTICES, PATIENCE_SECONDS, Outbox, OutboxRow
 
 START = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
@@ -475,7 +477,8 @@ def test_a_listener_hears_of_everything_once_and_in_order(
         told = heard(queue)
     assert value(database, "SELECT count(*) FROM outbox") == 0
     assert len({event.id for _, event in told}) == len(told)
-    assert {event.type for _, event in told} == set(TYPES)
+    of_plans = {"credits.rolled_out", "credits.rolled_in", *BY_NOTICE.values()}
+    assert {event.type for _, event in told} == set(TYPES) - of_plans
     for name in ("anna", "bert"):
         own = [event for _, event in told if event.account == name]
         seqs = [event.seq for event in own]
@@ -563,3 +566,30 @@ def test_no_events_are_written_unless_asked_for(ledger: Ledger, database: str) -
     live(ledger)
     assert {row.exchange for row in ledger.writer.take_outbox()} == {""}
     assert value(database, "SELECT count(*) FROM outbox WHERE exchange <> ''") == 0
+
+
+def test_a_notice_is_a_row_a_message_and_an_event_of_its_operation(ledger: Ledger) -> None:
+    ledger.writer.events = matching("plan.*,balance.low,credits.rolled_in")
+    with priced_by(ledger, load_catalog("rollover")):
+        freeze(ledger, START)
+        ledger.apply("credits.open", "open", account="a")
+        begun = ledger.apply("plans.subscribe", "plan", account="a", plan="starter", payment="in_1")
+        ledger.apply("credits.consume", "most", account="a", amount=85)
+        ledger.writer.take_outbox()
+        freeze(ledger, START + timedelta(days=40))
+        ledger.apply(
+            "plans.renew", "late", account="a", period_start=begun["period_end"], period_end="2026-04-20T00:00:00Z"
+        )
+    connection = ledger.writer.connection
+    kinds = ["plan_started", "low_balance", "credits_expired", "plan_ended", "plan_started"]
+    assert sorted(kind for (kind,) in connection.execute("SELECT kind FROM notices")) == sorted(kinds)
+    sent = connection.execute("SELECT exchange, task, arguments FROM outbox ORDER BY id").fetchall()
+    assert [arguments["key"].partition(":")[0] for exchange, _, arguments in sent if exchange == NOTICES] == kinds
+    events = [Event(**arguments) for exchange, _, arguments in sent if exchange == EXCHANGE]
+    assert [event.type for event in events] == ["plan.started", "balance.low", "plan.ended", "plan.started"]
+    assert events[1].details == {"available": "15", "threshold": "20", "reference": "100"}
+    assert events[0].details["plan"] == "starter"
+    ledger.apply(
+        "plans.renew", "late", account="a", period_start=begun["period_end"], period_end="2026-04-20T00:00:00Z"
+    )
+    assert connection.execute("SELECT count(*) FROM notices").fetchone() == (5,)
