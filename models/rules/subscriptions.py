@@ -105,9 +105,12 @@ def _close_period(
         carried = [
             lot
             for lot in account.order
-            if lot.source == ending.rollover_source and lot.available and lot.id not in subscription.lots
+            if lot.source == ending.rollover_source
+            and lot.id not in subscription.lots
+            and (lot.expires_at is None or at < lot.expires_at)
         ]
-        excess = max(0, sum(lot.available for lot in carried) + excess - cap)
+        # What is set aside is in them too: it may come back.
+        excess = max(0, sum(lot.available + lot.held + lot.in_transit for lot in carried) + excess - cap)
         if ending.rollover_months is not None:
             months = subscription.number + ending.rollover_months
             carried_until = add_months(subscription.anchor, months, subscription.zone)

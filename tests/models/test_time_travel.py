@@ -1,6 +1,6 @@
 """A year in seconds: however late, often or never the beat ticks, the same credits, line by line.
 
-Some thousands of accounts of every plan live through a leap year, through the real ledger writer on a real Postgres
+More than a thousand accounts of every plan live through a leap year, through the real ledger writer on a real Postgres
 whose clock is put on. What they do is the same each time; what differs is when time is looked at.
 """
 
@@ -36,13 +36,13 @@ pytestmark = [pytest.mark.xdist_group("time travel"), pytest.mark.timeout(300)]
 BEGINS, ENDS = datetime(2028, 1, 1, tzinfo=UTC), datetime(2029, 1, 20, tzinfo=UTC)
 """Longer than a leap year, changes of the clocks in Paris and in New York included."""
 
-ACCOUNTS = 500
+ACCOUNTS = 400
 """Of each catalog."""
 
 MOMENTS = 70
 """Instants at which somebody does something."""
 
-SWEEPS = 140
+SWEEPS = 100
 BATCH = 500
 
 ELSEWHERE = datetime(2019, 3, 10, 1, 59, 30, tzinfo=ZoneInfo("America/New_York"))
@@ -284,7 +284,7 @@ def test_the_beat_changes_no_credit(stack: Stack) -> None:
                     lived.live(script, sweeps, beats)
             assert (lived.settled > len(scripts) * ACCOUNTS) is (name != "never")
             outcomes[name] = lived.outcome()
-            if name in ("twice", "never"):
+            if name == "twice":
                 check(lived.connection)
     expected = outcomes.pop("on_time")
     assert len(expected["balances"]) == len(CATALOGS) * ACCOUNTS

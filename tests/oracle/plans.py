@@ -384,12 +384,15 @@ class PlanLedger(Ledger):
             old = [
                 lot
                 for lot in self.lots
-                if lot["available"] and lot["source"] == over["rollover_source"] and not self.among(lot, left)
+                if lot["source"] == over["rollover_source"]
+                and (lot["end"] is None or lot["end"] > at)
+                and not self.among(lot, plan["lots"])
             ]
             queue = [(lot["end"], 0, lot["born"], lot["number"], lot) for lot in old]
             queue += [(end, 1, at, place, lot) for place, lot in enumerate(left)]
             queue.sort(key=lambda one: (one[0] is None, one[0] or at, *one[1:4]))
-            excess = max(0, sum(one[4]["available"] for one in queue) - most)
+            set_aside = sum(lot["held"] + lot["in_transit"] for lot in old)
+            excess = max(0, sum(one[4]["available"] for one in queue) + set_aside - most)
             for *_, lot in queue:
                 lapses = min(excess, lot["available"])
                 excess -= lapses

@@ -680,6 +680,18 @@ def test_credits_that_are_held_over_a_renewal_do_not_come_back_over_and_over() -
         assert int(member.available()) <= int(honest.available())
 
 
+def test_carried_credits_that_are_held_over_a_renewal_count_towards_the_cap() -> None:
+    """Or whoever held them at each period's end, and released them after it, would carry more and more."""
+    member = Member.of("saver").until(2, 20)
+    assert member.by_source() == {"rollover": "50", "monthly": "100"}
+    member("hold", "held", amount=50, ttl=20 * 86_400)
+    member("transfer", "gift", to="nobody", amount=10)
+    member.until(3, 2)
+    assert member.by_source() == {"monthly": "100"}
+    member("release", hold="held")
+    assert member.by_source() == {"rollover": "50", "monthly": "100"}
+
+
 def test_a_refund_after_the_periods_end_lives_as_long_as_refunds_do() -> None:
     member = Member.of("free")
     charge = member.use(15)["id"]
