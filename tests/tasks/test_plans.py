@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from creditlane.codes import Code
 from models.catalog import load_catalog, parse_catalog
@@ -340,10 +343,10 @@ def test_an_early_payment_renews_at_the_periods_end_and_two_early_ones_twice() -
     assert "allotted" not in member.pay(2, 1, payment="in_2")
     assert "allotted" not in member.pay(3, 1, payment="in_3")
     assert member.given() == 100
-    for month, given in ((2, 200), (3, 300), (4, 300)):
+    for month, total in ((2, 200), (3, 300), (4, 300)):
         member.until(month, 2)
         member("settle")
-        assert member.given() == given
+        assert member.given() == total
         assert member.plan.period_start == add_months(NEW_YEAR, month - 1, "Europe/Paris") or month == 4
 
 
@@ -591,6 +594,50 @@ def test_ending_now_takes_the_periods_credits_and_leaves_the_carried_ones() -> N
     assert member.by_source() == {"rollover": "50"}
 
 
+WHIMS = st.lists(
+    st.tuples(
+        st.sampled_from(["plans.change", "plans.change", "plans.subscribe", "plans.cancel", "end", "spend", "settle"]),
+        st.sampled_from(["free", "hobby", "saver", "basic", "more", "prorated"]),
+        st.sampled_from([0, 0, 1, 5, 12]),
+    ),
+    max_size=25,
+)
+
+
+@settings(deadline=None, database=None, derandomize=True, max_examples=200)
+@given(whims=WHIMS)
+def test_whatever_is_changed_ended_and_begun_again_no_period_gives_more_than_its_highest_plan(
+    whims: list[tuple[str, str, int]],
+) -> None:
+    member = Member.of("free")
+    highest: dict[datetime, int] = {}
+    allotted: dict[datetime, int] = {}
+    for name, plan, days in whims:
+        member.now += days * DAY
+        member("settle")
+        read = len(member.account.entries)
+        bought = name == "plans.subscribe" and plan not in ("free", "hobby", "saver")  # each time
+        if name in ("plans.change", "plans.subscribe") and not bought:
+            member(name, plan=plan)
+        elif name in ("plans.cancel", "end"):
+            member("plans.cancel", at="now" if name == "end" else "period_end")
+        elif name == "spend":
+            member("consume", amount=30, partial=True)
+        start = member.plan.period_start
+        highest[start] = max(highest.get(start, 0), member.plan.terms.monthly_micro)
+        came = sum(entry.amount_micro for entry in member.account.entries[read:] if entry.kind == "granted")
+        allotted[start] = allotted.get(start, 0) + came
+    for entry in member.account.entries:
+        if entry.kind == "granted" and entry.operation is None:
+            allotted[entry.at] = allotted.get(entry.at, 0) + entry.amount_micro
+            highest[entry.at] = max(highest.get(entry.at, 0), entry.amount_micro)
+    allotted[NEW_YEAR] = allotted.get(NEW_YEAR, 0) + 20 * 10**6
+    highest[NEW_YEAR] = max(highest.get(NEW_YEAR, 0), 20 * 10**6)
+    assert all(allotted[start] <= highest[start] for start in allotted)
+    starts = sorted(allotted)
+    assert all(after - before >= timedelta(days=27, hours=22) for before, after in pairwise(starts))
+
+
 # Undoing.
 
 
@@ -653,6 +700,20 @@ def test_a_payment_that_is_taken_back_after_it_was_carried_twice_counts_once() -
     revoked = member("revoke", purchase="in_1")
     assert (revoked["charged"], revoked["owed"]) == ("80", "20")
     assert member.by_source() == {"rollover": "100", "monthly": "100"}
+
+
+def test_other_rules_for_the_clocks_of_a_zone_move_no_period_by_more_than_they_move_the_clocks() -> None:
+    """A country gives up summer time in the midst of a subscription: as many allotments, none lost and none twice."""
+    member, other = Member.of("free"), Member.of("free")
+    member.until(2, 15)("settle")
+    other.until(2, 15)("settle")
+    member.plan.zone = "Africa/Lagos"  # Paris without summer time
+    for month in range(3, 13):
+        member.until(month, 15)("settle")
+        other.until(month, 15)("settle")
+        assert member.given() == other.given() == 20 * month
+        assert abs(member.plan.period_start - other.plan.period_start) <= timedelta(hours=1)
+        assert member.available() == other.available() == "20"
 
 
 def test_a_hold_across_the_periods_end_lapses_with_it_and_what_is_captured_is_paid_by_it() -> None:
