@@ -31,8 +31,9 @@ def subscribe(account: Account, message: Subscribe, context: Context) -> Outcome
     """Begin a plan: the credits of the period under way come at once, those of the next ones in their time.
 
     ``period_start`` may lie in the past: no period that is over gives credits. A plan that was cancelled and has not
-    ended goes on. One without a price, ended and begun again within the same period, gives no more for it than its
-    highest plan. Refusals: ``unknown_plan``, ``already_subscribed``, ``already_renewed``, ``invalid``.
+    ended goes on; what another payment is for begins as with ``plans.renew``. One without a price, ended and begun
+    again within the same period, gives no more for it than its highest plan. Refusals: ``unknown_plan``,
+    ``already_subscribed``, ``already_renewed``, ``invalid``.
     """
     terms = _terms(message.plan, context)
     subscription = account.subscription
@@ -40,6 +41,11 @@ def subscribe(account: Account, message: Subscribe, context: Context) -> Outcome
         if subscription.terms.plan != message.plan or not subscription.cancels:
             raise RefusedError(Code.ALREADY_SUBSCRIBED)
         subscription.cancels = False
+        if terms.paid and message.payment is not None and message.payment != subscription.payment:
+            start = message.period_start or context.now
+            until = _end_of(message, terms, start, subscription)
+            if subscription.paid_until is None or until > subscription.paid_until + PAYMENT_SLACK:
+                return _pay(account, subscription, terms, start, until, message, context)
         return _outcome(account, subscription)
     return begin(account, terms, message, context)
 
@@ -172,11 +178,11 @@ def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> 
     subscription = account.subscription
     if subscription is None:
         raise RefusedError(Code.NO_SUBSCRIPTION)
-    terms = subscription.next_terms if message.plan is None else _terms(message.plan, context)
+    start = message.period_start
+    terms = subscription.terms_at(start) if message.plan is None else _terms(message.plan, context)
     if not terms.paid:
         raise RefusedError(Code.INVALID, "this plan has no price: it renews by the calendar")
-    start = message.period_start
-    until = message.period_end or add_months(start, terms.interval_months, subscription.zone)
+    until = _end_of(message, terms, start, subscription)
     paid_until = subscription.paid_until
     if paid_until is not None and until <= paid_until + PAYMENT_SLACK:
         raise RefusedError(Code.ALREADY_RENEWED)
@@ -203,11 +209,16 @@ def _pay(
     late = start > subscription.period_end + PAYMENT_SLACK and not subscription.is_prepaid
     if late or _is_amidst(subscription, start):
         subscription.period_end = start
-    if terms.plan != subscription.next_terms.plan:
+    if terms.plan != subscription.terms_at(start).plan:
         subscription.pending, subscription.pending_at = terms, start
     subscription.paid_until = until
     _note_payment(subscription, message, context)
     return _outcome(account, subscription, _catch_up(account, subscription, context))
+
+
+def _end_of(message: Paid, terms: Terms, start: datetime, subscription: Subscription) -> datetime:
+    """Until when is paid for."""
+    return message.period_end or add_months(start, terms.interval_months, subscription.zone)
 
 
 def _is_amidst(subscription: Subscription, start: datetime) -> bool:

@@ -284,7 +284,11 @@ class Subscription:
     @property
     def next_terms(self) -> Terms:
         """The plan from the next renewal on: a year that is paid for is given to its end."""
-        if self.pending is None or (self.pending_at or self.period_end) > self.period_end + PAYMENT_SLACK:
+        return self.terms_at(self.period_end)
+
+    def terms_at(self, start: datetime) -> Terms:
+        """The plan of a period that begins then, the one under way being over."""
+        if self.pending is None or (self.pending_at or self.period_end) > start + PAYMENT_SLACK:
             return self.terms
         return self.pending
 

@@ -107,6 +107,11 @@ class PlanLedger(Ledger):
         if self.plan is not None and self.plan["alive"]:
             if self.plan["is"]["name"] == said["plan"] and self.plan["cancels"]:
                 self.plan["cancels"] = False
+                if wanted["price"] is not None and said.get("payment") not in (None, self.plan["payment"]):
+                    start = said.get("period_start", now)
+                    until = said.get("period_end") or later(start, self.months_of(wanted), self.plan["zone"])
+                    if self.plan["paid_until"] is None or until - self.plan["paid_until"] > DAY:
+                        return self.pay(wanted, start, until, said, now, operation)
                 return self.state()
             raise Refusal("already_subscribed")
         return self.begin(wanted, said, operation, now)
@@ -209,10 +214,10 @@ class PlanLedger(Ledger):
         plan = self.plan
         if plan is None:
             raise Refusal("no_subscription")
-        wanted = self.known_plan(said["plan"]) if "plan" in said else self.comes_next()
+        start = said["period_start"]
+        wanted = self.known_plan(said["plan"]) if "plan" in said else self.comes_next(start)
         if wanted["price"] is None:
             raise Refusal("invalid")
-        start = said["period_start"]
         until = said.get("period_end") or later(start, self.months_of(wanted), plan["zone"])
         if plan["paid_until"] is not None and until <= plan["paid_until"] + DAY:
             raise Refusal("already_renewed")
@@ -227,7 +232,7 @@ class PlanLedger(Ledger):
         paid_so_far = plan["end"] if plan["paid_until"] is None else max(plan["end"], plan["paid_until"])
         if self.amidst(start) or (start - plan["end"] > DAY and paid_so_far - plan["end"] <= DAY):
             plan["end"] = start
-        if wanted["name"] != self.comes_next()["name"]:
+        if wanted["name"] != self.comes_next(start)["name"]:
             plan["next"], plan["next_from"] = wanted, start
         plan["paid_until"] = until
         self.remember_payment(said)
@@ -326,12 +331,12 @@ class PlanLedger(Ledger):
             return True
         return not plan["cancels"] and self.comes_next()["price"] is None
 
-    def comes_next(self) -> Row:
-        """The plan of the next period: what was paid for is given to its end first."""
+    def comes_next(self, start: datetime | None = None) -> Row:
+        """The plan of the next period, or of one that begins then: what was paid for is given to its end first."""
         plan = self.plan
         assert plan is not None
         found: Row = plan["is"]
-        if plan["next"] is not None and plan["next_from"] - plan["end"] <= DAY:
+        if plan["next"] is not None and plan["next_from"] - (start or plan["end"]) <= DAY:
             found = plan["next"]
         return found
 

@@ -16,7 +16,7 @@ from tests.oracle.model import Row
 from tests.oracle.plans import later
 from tests.oracle.test_against_rules import COMMON, MOVES, THOROUGH, Both, plain, present, reduced, written
 
-STEPS = settings(COMMON, max_examples=4000 if THOROUGH else 400, stateful_step_count=40)
+STEPS = settings(COMMON, max_examples=4000 if THOROUGH else 300, stateful_step_count=40)
 
 START = datetime(2027, 12, 31, 11, 30, tzinfo=UTC)
 """The months to come have 31, 29, 31 and 30 days; clocks are put on in Paris on 26 March."""

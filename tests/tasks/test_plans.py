@@ -638,6 +638,37 @@ def test_whatever_is_changed_ended_and_begun_again_no_period_gives_more_than_its
     assert all(after - before >= timedelta(days=27, hours=22) for before, after in pairwise(starts))
 
 
+def test_who_cancels_and_buys_again_before_the_end_has_what_was_paid_for() -> None:
+    member = Member.of("basic", payment="in_1").until(1, 20)
+    member.use(30)
+    member("plans.cancel")
+    bought = member("plans.subscribe", plan="basic", payment="in_2", period_start=member.now)
+    assert (bought["plan_status"], bought["allotted"]) == ("active", "100")
+    assert member.plan.paid_until == add_months(member.now, 1, "Europe/Paris")
+    assert refused(member("plans.subscribe", plan="basic", payment="in_2"), Code.ALREADY_SUBSCRIBED)
+    member("plans.cancel")
+    assert "allotted" not in member("plans.subscribe", plan="basic", payment="in_2")
+    assert member.given() == 200
+
+
+def test_a_year_ahead_is_of_the_plan_that_was_paid_for() -> None:
+    """Who goes down at the year's end, and then pays for the next year of the higher plan before that, keeps it."""
+    for paid_for in ("yearly", "basic", None):
+        member = Member.of("yearly").until(5, 1)
+        member("plans.change", plan="basic")
+        assert member.plan.pending is None, "of equal rank: at once"
+        member = Member.of("patient").until(5, 1)
+        member("plans.change", plan="hobby")
+        ends = add_months(NEW_YEAR, 12, "Europe/Paris")
+        renewed = member("plans.renew", period_start=ends, **({} if paid_for is None else {"plan": paid_for}))
+        if paid_for is None:
+            assert refused(renewed, Code.INVALID), "the plan of then has no price"
+            continue
+        member.now = ends + DAY
+        member("settle")
+        assert (member.plan.terms.plan, member.given()) == (paid_for, 1300)
+
+
 # Undoing.
 
 
