@@ -95,10 +95,15 @@ def _close_period(
     Those count among them that are carried now: a lot that never ends is not trimmed before they are.
     """
     lots = lots_of(account, subscription)
-    excess = sum(lot.available for lot in lots)
     taken: dict[int, Taken] = {}
+    excess = 0
+    keeps = ending.mode == "rollover"
     carried_until = None
-    if ending.mode == "rollover":
+    if keeps:
+        if ending.rollover_months is not None:
+            months = subscription.number + ending.rollover_months
+            carried_until = add_months(subscription.anchor, months, subscription.zone)
+            keeps = at < carried_until  # not so where a payment came very late
         cap = ending.cap_micro
         if ending.caps_balance:
             cap = max(0, cap - subscription.terms.monthly_micro)
@@ -110,19 +115,22 @@ def _close_period(
             and (lot.expires_at is None or at < lot.expires_at)
         ]
         # What is set aside is in them too: it may come back.
-        excess = max(0, sum(lot.available + lot.held + lot.in_transit for lot in carried) + excess - cap)
-        if ending.rollover_months is not None:
-            months = subscription.number + ending.rollover_months
-            carried_until = add_months(subscription.anchor, months, subscription.zone)
+        rolled = sum(lot.available + lot.held + lot.in_transit for lot in carried)
+        rolled += sum(lot.available for lot in lots) if keeps else 0
+        excess = max(0, rolled - cap)
         carried.sort(key=attrgetter("created_at", "id"))
         ends = {lot.id: carried_until for lot in lots} | {lot.id: lot.expires_at for lot in carried}
         lots = sorted(carried + lots, key=lambda lot: ends[lot.id] or NEVER)
     for lot in lots:
-        over = min(lot.available, excess)
-        excess -= over
+        is_ending = lot.id in subscription.lots
+        if keeps or not is_ending:
+            over = min(lot.available, excess)
+            excess -= over
+        else:
+            over = lot.available
         if over:
             post(account, lot, "expired", over, now, operation, at=at)
-        rest = lot.available if lot.id in subscription.lots else 0
+        rest = lot.available if is_ending else 0
         if rest:
             _carry(account, lot, rest, ending.rollover_source, carried_until, at, now, operation, catalog)
         if over or rest:

@@ -393,6 +393,10 @@ class PlanLedger(Ledger):
                 and (lot["end"] is None or lot["end"] > at)
                 and not self.among(lot, plan["lots"])
             ]
+            for lot in left if end is not None and end <= at else []:
+                expired.append((lot, lot["available"]))
+                self.move("expired", lot, lot["available"], now, operation, None, at)
+            left = [lot for lot in left if lot["available"]]
             queue = [(lot["end"], 0, lot["born"], lot["number"], lot) for lot in old]
             queue += [(end, 1, at, place, lot) for place, lot in enumerate(left)]
             queue.sort(key=lambda one: (one[0] is None, one[0] or at, *one[1:4]))

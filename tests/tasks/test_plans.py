@@ -372,6 +372,14 @@ def test_a_late_payment_within_the_days_of_grace_renews_when_it_comes() -> None:
     assert [entry.at for entry in member.account.entries if entry.kind == "expired"] == [member.now]
 
 
+def test_what_is_carried_so_late_that_it_would_have_ended_expires_instead() -> None:
+    text = TEXT.replace('rollover_cap = "1000"', 'rollover_cap = "1000"\nrollover_months = 1\ngrace_days = 50')
+    member = Member.of("carrying", parse_catalog(text, "plans.toml"))
+    member.until(3, 10).pay(2, 1)
+    assert member.by_source() == {"monthly": "100"}
+    assert all(lot.expires_at is None or lot.expires_at > lot.created_at for lot in member.account.grants.values())
+
+
 def test_without_a_payment_the_plan_ends_after_the_days_of_grace_and_nothing_is_carried() -> None:
     member = Member.of("carrying")
     member.now = datetime(2027, 2, 4, 9, tzinfo=UTC) - timedelta.resolution
