@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from schedules import audit, beat, expiry, outbox, retention, seal, transfers, usage
@@ -115,6 +116,6 @@ def test_a_beat_that_is_stopped_gives_the_lock_up_at_once(
 
 def test_a_tick_from_the_future_counts_as_one_of_now(database: str) -> None:
     execute(database, "INSERT INTO schedules VALUES ('a', 't', now() + interval '1 hour')")
-    with beat.connect(database) as connection:
+    with psycopg.connect(database) as connection:
         now = value(database, "SELECT now()")
         assert connection.execute(beat.LAST_TICKS, (now,)).fetchall() == [("a", now)]
