@@ -12,6 +12,7 @@ from creditlane.errors import (
     RefusedError,
     UnsentError,
 )
+from creditlane.inbox import Inbox, Notice
 from creditlane.lanes import lane_of
 
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "CreditClient",
     "CreditlaneError",
     "GrantUse",
+    "Inbox",
     "NoAnswerError",
+    "Notice",
     "QuarantinedError",
     "RefusedError",
     "Reservation",

@@ -48,6 +48,7 @@ from creditlane.errors import (
     RefusedError,
     UnsentError,
 )
+from creditlane.inbox import Inbox
 from creditlane.lanes import LANES, lane_of
 from creditlane.sending import Outgoing, make_sender
 from creditlane.tls import tls_options
@@ -57,6 +58,12 @@ Amount = int | str | Decimal
 
 QUERIES = "queries"
 """The queue of the read-only tasks."""
+
+NOTICES = "notices"
+"""The queue of what goes out to people, and of what they have read; in the outbox the exchange that stands for it."""
+
+READ = "notices.read"
+"""The task that marks notices as read."""
 
 NOT_SHOWN = ("email", "metadata", "occurred_at")
 """Arguments that are not for every watcher's eyes, or only take room."""
@@ -498,13 +505,46 @@ class CreditClient(Operations):
         answer = self._ask("queries.balance", str(uuid4()), QUERIES, encoded, f"account={account}", wait)
         return None if answer is None else msgspec.convert(answer, Balance)
 
+    def notices(
+        self, account: str, *, unread: bool = False, limit: int = 50, before: str | None = None, wait: float = 10.0
+    ) -> Inbox:
+        """A page of the account's inbox, the newest notice first; an empty one for an account that does not exist.
+
+        :param unread: only what was not read.
+        :param limit: notices of the page, at most 1,000.
+        :param before: ``next_before`` of the page before.
+        :param wait: seconds.
+        """
+        arguments = {"account": account, "unread": unread, "limit": limit, "before": before, "v": 1}
+        answer = self._ask("queries.notices", str(uuid4()), QUERIES, _encode(arguments), f"account={account}", wait)
+        return msgspec.convert(answer, Inbox)
+
+    def mark_read(
+        self, account: str, key: str | None = None, *, until: datetime | None = None, wait: float | None = None
+    ) -> int | None:
+        """Note that notices were read; doing so again changes nothing.
+
+        :param key: one of them; all of them unless given.
+        :param until: of all of them, those made by then: give ``created_at`` of the newest that was shown, so that one
+            that came since stays unread.
+        :param wait: seconds; without it the call returns ``None`` as soon as the broker has confirmed the message.
+        :returns: how many were not read before.
+        """
+        encoded = _encode({"account": account, "key": key, "until": until, "v": 1})
+        id, shown = str(uuid4()), f"account={account}, key={key}"[:SHOWN_CHARACTERS]
+        if wait is None:
+            self._sender.send([task_message(READ, id, NOTICES, encoded, shown)])
+            return None
+        count: int = self._ask(READ, id, NOTICES, encoded, shown, wait)
+        return count
+
     def _ask(self, name: str, id: str, queue: str, arguments: bytes, shown: str, wait: float) -> Any:
         """Send and wait; listens for the answer before sending, so that none is missed."""
         # Operation ids are unique per account only, and one id may be sent twice at a time: each sending is answered
         # under a name of its own.
         reply = uuid4().hex
         with self._answers.expect(reply) as (answer, reply_to):
-            identity = id if queue != QUERIES else reply
+            identity = reply if queue in (QUERIES, NOTICES) else id
             self._sender.send([task_message(name, identity, queue, arguments, shown, reply, reply_to)])
             try:
                 outcome = answer.result(wait)

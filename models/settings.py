@@ -5,7 +5,13 @@ Secrets (the passwords in the URLs) come from the environment only, and no defau
 
 from __future__ import annotations
 
+from base64 import b64decode
+from binascii import Error as Base64Error
+from email.errors import HeaderParseError
+from email.headerregistry import Address
+from email.utils import parseaddr
 from functools import cache
+from ipaddress import ip_address
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -101,7 +107,24 @@ class Settings(BaseSettings):
     ``balance.changed,credits.*``; ``*`` for all, none unless given. Each costs a row in the outbox, its publication
     and its deletion, so ask for those that somebody listens to. The types are in ``creditlane/events.py``."""
 
-    @field_validator("broker_ca", "broker_certificate", "broker_key", mode="before")
+    smtp_url: SecretStr | None = None
+    """Where e-mail goes: ``smtp://user:password@host:587`` (STARTTLS is required, but on loopback) or
+    ``smtps://user:password@host:465``. The server's certificate and name are checked, by the system's authorities or
+    by those of ``SSL_CERT_FILE``."""
+
+    mail_from: str = ""
+    """The sender of e-mails, such as ``Acme <credits@acme.example>``; the name stands in them too."""
+
+    webhook_url: SecretStr | None = None
+    """Where notices are posted to: ``https://…``, or ``http://`` on loopback."""
+
+    webhook_secret: SecretStr | None = None
+    """What they are signed with: ``whsec_`` and 24 to 64 bytes in Base64. Several, with commas, while a new one takes
+    the place of an old one: each notice is signed with all."""
+
+    @field_validator(
+        "broker_ca", "broker_certificate", "broker_key", "smtp_url", "webhook_url", "webhook_secret", mode="before"
+    )
     @classmethod
     def _empty_is_none(cls, path: Any) -> Any:
         """What is passed on unset, as by docker-compose.yml, is not set."""
@@ -149,6 +172,63 @@ class Settings(BaseSettings):
             )
         return url
 
+    @field_validator("smtp_url")
+    @classmethod
+    def _is_a_mail_server(cls, url: SecretStr | None) -> SecretStr | None:
+        """Refuse a mistyped URL without quoting it."""
+        if url is not None and not _is_url(url, "smtp", "smtps"):
+            raise ValueError("not a mail server's URL; write smtp://user:password@host:587 or smtps://…:465")
+        return url
+
+    @field_validator("mail_from")
+    @classmethod
+    def _is_an_address(cls, sender: str) -> str:
+        """Refuse a sender that no e-mail could have."""
+        if sender:
+            name, address = parseaddr(sender)
+            try:
+                Address(name, addr_spec=address)
+            except (ValueError, IndexError, HeaderParseError):
+                address = ""
+            if "@" not in address or not sender.isprintable():
+                raise ValueError("not a sender; write Acme <credits@acme.example>")
+        return sender
+
+    @field_validator("webhook_url")
+    @classmethod
+    def _is_a_safe_url(cls, url: SecretStr | None) -> SecretStr | None:
+        """Refuse to send notices through a network that others can read."""
+        if url is None:
+            return None
+        if not _is_url(url, "http", "https") or urlsplit(url.get_secret_value()).username is not None:
+            raise ValueError("not a webhook's URL; write https://host/path, without a user or a password")
+        parts = urlsplit(url.get_secret_value())
+        if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+            raise ValueError("a webhook's URL begins with https://, unless it is on loopback")
+        return url
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _are_secrets(cls, secrets: SecretStr | None) -> SecretStr | None:
+        """Refuse a mistyped secret, or one that can be guessed."""
+        if secrets is not None:
+            for secret in secrets.get_secret_value().split(","):
+                try:
+                    size = len(b64decode(secret.strip().removeprefix("whsec_"), validate=True))
+                except (Base64Error, ValueError):
+                    size = 0
+                if not secret.strip().startswith("whsec_") or not 24 <= size <= 64:
+                    raise ValueError("a secret is whsec_ and 24 to 64 random bytes in Base64")
+        return secrets
+
+    @model_validator(mode="after")
+    def _notices_can_go_out(self) -> Self:
+        if self.smtp_url is not None and not self.mail_from:
+            raise ValueError("smtp_url needs mail_from, the sender of e-mails")
+        if (self.webhook_url is None) != (self.webhook_secret is None):
+            raise ValueError("webhook_url and webhook_secret go together")
+        return self
+
     @model_validator(mode="after")
     def _tls_makes_sense(self) -> Self:
         for url in (self.broker_url, self.result_url):
@@ -164,6 +244,26 @@ class Settings(BaseSettings):
         return tls_options(
             url.get_secret_value(), ca=self.broker_ca, certificate=self.broker_certificate, key=self.broker_key
         )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine by its very name: what is sent to it passes no network."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_url(url: SecretStr, *schemes: str) -> bool:
+    text = url.get_secret_value()
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+        return good and text.isascii() and text.isprintable() and " " not in text
+    except ValueError:
+        return False
 
 
 @cache

@@ -153,6 +153,7 @@ class NoticeRow(Base):
         Index("notices_by_time", "account", "created_at"),
         Index("notices_undelivered", "created_at", "account", "key", postgresql_where=text("delivered_at IS NULL")),
         Index("notices_delivered", "delivered_at", "account", "key", postgresql_where=text("delivered_at IS NOT NULL")),
+        Index("notices_unread", "account", "created_at", postgresql_where=text("read_at IS NULL")),
     )
 
     account: Mapped[str] = mapped_column(primary_key=True)
@@ -174,15 +175,21 @@ class DeliveryRow(Base):
     """A notice's way out by one channel."""
 
     __tablename__ = "deliveries"
-    __table_args__ = ({"postgresql_with": {"fillfactor": "70"}},)
+    __table_args__ = (
+        Index("deliveries_due", "next_attempt_at", postgresql_where=text("next_attempt_at IS NOT NULL")),
+        Index("deliveries_parked", "account", "key", "channel", postgresql_where=text("status = 'parked'")),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
 
     account: Mapped[str] = mapped_column(primary_key=True)
     key: Mapped[str] = mapped_column(primary_key=True)
     channel: Mapped[str] = mapped_column(primary_key=True)
     status: Mapped[str]
-    """``pending``, ``sent`` or ``parked``."""
+    """``pending``, ``sent``, ``skipped`` (there is no address) or ``parked`` (given up, until an operator asks)."""
     attempts: Mapped[int] = mapped_column(Integer)
+    """How many have failed."""
     next_attempt_at: Mapped[datetime | None]
+    """When its message is sent again at the latest; NULL when it is done."""
     sent_at: Mapped[datetime | None]
     error: Mapped[str | None]
 
@@ -203,6 +210,13 @@ class GrantRow(Buckets, Base):
         Index("grants_open_by_account", "account", postgresql_where=text("is_open")),
         Index("grants_by_origin", "account", "origin", postgresql_where=text("origin IS NOT NULL")),
         Index("grants_by_purchase", "account", "purchase", postgresql_where=text("purchase IS NOT NULL")),
+        Index(
+            "grants_expiring",
+            "expires_at",
+            "account",
+            "grant_id",
+            postgresql_where=text("is_open AND expires_at IS NOT NULL"),
+        ),
         {"postgresql_with": {"fillfactor": "70"}},
     )
 

@@ -94,6 +94,7 @@ from scripts.command_parts import (
 )
 from scripts.due_command import DUE_EXAMPLES, show_due
 from scripts.lane_state import lane_states
+from scripts.notices_commands import notices_app
 from scripts.plan_commands import plan_app, simulate_account
 from scripts.replay import EXPONENT
 from scripts.requeue import as_it_was, drop, mended, open_message, replay
@@ -176,6 +177,7 @@ quarantine_app = typer.Typer(
 app.add_typer(account_app, name="account")
 app.add_typer(quarantine_app, name="quarantine")
 app.add_typer(plan_app, name="plan")
+app.add_typer(notices_app, name="notices")
 
 MONEY, STATE_PANEL = "Credits", "State"
 

@@ -115,7 +115,8 @@ def spawn(database: str, broker_url: str, tmp_path: Path) -> Iterator[Spawn]:
     def start(name: str, kind: str = "lanes", **environment: str) -> Worker:
         command = {
             "lanes": "-A workers.lane_app worker --pool solo --without-gossip --without-mingle",
-            "general": "-A workers.app worker --pool threads --concurrency 2 -Q queries,maintenance --without-mingle",
+            "general": "-A workers.app worker --pool threads --concurrency 2 --without-mingle"
+            " -Q queries,notices,maintenance",
         }[kind].split()
         settings = {
             "CREDITLANE_BROKER_URL": broker_url,

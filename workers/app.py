@@ -22,7 +22,7 @@ REDIS_OPTIONS = {
     "global_keyprefix": "",
 }
 
-QUERIES, MAINTENANCE = "queries", "maintenance"
+QUERIES, NOTICES, MAINTENANCE = "queries", "notices", "maintenance"
 """The queues of the general worker."""
 
 
@@ -53,7 +53,7 @@ def common_configuration(config: Settings) -> dict[str, Any]:
         "task_serializer": "json",
         "result_serializer": "json",
         "task_default_queue": MAINTENANCE,
-        "task_routes": {"queries.*": {"queue": QUERIES}},
+        "task_routes": {"queries.*": {"queue": QUERIES}, "notices.*": {"queue": NOTICES}},
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
         "task_time_limit": 3600,
@@ -78,19 +78,25 @@ def make_app(name: str, config: Settings | None = None) -> Celery:
 
 app = make_app("creditlane")
 if is_rabbitmq(app.conf.broker_url):
-    # Producers may ask: their exchange leads to ``queries``, and to nothing else but lanes.
+    # Producers may ask, and mark notices as read: their exchange leads to these two queues and the lanes.
+    lanes_exchange = Exchange(LANES_EXCHANGE, type="direct")
     app.conf.task_queues = (
-        Queue(QUERIES, exchange=Exchange(LANES_EXCHANGE, type="direct"), routing_key=QUERIES),
+        Queue(QUERIES, exchange=lanes_exchange, routing_key=QUERIES),
+        Queue(NOTICES, exchange=lanes_exchange, routing_key=NOTICES),
         Queue(MAINTENANCE, exchange=Exchange(""), routing_key=MAINTENANCE),
     )
 flower_guard.install(app)
 app.conf.imports = (
     "tasks.queries",
+    "workers.inbox",
+    "workers.notices",
     "schedules.expiry",
     "schedules.audit",
+    "schedules.notices",
     "schedules.outbox",
     "schedules.retention",
     "schedules.seal",
     "schedules.transfers",
     "schedules.usage",
+    "schedules.warnings",
 )

@@ -15,6 +15,9 @@ POINTS = ("after-load", "after-copy", "before-commit", "after-commit", "after-re
 OUTBOX_POINTS = ("before-publish", "after-publish")
 """Places that a batch comes to which something follows from."""
 
+NOTICE_POINTS = ("after-delivery",)
+"""Where a channel has taken a notice, and nobody has noted it."""
+
 _wanted, _, _count = os.environ.get("CREDITLANE_CRASH_AT", "").partition(":")
 _left = int(_count or 1)
 

@@ -16,6 +16,7 @@ from typing import Any
 import psycopg
 from psycopg import Connection, Cursor
 
+from creditlane.client import NOTICES
 from creditlane.codes import Code
 from creditlane.contract import Message
 from creditlane.events import EXCHANGE
@@ -39,7 +40,7 @@ from tasks.operation import FollowUp, Need
 from tasks.registry import OPERATIONS
 from workers.crash import crash_point
 from workers.metrics import stages
-from workers.outbox import DELIVER, NOTICES, OutboxRow
+from workers.outbox import DELIVER, OutboxRow
 from workers.quarantine import Quarantined, store
 from workers.rows import (
     Changing,

@@ -17,7 +17,7 @@ import psycopg
 from celery.utils.log import get_logger
 from psycopg import Connection
 
-from creditlane.client import SHOWN_CHARACTERS, task_message
+from creditlane.client import NOTICES, SHOWN_CHARACTERS, task_message
 from creditlane.errors import BrokerUnavailableError
 from creditlane.events import EXCHANGE, routing_key
 from creditlane.lanes import lane_of
@@ -40,9 +40,6 @@ DELETE FROM outbox WHERE id IN (SELECT id FROM outbox WHERE id = ANY(%s) FOR UPD
 """
 """Rows that a sweep is publishing at this moment are its own to delete: nobody waits for it."""
 
-
-NOTICES = "notices"
-"""The queue of what goes out to people, and in the outbox the exchange that stands for it."""
 
 DELIVER = "notices.deliver"
 """The task that delivers one notice by all its channels."""

@@ -13,7 +13,8 @@ from tests.support import Worker
 QUIET = "--without-gossip --without-mingle"
 COMMANDS = {
     "lanes": f"-A workers.lane_app worker --pool=solo {QUIET} -n lanes@%h",
-    "general": f"-A workers.app worker --pool=threads --concurrency=2 -Q queries,maintenance {QUIET} -n general@%h",
+    "general": "-A workers.app worker --pool=threads --concurrency=2 -Q queries,notices,maintenance"
+    f" {QUIET} -n general@%h",
     "beat": "-A schedules.app beat --pidfile=",
     "flower": "-A workers.app flower",
 }

@@ -162,6 +162,7 @@ def test_a_producer_of_ours_needs_no_more_on_redis(redis_workers: Guarded, datab
         found = client.balance("alice")
         assert found is not None
         assert found.available == 55
+        assert client.notices("alice").total == client.mark_read("alice", wait=10) == 0
     eventually(lambda: value(database, "SELECT count(*) FROM operations") == 23)
     # Of its own accord an older Redis cannot let a producer remove its answers and not the lanes: they expire.
     assert set(refusals(redis_workers)) <= (set() if HAS_SELECTORS else {("producer", "unlink")})
@@ -309,6 +310,7 @@ def test_a_producer_of_ours_needs_no_more_on_rabbitmq(rabbitmq_workers: Guarded,
         found = client.balance("alice")
         assert found is not None
         assert found.available == 55
+        assert client.notices("alice").total == client.mark_read("alice", wait=10) == 0
     eventually(lambda: value(database, "SELECT count(*) FROM operations") == 23)
 
 

@@ -21,7 +21,7 @@ import pytest
 import redis
 from kombu import Connection, Exchange, Queue, binding
 
-from creditlane.client import CreditClient
+from creditlane.client import NOTICES, CreditClient
 from creditlane.codes import Code
 from creditlane.contract import concluding_id, decode_message, receiving_id
 from creditlane.events import BY_NOTICE, EXCHANGE, TYPES, Event, matching, routing_key
@@ -38,7 +38,7 @@ from tests.support import ROOT, Ledger, rows, value
 from tests.workers.test_ledger_writer import priced_by
 from workers.crash import OUTBOX_POINTS
 from workers.ledger_writer import SILENT_SECONDS, Job
-from workers.outbox import NOTICES, PATIENCE_SECONDS, Outbox, OutboxRow
+from workers.outbox import PATIENCE_SECONDS, Outbox, OutboxRow
 
 START = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
