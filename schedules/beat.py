@@ -21,6 +21,7 @@ from psycopg import Connection
 from models.cutoff import somebody_does, try_alone
 from models.due import BEAT
 from models.settings import settings
+from schedules.sessions import connect
 
 logger = get_logger(__name__)
 
@@ -82,7 +83,7 @@ class Scheduler(beat.Scheduler):
 
     def _has_lock(self) -> bool:
         if self._connection is None:
-            self._connection = connect(settings().database_url.get_secret_value())
+            self._connection = _connect()
         if self._ticks:
             self._connection.execute("SELECT")  # the lock is there as long as the session is
             return True
@@ -110,26 +111,9 @@ class Scheduler(beat.Scheduler):
             logger.warning("beat: %s", what)
 
 
-def connect(database_url: str) -> Connection[Any]:
-    """The connection that holds the lock: whichever end goes silent, the other notices within seconds.
-
-    :raises psycopg.OperationalError: when the database is away.
-    """
-    silent_ms = SILENT_SECONDS * 1000
-    connection: Connection[Any] = psycopg.connect(
-        database_url,
-        autocommit=True,
-        application_name="creditlane beat",
-        connect_timeout=5,
-        keepalives_idle=5,
-        keepalives_interval=2,
-        keepalives_count=3,
-        tcp_user_timeout=silent_ms,
-        options=f"-c timezone=UTC -c idle_session_timeout={silent_ms} -c statement_timeout=10s"
-        " -c tcp_keepalives_idle=5 -c tcp_keepalives_interval=2 -c tcp_keepalives_count=3"
-        f" -c tcp_user_timeout={silent_ms}",
-    )
-    return connection
+def _connect() -> Connection[Any]:
+    url = settings().database_url.get_secret_value()
+    return connect(url, "creditlane beat", SILENT_SECONDS, "-c statement_timeout=10s")
 
 
 def main() -> int:
@@ -137,7 +121,7 @@ def main() -> int:
 
     :returns: the exit code, 0 if one does.
     """
-    with connect(settings().database_url.get_secret_value()) as connection:
+    with _connect() as connection:
         ticks = somebody_does(connection, BEAT)
     sys.stdout.write("a beat ticks\n" if ticks else "no beat ticks\n")
     return 0 if ticks else 1

@@ -27,6 +27,7 @@ from models.cutoff import BusyError, alone
 from models.due import BEGINNING, IN_ORDER, estimate
 from models.settings import settings
 from schedules.progress import Progress
+from schedules.sessions import connect
 
 logger = get_task_logger(__name__)
 
@@ -79,7 +80,7 @@ def sweep(self: Any) -> dict[str, Any]:
     config = settings()
     try:
         with (
-            psycopg.connect(config.database_url.get_secret_value(), autocommit=True) as connection,
+            connect(config.database_url.get_secret_value(), "creditlane sweep") as connection,
             alone(connection, SWEEP),
             CreditClient(
                 config.broker_url.get_secret_value(),

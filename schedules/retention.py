@@ -22,6 +22,7 @@ from models.cutoff import BusyError, alone
 from models.due import BEGINNING, IN_ORDER
 from models.settings import settings
 from schedules.progress import Progress
+from schedules.sessions import connect
 
 logger = get_task_logger(__name__)
 
@@ -63,7 +64,7 @@ def retain(self: Any) -> dict[str, int]:
     deleted = {"notices": 0, "quarantined": 0}
     try:
         with (
-            psycopg.connect(config.database_url.get_secret_value(), autocommit=True) as connection,
+            connect(config.database_url.get_secret_value(), "creditlane retention") as connection,
             alone(connection, "retention"),
         ):
             for what, days, delete in (

@@ -13,6 +13,7 @@ from models.cutoff import BusyError
 from models.settings import settings
 from models.usage import roll_up
 from schedules.progress import Progress
+from schedules.sessions import connect
 
 logger = get_task_logger(__name__)
 
@@ -46,7 +47,7 @@ def count(self: Any, anew: bool = False) -> dict[str, int]:
         return progress.seconds < MAX_SECONDS
 
     try:
-        with psycopg.connect(settings().database_url.get_secret_value(), autocommit=True) as connection:
+        with connect(settings().database_url.get_secret_value(), "creditlane usage") as connection:
             counted = roll_up(connection, told, anew=anew)
     except BusyError as error:
         logger.info("usage: left to the next roll-up (%s)", error)

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
-from schedules import audit, beat, expiry, outbox, retention, seal, transfers, usage
+from schedules import audit, beat, expiry, notices, outbox, retention, seal, transfers, usage, warnings
 from tests.broker import RabbitBroker
 from tests.conftest import LANES
 from tests.support import ROOT, Worker, eventually, execute, rows, value
@@ -20,9 +21,8 @@ TICKS = "beat: has the lock, and ticks"
 STANDS_BY = "beat: another beat ticks; this one stands by"
 WITHOUT = "beat: nothing is sent without the database"
 SENDS = "Sending due task"
-SCHEDULES = sorted(
-    name for module in (audit, expiry, outbox, retention, seal, transfers, usage) for name in module.SCHEDULE
-)
+MODULES = (audit, expiry, notices, outbox, retention, seal, transfers, usage, warnings)
+SCHEDULES = sorted(name for module in MODULES for name in module.SCHEDULE)
 
 
 @pytest.fixture
@@ -115,6 +115,6 @@ def test_a_beat_that_is_stopped_gives_the_lock_up_at_once(
 
 def test_a_tick_from_the_future_counts_as_one_of_now(database: str) -> None:
     execute(database, "INSERT INTO schedules VALUES ('a', 't', now() + interval '1 hour')")
-    with beat.connect(database) as connection:
+    with psycopg.connect(database) as connection:
         now = value(database, "SELECT now()")
         assert connection.execute(beat.LAST_TICKS, (now,)).fetchall() == [("a", now)]
