@@ -55,15 +55,37 @@ def alone(connection: Connection[Any], what: str) -> Iterator[None]:
 
     :raises BusyError: when another does it.
     """
-    key = (READERS_CLASS, crc32(what.encode()) & 0x7FFF_FFFF)
-    row = connection.execute("SELECT pg_try_advisory_lock(%s, %s)", key).fetchone()
-    if row is None or not row[0]:
+    if not try_alone(connection, what):
         raise BusyError(f"{what} is being made by another session; wait until it is done")
     try:
         yield
     finally:
         if not connection.closed:
-            connection.execute("SELECT pg_advisory_unlock(%s, %s)", key)
+            connection.execute("SELECT pg_advisory_unlock(%s, %s)", _key_of(what))
+
+
+def try_alone(connection: Connection[Any], what: str) -> bool:
+    """Begin something that only one session of a database may do at a time, until this session ends.
+
+    :returns: whether nobody else does it.
+    """
+    row = connection.execute("SELECT pg_try_advisory_lock(%s, %s)", _key_of(what)).fetchone()
+    return row is not None and bool(row[0])
+
+
+def somebody_does(connection: Connection[Any], what: str) -> bool:
+    """Whether a session does something that only one may do at a time."""
+    row = connection.execute(
+        "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2"
+        " AND classid = %s AND objid = %s"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))",
+        _key_of(what),
+    ).fetchone()
+    return row is not None and bool(row[0])
+
+
+def _key_of(what: str) -> tuple[int, int]:
+    return READERS_CLASS, crc32(what.encode()) & 0x7FFF_FFFF
 
 
 def quiet_cutoff(

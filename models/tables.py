@@ -7,7 +7,8 @@ identity stands as a CHECK on grants and accounts, so a row that breaks it canno
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import date, datetime
+from decimal import Decimal
 
 from sqlalchemy import (
     ARRAY,
@@ -19,6 +20,7 @@ from sqlalchemy import (
     Index,
     Integer,
     LargeBinary,
+    Numeric,
     PrimaryKeyConstraint,
     SmallInteger,
     Text,
@@ -72,7 +74,7 @@ class AccountRow(Buckets, Base):
     __table_args__ = (
         CheckConstraint(CLOSING_IDENTITY, name="accounts_close"),
         CheckConstraint(f"{NOT_NEGATIVE} AND debt_micro >= 0", name="accounts_not_negative"),
-        Index("accounts_due", "next_due_at", postgresql_where=text("next_due_at IS NOT NULL")),
+        Index("accounts_due", "next_due_at", "account", postgresql_where=text("next_due_at IS NOT NULL")),
         Index("accounts_in_transit", "account", postgresql_where=text("in_transit_micro > 0")),
         {"postgresql_with": {"fillfactor": "70"}},
     )
@@ -150,6 +152,7 @@ class NoticeRow(Base):
     __table_args__ = (
         Index("notices_by_time", "account", "created_at"),
         Index("notices_undelivered", "created_at", "account", "key", postgresql_where=text("delivered_at IS NULL")),
+        Index("notices_delivered", "delivered_at", "account", "key", postgresql_where=text("delivered_at IS NOT NULL")),
         Index("notices_unread", "account", "created_at", postgresql_where=text("read_at IS NULL")),
     )
 
@@ -490,3 +493,47 @@ class CheckpointGrantRow(Counted, Base):
 
     account: Mapped[str] = mapped_column(primary_key=True)
     grant_id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+
+
+class ScheduleRow(Base):
+    """A schedule of beat's, as the beat that ticks last sent it."""
+
+    __tablename__ = "schedules"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    task: Mapped[str]
+    last_tick_at: Mapped[datetime]
+    """By the clock of the beat's machine."""
+
+
+class UsageDayRow(Base):
+    """What one account used of one feature on one day, UTC; made of operations, and can be made of them again."""
+
+    __tablename__ = "usage_days"
+    __table_args__ = ({"postgresql_with": {"fillfactor": "70"}},)
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    day: Mapped[date] = mapped_column(primary_key=True)
+    """When it occurred, or was applied where the producer did not say."""
+    feature: Mapped[str] = mapped_column(primary_key=True)
+    """Empty for charges that name none."""
+    member: Mapped[str] = mapped_column(primary_key=True)
+    """Who used it, of a pool; empty for others."""
+    operations: Mapped[int] = mapped_column(BigInteger)
+    """Charges: consumes and captures that were applied."""
+    quantity_micro: Mapped[Decimal] = mapped_column(Numeric)
+    """Units of the feature in millionths; nothing of charges that name an amount."""
+    charged_micro: Mapped[Decimal] = mapped_column(Numeric)
+    refunded_micro: Mapped[Decimal] = mapped_column(Numeric)
+    """What was given back on this day of charges for the feature, of whichever day they were."""
+
+
+class UsageWatermarkRow(Base):
+    """How far usage is counted; one row, or none before the first time."""
+
+    __tablename__ = "usage_watermark"
+    __table_args__ = (CheckConstraint("id = 1", name="usage_watermark_one"),)
+
+    id: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False)
+    counted_until: Mapped[datetime]
+    """Operations that were applied before are counted, all others are not."""

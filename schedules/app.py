@@ -5,17 +5,20 @@ Beat only ticks. What is due is a fact in the database: two beats, or none for a
 
 from __future__ import annotations
 
-from schedules import audit, expiry, notices, outbox, seal, transfers, warnings
+from schedules import audit, expiry, notices, outbox, retention, seal, transfers, usage, warnings
 from workers.app import app
 
+app.conf.beat_scheduler = "schedules.beat:Scheduler"
 app.conf.beat_schedule = {
     **expiry.SCHEDULE,
     **outbox.SCHEDULE,
-    **audit.SCHEDULE,
-    **seal.SCHEDULE,
-    **transfers.SCHEDULE,
     **notices.SCHEDULE,
     **warnings.SCHEDULE,
+    **transfers.SCHEDULE,
+    **usage.SCHEDULE,
+    **audit.SCHEDULE,
+    **seal.SCHEDULE,
+    **retention.SCHEDULE,
 }
 
 __all__ = ["app"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import psycopg
@@ -14,6 +13,7 @@ from models.audit import audit, audit_new
 from models.catalog import load_catalog
 from models.report import Report
 from models.settings import Settings, settings
+from schedules.progress import Progress
 from tasks.replay import Replayer
 
 logger = get_task_logger(__name__)
@@ -29,12 +29,6 @@ SCHEDULE = {
 
 NAMED_FAULTS = 20
 """Faults that the log names; ``creditlane audit`` names all."""
-
-TOLD_SECONDS = 1.0
-"""How often the task's state is brought up to date."""
-
-LOGGED_SECONDS = 30.0
-"""How often the log is told how far it is."""
 
 
 class AuditError(RuntimeError):
@@ -52,9 +46,8 @@ def audit_all(self: Any) -> dict[str, Any]:
     """
     config = settings()
     with psycopg.connect(config.database_url.get_secret_value(), autocommit=True) as connection:
-        report = audit(
-            connection, progress=_Progress(self), processes=config.audit_processes, replayer=replayer(config)
-        )
+        progress = Progress(self, logger, "audit", "operations")
+        report = audit(connection, progress=progress, processes=config.audit_processes, replayer=replayer(config))
     return _verdict("audit", report)
 
 
@@ -67,7 +60,7 @@ def audit_since(self: Any) -> dict[str, Any]:
     :raises models.cutoff.BusyError: when another one is running.
     """
     with psycopg.connect(settings().database_url.get_secret_value(), autocommit=True) as connection:
-        report = audit_new(connection, progress=_Progress(self))
+        report = audit_new(connection, progress=Progress(self, logger, "audit", "operations"))
     return _verdict("audit of what is new", report)
 
 
@@ -78,25 +71,6 @@ def replayer(config: Settings) -> Replayer:
     """
     names = [config.catalog, *filter(None, (name.strip() for name in config.audit_catalogs.split(",")))]
     return Replayer({catalog.label: catalog for catalog in map(load_catalog, names)})
-
-
-class _Progress:
-    """Tells the task's state and the log how many operations are done."""
-
-    def __init__(self, task: Any) -> None:
-        self._task = task
-        self._began = self._logged = time.monotonic()
-        self._told = 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        rate = round(done / max(now - self._began, 0.001))
-        if now - self._told >= TOLD_SECONDS or done >= total:
-            self._told = now
-            self._task.update_state(state="PROGRESS", meta={"done": done, "total": total, "per_second": rate})
-        if now - self._logged >= LOGGED_SECONDS:
-            self._logged = now
-            logger.info("audit: %d of %d operations, %d/s", done, total, rate)
 
 
 def _verdict(what: str, report: Report) -> dict[str, Any]:

@@ -165,8 +165,8 @@ CASES = {
         ),
         Step(
             "month",
-            "the expiry sweep over 1,000,000 idle accounts whose credits expire at one instant; renewals with rollover"
-            " join when there are any",
+            "the sweep over 1,000,000 idle accounts whose period ends at one instant: each is renewed and carries what"
+            " is left",
             measure_month,
             (Bound("ops_per_s", "≥", 5_000), Bound("memory_ratio", "≤", 1.1)),
             once=True,

@@ -180,7 +180,7 @@ class Sizes:
     grow_entries: int = 10_000_000
     """Entries that are there before ``grow``."""
     month: int = 1_000_000
-    """Accounts whose credits expire at the same instant."""
+    """Accounts whose period ends at the same instant."""
     warm: int = 2_000
     """Operations that lane workers have applied before anything is measured."""
     warm_naive: int = 200

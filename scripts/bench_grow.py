@@ -22,8 +22,9 @@ from psycopg import Connection, sql
 from creditlane.amounts import format_amount
 from creditlane.contract import decode_message
 from models.catalog import load_catalog
+from models.columns import SUBSCRIPTION_COLUMNS
 from models.rules.posting import chain_hash
-from models.rules.state import Account, Entry
+from models.rules.state import Account, Entry, subscription_row
 from tasks.ledger import apply
 from workers.ledger_writer import (
     COPY_ACCOUNTS,
@@ -31,6 +32,7 @@ from workers.ledger_writer import (
     COPY_GRANTS,
     COPY_OPERATIONS,
     _grant_row,
+    _text_of,
     account_fields,
 )
 from workers.rows import entry_line, operation_line, row_line
@@ -41,6 +43,12 @@ GRANTED_MICRO = 10**15
 
 DAYS = 30
 """How long ago the first operation was; the others came evenly since then."""
+
+MONTH = timedelta(days=31)
+"""The longest month: whose period began so long ago, its period is over."""
+
+SPENT = "30"
+"""Credits that a subscriber has spent of a period's."""
 
 BLOCK = 1000
 """Accounts that an operation was applied to at the same instant: as many as a batch of the lanes has at the most."""
@@ -53,6 +61,8 @@ LOADED = ("operations", "entries", "accounts", "grants")
 
 Progress = Callable[[int, int], None]
 """Told how many entries are written and how many there will be."""
+
+COPY_SUBSCRIPTIONS = f"COPY subscriptions ({', '.join(SUBSCRIPTION_COLUMNS)}) FROM STDIN"
 
 _NAME, _NOW = "account-of-all", datetime(2000, 1, 1, tzinfo=UTC)
 """What stands in the rows of the life for the name of an account, and for the instant of an operation."""
@@ -80,17 +90,53 @@ def fill(database_url: str, accounts: int, entries: int, progress: Progress) -> 
     if not 1 <= accounts <= entries:
         raise ValueError(f"{entries} entries are not enough for {accounts} accounts: each has one at least")
     with psycopg.connect(database_url, autocommit=True) as connection:
-        if connection.execute("SELECT FROM accounts LIMIT 1").fetchone() is not None:
-            raise ValueError("only an empty ledger is filled")
-        definitions = _take_indexes(connection)
         row = connection.execute("SELECT ledger_now()").fetchone()
         assert row is not None
-        _load(database_url, accounts, entries, row[0], progress)
-        connection.execute("SELECT set_config('maintenance_work_mem', %s, false)", (SORT_MEMORY,))
-        for definition in definitions:
-            connection.execute(definition)
-        connection.execute("VACUUM (FREEZE, ANALYZE)")
-        connection.execute("CHECKPOINT")
+        of = _processes(accounts)
+        stripes = [Stripe(accounts, entries, row[0], number, of) for number in range(of)]
+        _fill(connection, database_url, stripes, entries, progress)
+
+
+def fill_subscribed(database_url: str, accounts: int, catalog: str, plan: str, progress: Progress) -> datetime:
+    """Fill an empty ledger with accounts whose plan's first period has just ended, a part of its credits unspent.
+
+    They are named as by :func:`fill`; each has had three operations.
+
+    :param catalog: the path or name of the catalog that has the plan, which has no price.
+    :param progress: told how many accounts are written.
+    :returns: the instant at which all of them are due.
+    :raises ValueError: when the ledger is not empty.
+    :raises FillError: when a process could not go on.
+    """
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        row = connection.execute("SELECT ledger_now()").fetchone()
+        assert row is not None
+        of = _processes(accounts)
+        since = row[0].replace(microsecond=0) - MONTH - timedelta(hours=1)
+        stripes = [Subscribed(accounts, catalog, plan, since, number, of) for number in range(of)]
+        _fill(connection, database_url, stripes, accounts, progress)
+        found = connection.execute("SELECT DISTINCT next_due_at FROM accounts").fetchall()
+    ((due_at,),) = found
+    assert isinstance(due_at, datetime)
+    return due_at
+
+
+def _fill(
+    connection: Connection[Any],
+    database_url: str,
+    stripes: Sequence[Stripe | Subscribed],
+    total: int,
+    progress: Progress,
+) -> None:
+    if connection.execute("SELECT FROM accounts LIMIT 1").fetchone() is not None:
+        raise ValueError("only an empty ledger is filled")
+    definitions = _take_indexes(connection)
+    _load(database_url, stripes, total, progress)
+    connection.execute("SELECT set_config('maintenance_work_mem', %s, false)", (SORT_MEMORY,))
+    for definition in definitions:
+        connection.execute(definition)
+    connection.execute("VACUUM (FREEZE, ANALYZE)")
+    connection.execute("CHECKPOINT")
 
 
 def sizes(connection: Connection[Any], operations: int | None = None) -> dict[str, float]:
@@ -153,16 +199,19 @@ def _take_indexes(connection: Connection[Any]) -> list[str]:
 # --- Processes ---------------------------------------------------------------------------------------
 
 
-def _load(database_url: str, accounts: int, entries: int, now: datetime, progress: Progress) -> None:
-    """Write all rows, by one process for each core."""
+def _processes(accounts: int) -> int:
+    """One for each core, where there is enough to do."""
+    return max(1, min(os.cpu_count() or 1, accounts // BLOCK))
+
+
+def _load(database_url: str, stripes: Sequence[Stripe | Subscribed], total: int, progress: Progress) -> None:
+    """Write all rows, a process for each stripe."""
     context = multiprocessing.get_context("spawn")
-    processes = max(1, min(os.cpu_count() or 1, accounts // BLOCK))
     pipes: list[Pipe] = []
     started = []
     try:
-        for number in range(processes):
+        for stripe in stripes:
             ours, theirs = context.Pipe(duplex=False)
-            stripe = Stripe(accounts, entries, now, number, processes)
             process = context.Process(target=_write, args=(theirs, database_url, stripe), daemon=True)
             process.start()
             theirs.close()
@@ -180,7 +229,7 @@ def _load(database_url: str, accounts: int, entries: int, now: datetime, progres
                     pipes.remove(ready)
                 elif isinstance(told, int):
                     done += told
-                    progress(done, entries)
+                    progress(done, total)
                 else:
                     raise FillError(f"a process that fills the ledger could not go on: {told}")
         for process in started:
@@ -192,8 +241,8 @@ def _load(database_url: str, accounts: int, entries: int, now: datetime, progres
                 process.join()
 
 
-def _write(pipe: Pipe, database_url: str, stripe: Stripe) -> None:
-    """What such a process does: tells how many entries each block has, and None in the end."""
+def _write(pipe: Pipe, database_url: str, stripe: Stripe | Subscribed) -> None:
+    """What such a process does: tells how much each block has, and None in the end."""
     try:
         with psycopg.connect(database_url, autocommit=True) as connection:
             for written in stripe.write(connection):
@@ -269,10 +318,7 @@ class Stripe(NamedTuple):
         charges, more = divmod(self.entries - self.accounts, self.accounts)
         life = _life(charges + 1)
         blocks = -(-self.accounts // BLOCK)
-        own = [
-            [f"user_{number:05d}" for number in range(block * BLOCK, min((block + 1) * BLOCK, self.accounts))]
-            for block in range(self.number, blocks, self.of)
-        ]
+        own = _blocks(self.accounts, self.number, self.of)
         heads = [[b""] * len(names) for names in own]
         steps = charges + (3 if more else 2)
         moment = timedelta(days=DAYS) / (steps * blocks)
@@ -307,6 +353,65 @@ class Stripe(NamedTuple):
                 account = life.accounts[end].replace(_NOW.isoformat(), opened.isoformat(), 1)
                 _copy(connection, COPY_ACCOUNTS, _filled(account, chosen, at(end, place), life.heads[end], chain))
                 _copy(connection, COPY_GRANTS, _filled(life.grants[end - 1], chosen, granted))
+
+
+class Subscribed(NamedTuple):
+    """What one process writes of a ledger of subscribers, block by block; all did the same at the same instants."""
+
+    accounts: int
+    catalog: str
+    plan: str
+    since: datetime
+    number: int
+    of: int
+
+    def write(self, connection: Connection[Any]) -> Iterator[int]:
+        """Write all rows.
+
+        :returns: how many accounts, block by block.
+        """
+        catalog = load_catalog(self.catalog)
+        account = Account(_NAME)
+        operations: list[str] = []
+        for number, (name, arguments) in enumerate(
+            [
+                ("credits.open", {}),
+                ("plans.subscribe", {"plan": self.plan}),
+                ("credits.consume", {"amount": SPENT}),
+            ]
+        ):
+            operation = f"fill-{number:010d}"
+            raw = msgspec.json.encode({"account": _NAME, **arguments})
+            at = self.since + timedelta(minutes=number)
+            row = apply(account, name, operation, decode_message(name, raw), raw, at, catalog).row
+            assert row is not None
+            operations.append(operation_line(_NAME, row))
+        account.next_due_at = account.due_at()
+        assert account.subscription is not None
+        subscription = row_line(map(_text_of, (_NAME, *subscription_row(account.subscription))))
+        entries = [(entry, entry_line(_NAME, entry)) for entry in account.entries]
+        totals = row_line((_NAME, *account_fields(account)))
+        grants = [row_line(_grant_row(_NAME, grant)) for grant in account.order]
+        for names in _blocks(self.accounts, self.number, self.of):
+            for line in operations:
+                _copy(connection, COPY_OPERATIONS, _filled(line, names, _NOW))
+            chain = [b""] * len(names)
+            for entry, line in entries:
+                chain = [chain_hash(head, name, entry) for head, name in zip(chain, names, strict=True)]
+                _copy(connection, COPY_ENTRIES, _filled(line, names, _NOW, entry.hash, chain))
+            _copy(connection, COPY_ACCOUNTS, _filled(totals, names, _NOW, account.head, chain))
+            for line in grants:
+                _copy(connection, COPY_GRANTS, _filled(line, names, _NOW))
+            _copy(connection, COPY_SUBSCRIPTIONS, _filled(subscription, names, _NOW))
+            yield len(names)
+
+
+def _blocks(accounts: int, number: int, of: int) -> list[list[str]]:
+    """The names of the accounts of one stripe, block by block."""
+    return [
+        [f"user_{index:05d}" for index in range(block * BLOCK, min((block + 1) * BLOCK, accounts))]
+        for block in range(number, -(-accounts // BLOCK), of)
+    ]
 
 
 def _filled(

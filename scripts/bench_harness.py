@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from itertools import count
 from typing import Any
 from uuid import uuid4
@@ -139,26 +139,27 @@ class Bench:
         with self.show.working("opening accounts"):
             self.make_ledger(LEDGER_TEMPLATE, opening([*self.accounts, POOL]))
 
-    def make_ledger(self, name: str, jobs: Sequence[Job], ago: timedelta = timedelta()) -> str:
+    def make_ledger(self, name: str, jobs: Sequence[Job]) -> str:
         """Create a ledger and write operations to it, without a broker.
 
         :param name: of its database.
-        :param ago: how long before now they are, as the ledger has it.
         :returns: its URL.
         """
         url = self.stack.create_database(name)
         upgrade(url)
+        self.write(url, jobs)
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("VACUUM (FREEZE, ANALYZE)")
+        return url
+
+    def write(self, url: str, jobs: Sequence[Job]) -> None:
+        """Write operations to a ledger, without a broker."""
         catalog = load_catalog(CATALOG)
         with connect(url, "creditlane bench") as connection:
-            set_clock(connection, ago)
             writer = LedgerWriter(connection, lambda: catalog, unexpected)
             for start in range(0, len(jobs), FILL * 2):
                 writer.write(jobs[start : start + FILL * 2])
                 self.show.advance(start, len(jobs))
-            set_clock(connection, timedelta())
-        with psycopg.connect(url, autocommit=True) as connection:
-            connection.execute("VACUUM (FREEZE, ANALYZE)")
-        return url
 
     @contextmanager
     def database(self, template: str) -> Iterator[str]:
@@ -321,18 +322,6 @@ def opening(accounts: Iterable[str], **grant: Any) -> list[Job]:
             job("credits.grant", account, amount),
         )
     ]
-
-
-def set_clock(connection: psycopg.Connection[Any], ago: timedelta) -> None:
-    """Let a ledger's clock be behind the real one.
-
-    :param ago: by how much; nothing for the clock that it comes with.
-    """
-    behind = f" - interval '{ago.total_seconds()} seconds'" if ago else ""
-    connection.execute(
-        "CREATE OR REPLACE FUNCTION ledger_now() RETURNS timestamptz LANGUAGE sql VOLATILE"
-        f" AS $$SELECT clock_timestamp(){behind}$$"
-    )
 
 
 def job(name: str, account: str, arguments: Mapping[str, Any], operation: str | None = None) -> Job:

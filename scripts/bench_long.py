@@ -6,15 +6,15 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from models.migrate import upgrade
 from schedules.expiry import settle_id
 from scripts.bench_figures import Sample
-from scripts.bench_grow import fill
+from scripts.bench_grow import fill, fill_subscribed
 from scripts.bench_harness import POOL, READY_SECONDS, Bench, account_names, opening, sender
 from scripts.bench_streams import Memory, measure_stream
-from scripts.run_stack import wait_for
+from scripts.run_stack import ROOT, wait_for
 
 EARLY = 20
 """``month`` looks at memory first when one part in so many is done."""
@@ -22,7 +22,7 @@ EARLY = 20
 MAINTENANCE = "maintenance"
 """The queue of the sweep; its own module is for those who are a worker."""
 
-MONTH = timedelta(days=31)
+CATALOG, PLAN = ROOT / "scripts" / "bench_month.toml", "monthly"
 
 
 @contextmanager
@@ -45,14 +45,15 @@ def measure_grow(bench: Bench) -> Sample:
 
 
 def measure_month(bench: Bench) -> Sample:
-    """The sweep over accounts whose credits all expire at one instant, until the last is settled."""
-    expired_at = datetime.now(UTC).replace(microsecond=0)
+    """The sweep over subscribers whose period ends at one instant, until the last is renewed."""
     names = account_names(bench.sizes.month)
-    jobs = opening([POOL]) + opening(names, expires_at=expired_at)
-    url = bench.make_ledger("month", jobs, MONTH)
-    jobs.clear()
+    url = bench.stack.create_database("month")
+    upgrade(url)
+    due_at = fill_subscribed(url, len(names), str(CATALOG), PLAN, bench.show.advance)
+    bench.write(url, opening([POOL]))
+    catalog = {"CREDITLANE_CATALOG": str(CATALOG)}
     with (
-        bench.lanes(database_url=url, whole=True, accounts=[POOL]) as side,
+        bench.lanes(database_url=url, whole=True, accounts=[POOL], environment=catalog) as side,
         sender(bench.stack.broker_url) as app,
     ):
         queues = ["--pool", "threads", "--concurrency", "1", "-Q", MAINTENANCE]
@@ -64,7 +65,7 @@ def measure_month(bench: Bench) -> Sample:
             READY_SECONDS,
             "The general worker did not come up",
         )
-        side.sent([(account, settle_id(expired_at, 2), None) for account in names])
+        side.sent([(account, settle_id(due_at, 3), None) for account in names])
         memory = Memory(side.workers.pids, len(names) // EARLY)
         first = side.written()
         with bench.metered(len(names), side.workers) as costs:

@@ -92,6 +92,7 @@ from scripts.command_parts import (
     show_json,
     unknown_account,
 )
+from scripts.due_command import DUE_EXAMPLES, show_due
 from scripts.lane_state import lane_states
 from scripts.notices_commands import notices_app
 from scripts.plan_commands import plan_app, simulate_account
@@ -1107,6 +1108,9 @@ app.command(
         "creditlane simulate alice --until 2027-03-31 --payments unpaid --json | jq .runs_out_at",
     ),
 )(simulate_account)
+
+
+app.command("due", rich_help_panel=STATE_PANEL, epilog=DUE_EXAMPLES)(show_due)
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ class Told:
         """Time has passed."""
         account = self._account
         self._settled = account.spendable(self._now)
+        self._reference = account.reference  # another one, where a renewal brought credits in
         entries = account.entries[self._entries :]
         renewed = {taken.grant for renewal in account.renewals for taken in renewal.taken}
         self._expired(entry for entry in entries if entry.kind == "expired" and entry.grant not in renewed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
@@ -31,8 +31,9 @@ def subscribe(account: Account, message: Subscribe, context: Context) -> Outcome
     """Begin a plan: the credits of the period under way come at once, those of the next ones in their time.
 
     ``period_start`` may lie in the past: no period that is over gives credits. A plan that was cancelled and has not
-    ended goes on. One without a price, ended and begun again within the same period, gives no more for it than its
-    highest plan. Refusals: ``unknown_plan``, ``already_subscribed``, ``already_renewed``, ``invalid``.
+    ended goes on; what another payment is for begins as with ``plans.renew``. One without a price, ended and begun
+    again within the same period, gives no more for it than its highest plan. Refusals: ``unknown_plan``,
+    ``already_subscribed``, ``already_renewed``, ``invalid``.
     """
     terms = _terms(message.plan, context)
     subscription = account.subscription
@@ -40,6 +41,11 @@ def subscribe(account: Account, message: Subscribe, context: Context) -> Outcome
         if subscription.terms.plan != message.plan or not subscription.cancels:
             raise RefusedError(Code.ALREADY_SUBSCRIBED)
         subscription.cancels = False
+        if terms.paid and message.payment is not None and message.payment != subscription.payment:
+            start = message.period_start or context.now
+            until = _end_of(message, terms, start, subscription)
+            if subscription.paid_until is None or until > subscription.paid_until + PAYMENT_SLACK:
+                return _pay(account, subscription, terms, start, until, message, context)
         return _outcome(account, subscription)
     return begin(account, terms, message, context)
 
@@ -59,19 +65,20 @@ def begin(account: Account, terms: Terms, message: Paid | None, context: Context
     payment = None if message is None else message.payment
     if before is not None and payment is not None and payment == before.payment:
         raise RefusedError(Code.ALREADY_RENEWED)
+    anchor = month_start(start, zone) if context.catalog.plans[terms.plan].anchor == "month" else start
     paid_until = None
     if terms.paid:
         given = None if message is None else message.period_end
-        paid_until = given or add_months(start, terms.interval_months, zone)
+        paid_until = given or add_months(anchor, terms.interval_months, zone)
     if not terms.paid and before is not None and now < before.period_end:
         # The same period goes on, whatever was subscribed to and cancelled in it.
         anchor, zone, number, allotted = before.anchor, before.zone, before.number, before.allotted
+        period_start, period_end = before.period_start, before.period_end
     else:
         allotted = 0
-        anchor = month_start(start, zone) if context.catalog.plans[terms.plan].anchor == "month" else start
         last = now if paid_until is None else min(now, paid_until - timedelta.resolution)
         number = months_passed(anchor, last, zone)
-    period_end = add_months(anchor, number + 1, zone)
+        period_start, period_end = add_months(anchor, number, zone), add_months(anchor, number + 1, zone)
     if paid_until is not None and paid_until < period_end - PAYMENT_SLACK:
         period_end = paid_until  # a trial, say
     subscription = Subscription(
@@ -79,7 +86,7 @@ def begin(account: Account, terms: Terms, message: Paid | None, context: Context
         anchor,
         zone,
         number,
-        add_months(anchor, number, zone),
+        period_start,
         period_end,
         paid_until,
         allotted=max(allotted, terms.monthly_micro),
@@ -95,7 +102,8 @@ def change(account: Account, message: ChangePlan, context: Context) -> Outcome:
     """Change to another plan.
 
     To a higher one at once: what more it gives for the period under way is the catalog's choice, and never more than
-    the highest plan of the period has, however often one changes. To a lower one with the next renewal; changing back
+    the highest plan of the period has, however often one changes. If what was paid for begins now and outlasts the
+    period under way, that ends, and one of the new plan begins. To a lower one with the next renewal; changing back
     before that calls it off. Refusals: ``unknown_plan``, ``no_subscription``.
     """
     terms = _terms(message.plan, context)
@@ -109,11 +117,16 @@ def change(account: Account, message: ChangePlan, context: Context) -> Outcome:
         subscription.pending_at = subscription.paid_until or subscription.period_end
         return _outcome(account, subscription, _catch_up(account, subscription, context))
     now = context.now
+    start, until = message.period_start, message.period_end
+    outlasts = until is not None and until > subscription.period_end + PAYMENT_SLACK
+    if terms.paid and outlasts and start is not None and _is_amidst(subscription, start):
+        assert until is not None
+        return _pay(account, subscription, terms, start, until, message, context)
     subscription.terms = terms
     if not terms.paid:
         subscription.paid_until = None
-    elif message.period_end is not None:
-        subscription.paid_until = message.period_end
+    elif until is not None:
+        subscription.paid_until = until
     elif subscription.paid_until is None:
         subscription.paid_until = subscription.period_end
     _note_payment(subscription, message, context)
@@ -165,25 +178,52 @@ def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> 
     subscription = account.subscription
     if subscription is None:
         raise RefusedError(Code.NO_SUBSCRIPTION)
-    terms = subscription.next_terms if message.plan is None else _terms(message.plan, context)
+    start = message.period_start
+    terms = subscription.terms_at(start) if message.plan is None else _terms(message.plan, context)
     if not terms.paid:
         raise RefusedError(Code.INVALID, "this plan has no price: it renews by the calendar")
-    start = message.period_start
-    until = message.period_end or add_months(start, terms.interval_months, subscription.zone)
+    until = _end_of(message, terms, start, subscription)
     paid_until = subscription.paid_until
     if paid_until is not None and until <= paid_until + PAYMENT_SLACK:
         raise RefusedError(Code.ALREADY_RENEWED)
     if not subscription.is_active:
         return begin(account, terms, message, context)
-    if terms.plan != subscription.next_terms.plan:
-        subscription.pending, subscription.pending_at = terms, subscription.period_end
     subscription.cancels = False
+    return _pay(account, subscription, terms, start, until, message, context)
+
+
+def _pay(
+    account: Account,
+    subscription: Subscription,
+    terms: Terms,
+    start: datetime,
+    until: datetime,
+    message: Paid,
+    context: Context,
+) -> Outcome:
+    """Note what was paid for, and begin it, if it has begun.
+
+    If it begins in the midst of the period under way, or later than that ends and nothing was paid for what lies
+    between, that period ends where it begins.
+    """
+    late = start > subscription.period_end + PAYMENT_SLACK and not subscription.is_prepaid
+    if late or _is_amidst(subscription, start):
+        subscription.period_end = start
+    if terms.plan != subscription.terms_at(start).plan:
+        subscription.pending, subscription.pending_at = terms, start
     subscription.paid_until = until
     _note_payment(subscription, message, context)
-    follows = abs(start - subscription.period_end) <= PAYMENT_SLACK
-    if not follows and start > subscription.period_start + PAYMENT_SLACK:
-        subscription.period_end = start
     return _outcome(account, subscription, _catch_up(account, subscription, context))
+
+
+def _end_of(message: Paid, terms: Terms, start: datetime, subscription: Subscription) -> datetime:
+    """Until when is paid for."""
+    return message.period_end or add_months(start, terms.interval_months, subscription.zone)
+
+
+def _is_amidst(subscription: Subscription, start: datetime) -> bool:
+    """Whether something begins within the period under way, and neither with it nor with the next."""
+    return subscription.period_start + PAYMENT_SLACK < start < subscription.period_end - PAYMENT_SLACK
 
 
 @operation(UndoRenewal, need=_need)
@@ -200,7 +240,6 @@ def undo(account: Account, message: UndoRenewal, context: Context) -> Outcome:
         raise RefusedError(Code.NOTHING_TO_UNDO)
     now, operation = context.now, context.operation
     revoked = account.revoked
-    subscription.lots = []
     carried: list[Lot] = []
     allotted: list[Lot] = []
     for number in renewal.made:
@@ -268,9 +307,9 @@ def _active(account: Account) -> Subscription:
 
 def _note_payment(subscription: Subscription, message: Paid | None, context: Context) -> None:
     """Keep what pays for the next lots: the payment's name, and the price of a credit."""
-    if not subscription.next_terms.paid:
-        subscription.payment = None
-        subscription.price_minor = subscription.price_currency = subscription.price_per = None
+    terms = subscription.next_terms
+    if not terms.paid:
+        subscription.forget_payment()
         return
     if message is not None and message.payment is not None:
         subscription.payment = message.payment
@@ -280,7 +319,6 @@ def _note_payment(subscription: Subscription, message: Paid | None, context: Con
         subscription.price_currency = price.currency
         subscription.price_per = int(price.per)
     else:
-        terms = subscription.next_terms
         subscription.price_minor = terms.price_minor
         subscription.price_currency = terms.price_currency
         subscription.price_per = terms.monthly_micro * terms.interval_months or None
@@ -294,14 +332,15 @@ def _allot(account: Account, subscription: Subscription, amount_micro: int, cont
 def _catch_up(account: Account, subscription: Subscription, context: Context) -> int:
     """Renew now what has come to be overdue by a payment or a change; gives what it allotted.
 
-    Not at the period's end: what was spent since then was spent of the old allotment.
+    Not at the period's end: what was spent since then was spent of the old allotment. Where the days of grace are more
+    than a period, several may be overdue, one after the other.
     """
-    due = subscription.due_at()
-    if due is None or due > context.now or not subscription.renews_by_itself:
-        return 0
-    renew(account, subscription, context.now, context.now, context.operation, context.catalog)
-    assert subscription.renewal is not None
-    return subscription.renewal.allotted
+    allotted = 0
+    while subscription.renews_by_itself and subscription.period_end <= context.now:
+        renew(account, subscription, context.now, context.now, context.operation, context.catalog)
+        assert subscription.renewal is not None
+        allotted += subscription.renewal.allotted
+    return allotted
 
 
 def _outcome(account: Account, subscription: Subscription, allotted: int = 0, expired: int = 0) -> Outcome:

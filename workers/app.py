@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from celery import Celery
 from kombu import Exchange, Queue
@@ -66,29 +65,6 @@ def common_configuration(config: Settings) -> dict[str, Any]:
         "enable_utc": True,
         "timezone": "UTC",
         "worker_redirect_stdouts": False,
-        "beat_scheduler": "celery.beat:Scheduler" if is_rabbitmq(broker) else "redbeat.RedBeatScheduler",
-        "beat_max_loop_interval": 5,
-        **({} if is_rabbitmq(broker) else _redbeat(broker, broker_tls)),
-    }
-
-
-def _redbeat(url: str, tls: dict[str, Any] | None) -> dict[str, Any]:
-    """Where beat keeps its schedule and its lock.
-
-    Celery shows a worker's settings to whoever asks (``inspect conf``, Flower) and hides the passwords in the URLs that
-    it knows. This one it does not know; but it does hide what is called a password.
-    """
-    parts = urlsplit(url)
-    given = {"username": parts.username, "password": parts.password}
-    return {
-        "redbeat_redis_url": parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(),
-        "redbeat_redis_options": {
-            "socket_connect_timeout": 5,
-            "socket_timeout": 30,
-            **{name: unquote(value) for name, value in given.items() if value},
-        },
-        "redbeat_redis_use_ssl": tls,
-        "redbeat_lock_timeout": 30,
     }
 
 
@@ -118,7 +94,9 @@ app.conf.imports = (
     "schedules.audit",
     "schedules.notices",
     "schedules.outbox",
+    "schedules.retention",
     "schedules.seal",
     "schedules.transfers",
+    "schedules.usage",
     "schedules.warnings",
 )

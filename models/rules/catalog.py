@@ -273,6 +273,15 @@ class Refunds(Section, frozen=True):
     refund_days: Annotated[int, msgspec.Meta(ge=1, le=3660)] = 30
 
 
+class Retention(Section, frozen=True):
+    """``[retention]``: how long is kept what nothing is proven by; for ever unless said."""
+
+    notices_days: Annotated[int, msgspec.Meta(ge=1, le=36_600)] | None = None
+    """Notices, read or not, after they were delivered."""
+    quarantine_days: Annotated[int, msgspec.Meta(ge=1, le=36_600)] | None = None
+    """Quarantined messages after they were replayed or dropped. Those that are open stay."""
+
+
 class Catalog(Section, frozen=True):
     """A whole catalog."""
 
@@ -287,6 +296,13 @@ class Catalog(Section, frozen=True):
     notify: Notify = Notify()
     clawback: Clawback = Clawback()
     refunds: Refunds = Refunds()
+    retention: Retention = Retention()
+
+    def __post_init__(self) -> None:
+        days = self.retention.notices_days
+        if days is not None and days <= max(self.notify.expiry_days, default=0):
+            # A warning that is gone before its credits are would be given again.
+            raise ValueError("retention.notices_days must be more than the longest of notify.expiry_days")
 
     @property
     def label(self) -> str:

@@ -284,7 +284,11 @@ class Subscription:
     @property
     def next_terms(self) -> Terms:
         """The plan from the next renewal on: a year that is paid for is given to its end."""
-        if self.pending is None or (self.pending_at or self.period_end) > self.period_end + PAYMENT_SLACK:
+        return self.terms_at(self.period_end)
+
+    def terms_at(self, start: datetime) -> Terms:
+        """The plan of a period that begins then, the one under way being over."""
+        if self.pending is None or (self.pending_at or self.period_end) > start + PAYMENT_SLACK:
             return self.terms
         return self.pending
 
@@ -302,6 +306,10 @@ class Subscription:
     def grace_ends(self) -> datetime:
         """Until when the allotment stays usable if no payment comes."""
         return self.period_end + timedelta(days=self.terms.grace_days)
+
+    def forget_payment(self) -> None:
+        """Nothing was paid for the lots to come."""
+        self.payment = self.price_minor = self.price_currency = self.price_per = None
 
     def due_at(self) -> datetime | None:
         """The next instant at which time alone changes it."""

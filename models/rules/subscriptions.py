@@ -61,7 +61,8 @@ def renew(
     if coming is subscription.pending:
         subscription.pending = subscription.pending_at = None
     if not subscription.terms.paid:
-        subscription.paid_until = subscription.payment = None
+        subscription.paid_until = None
+        subscription.forget_payment()
     subscription.number += 1
     if abs(add_months(subscription.anchor, subscription.number, subscription.zone) - subscription.period_end) > (
         PAYMENT_SLACK
@@ -89,30 +90,49 @@ def _close_period(
     operation: str | None,
     catalog: Catalog,
 ) -> list[Taken]:
-    """Expire or carry what is left of a period's lots; over the cap, the rollover lots that end soonest go first."""
+    """Expire or carry what is left of a period's lots; over the cap, the rollover lots that end soonest go first.
+
+    Those count among them that are carried now: a lot that never ends is not trimmed before they are.
+    """
     lots = lots_of(account, subscription)
-    excess = sum(lot.available for lot in lots)
     taken: dict[int, Taken] = {}
-    if ending.mode == "rollover":
+    excess = 0
+    keeps = ending.mode == "rollover"
+    carried_until = None
+    if keeps:
+        if ending.rollover_months is not None:
+            months = subscription.number + ending.rollover_months
+            carried_until = add_months(subscription.anchor, months, subscription.zone)
+            keeps = at < carried_until  # not so where a payment came very late
         cap = ending.cap_micro
         if ending.caps_balance:
             cap = max(0, cap - subscription.terms.monthly_micro)
         carried = [
             lot
             for lot in account.order
-            if lot.source == ending.rollover_source and lot.available and lot.id not in subscription.lots
+            if lot.source == ending.rollover_source
+            and lot.id not in subscription.lots
+            and (lot.expires_at is None or at < lot.expires_at)
         ]
-        carried.sort(key=lambda lot: (lot.expires_at or NEVER, lot.created_at, lot.id))
-        excess = max(0, sum(lot.available for lot in carried) + excess - cap)
-        lots = carried + lots
+        # What is set aside is in them too: it may come back.
+        rolled = sum(lot.available + lot.held + lot.in_transit for lot in carried)
+        rolled += sum(lot.available for lot in lots) if keeps else 0
+        excess = max(0, rolled - cap)
+        carried.sort(key=attrgetter("created_at", "id"))
+        ends = {lot.id: carried_until for lot in lots} | {lot.id: lot.expires_at for lot in carried}
+        lots = sorted(carried + lots, key=lambda lot: ends[lot.id] or NEVER)
     for lot in lots:
-        over = min(lot.available, excess)
-        excess -= over
+        is_ending = lot.id in subscription.lots
+        if keeps or not is_ending:
+            over = min(lot.available, excess)
+            excess -= over
+        else:
+            over = lot.available
         if over:
             post(account, lot, "expired", over, now, operation, at=at)
-        rest = lot.available if lot.id in subscription.lots else 0
+        rest = lot.available if is_ending else 0
         if rest:
-            _carry(account, subscription, ending, lot, rest, at, now, operation, catalog)
+            _carry(account, lot, rest, ending.rollover_source, carried_until, at, now, operation, catalog)
         if over or rest:
             taken[lot.id] = Taken(lot.id, over, rest)
     return list(taken.values())
@@ -120,24 +140,20 @@ def _close_period(
 
 def _carry(
     account: Account,
-    subscription: Subscription,
-    ending: Terms,
     lot: Grant,
     amount_micro: int,
+    source: str,
+    expires_at: datetime | None,
     at: datetime,
     now: datetime,
     operation: str | None,
     catalog: Catalog,
 ) -> None:
     """Move credits of an ended period into a rollover lot of their own, with what was paid for them."""
-    expires_at = None
-    if ending.rollover_months is not None:
-        months = subscription.number + ending.rollover_months
-        expires_at = add_months(subscription.anchor, months, subscription.zone)
     carried = new_grant(
         account,
-        source=ending.rollover_source,
-        priority=catalog.priority_of(ending.rollover_source),
+        source=source,
+        priority=catalog.priority_of(source),
         features=lot.features,
         expires_at=expires_at,
         now=at,

@@ -149,6 +149,9 @@ def test_a_catalog_without_its_own_section_is_refused() -> None:
         ("[clawback]\non_spent = 'shrug'\n", "clawback.on_spent", "shrug"),
         ("[refunds]\nrefund_days = 0\n", "refunds.refund_days", ">= 1"),
         ("[refunds]\nrefund_days = 3661\n", "refunds.refund_days", "<= 3660"),
+        ("[retention]\nnotices_days = 0\n", "retention.notices_days", ">= 1"),
+        ("[retention]\nholds_days = 9\n", "retention", "holds_days"),
+        ("[retention]\nnotices_days = 30\n[notify]\nexpiry_days = [7, 30]\n", "retention.notices_days", "more than"),
     ],
 )
 def test_a_wrong_catalog_is_refused_with_file_key_and_reason(text: str, key: str, reason: str) -> None:

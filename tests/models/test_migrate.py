@@ -20,7 +20,7 @@ from models.migrate import MIGRATION_LOCK, alembic_config, sqlalchemy_url, upgra
 from models.tables import Base
 from scripts.embedded import Stack
 from tests.proof import live
-from tests.support import ROOT, Ledger, rows, value
+from tests.support import ROOT, Ledger, execute, rows, value
 
 
 @pytest.fixture
@@ -81,6 +81,8 @@ def test_what_was_written_before_rows_were_narrow_stands_as_it_was(
     ledger.writer.connection.execute("GRANT SELECT ON entries TO PUBLIC")
     now, content, columns = schema(database), rows(database, CONTENT), rows(database, COLUMNS)
     rights = rows(database, RIGHTS)
+    found = rows(database, "SELECT account, reference_micro FROM accounts")
+    references = "VALUES " + ", ".join(f"('{account}', {micro})" for account, micro in found)
     migrate(database, command.downgrade, "0004")
     old = without_functions(database), rows(database, COLUMNS)
     assert old[1] != columns
@@ -88,6 +90,10 @@ def test_what_was_written_before_rows_were_narrow_stands_as_it_was(
     migrate(empty_database, command.upgrade, "0004")
     assert (without_functions(empty_database), rows(empty_database, COLUMNS)) == old
     upgrade(database)
+    # What thresholds are percentages of is younger than those columns, and went with its own.
+    execute(
+        database, f"UPDATE accounts SET reference_micro = micro FROM ({references}) r(name, micro) WHERE name = account"
+    )
     assert (schema(database), rows(database, COLUMNS)) == (now, columns)
     assert rows(database, CONTENT) == content
     assert rows(database, RIGHTS) == rights

@@ -300,4 +300,4 @@ def test_lane_owners(database: str, connection: psycopg.Connection[Any]) -> None
 
 def test_a_reading_session_cannot_write(connection: psycopg.Connection[Any]) -> None:
     with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
-        connection.execute("DELETE FROM quarantine")
+        connection.execute("TRUNCATE quarantine")

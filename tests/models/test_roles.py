@@ -31,9 +31,9 @@ PASSWORDS = {WORKER: secrets.token_urlsafe(16), READER: secrets.token_urlsafe(16
 
 LEDGER = ("operations", "entries")
 ONCE = (*LEDGER, "seals", "seal_leaves", "audits")
-STATE = ("accounts", "grants", "holds", "receipts", "quarantine", "checkpoints", "checkpoint_grants",
-         "subscriptions")  # fmt: skip
-PASSING = ("outbox", "notices", "deliveries")
+STATE = ("accounts", "grants", "holds", "receipts", "checkpoints", "checkpoint_grants", "subscriptions",
+         "schedules")  # fmt: skip
+PASSING = ("outbox", "notices", "deliveries", "quarantine", "usage_days", "usage_watermark")
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +185,8 @@ def test_a_worker_does_the_work_of_the_ledger_in_its_role(
     travel(database, timedelta(minutes=5))
     app = Celery(broker=broker_url, backend=broker_url)
     for task in (
-        "schedules.expiry", "schedules.audit", "schedules.audit_new", "schedules.seal", "schedules.notices",
-        "schedules.deliveries", "schedules.warnings",
+        "schedules.expiry", "schedules.audit", "schedules.audit_new", "schedules.seal", "schedules.usage",
+        "schedules.retention", "schedules.notices", "schedules.deliveries", "schedules.warnings",
     ):  # fmt: skip
         app.send_task(task, queue="maintenance").get(timeout=60)
     assert app.send_task("queries.balance", ("alice",), queue="queries").get(timeout=60)["available"] == "49"

@@ -18,9 +18,9 @@ from typing import Any
 Row = dict[str, Any]
 """A lot, a hold, a movement or an answer."""
 
-INSTANTS = ("effective_at", "expires_at", "occurred_at")
+INSTANTS = ("effective_at", "expires_at", "occurred_at", "period_start", "period_end")
 AMOUNTS = ("amount", "quantity")
-DEFAULTS = {"v": 1, "kind": "user", "ttl": 900, "partial": False}
+DEFAULTS = {"v": 1, "kind": "user", "ttl": 900, "partial": False, "at": "period_end"}
 
 MOST = 9 * 10**18
 """Micro-credits that may come into one account in all its life."""
@@ -131,7 +131,7 @@ class Ledger:
                 raise Refusal("unknown_account")
             if self.closed and name not in ("credits.confirm", "credits.bounce"):
                 raise Refusal("account_closed")
-            step: Callable[[Row, str, datetime], Row] = getattr(self, name.removeprefix("credits.") + "_")
+            step: Callable[[Row, str, datetime], Row] = getattr(self, name.partition(".")[2] + "_")
             details = step(said, operation, now)
             answer = {"status": "applied", "code": None, "charged": 0, "uses": [], **details}
         except Refusal as refusal:
@@ -224,11 +224,7 @@ class Ledger:
 
     def capture_(self, said: Row, operation: str, now: datetime) -> Row:
         hold = self.open_hold(said["hold"])
-        final = said.get("amount", hold["amount"])
-        if "quantity" in said:
-            if hold["feature"] is None:
-                raise Refusal("invalid")
-            final = self.price(hold["feature"], said["quantity"])
+        final = self.final(hold, said)
         extra = self.find(final - hold["amount"], hold["feature"], now) if final > hold["amount"] else []
         if final < hold["amount"]:
             self.unhold(hold, hold["amount"] - final, now, now, operation)
@@ -245,6 +241,14 @@ class Ledger:
         self.charges[operation] = receipt
         uses = [(line["lot"]["number"], line["taken"]) for line in receipt]
         return {"charged": final, "uses": uses, "hold": hold["id"]}
+
+    def final(self, hold: Row, said: Row) -> int:
+        """What a hold is captured with."""
+        if "quantity" not in said:
+            return int(said["amount"] if "amount" in said else hold["amount"])
+        if hold["feature"] is None:
+            raise Refusal("invalid")
+        return self.price(hold["feature"], said["quantity"])
 
     def release_(self, said: Row, operation: str, now: datetime) -> Row:
         hold = self.open_hold(said["hold"])
@@ -317,7 +321,7 @@ class Ledger:
         for root in roots:
             family = self.family_of(root)
             away = sum(lot["consumed"] + lot["held"] + lot["in_transit"] + lot["sent"] for lot in family)
-            away -= sum(lot["restored"] for lot in family)
+            away -= sum(lot["restored"] for lot in family) + self.carried(family)
             unforgiven = max(away - root["forgiven"], 0)
             shares.append(min(unforgiven, self.worth(root), wanted - sum(shares)))
         for place, root in enumerate(roots):
@@ -494,9 +498,7 @@ class Ledger:
     def shortage(self, required: int, available: int) -> Refusal:
         details: Row = {"required": required, "available": available, "shortfall": required - available}
         best: Row | None = None
-        for pack in self.policy["packs"]:
-            if pack["credits"] < required - available:
-                continue
+        for pack in self.offers(required - available):
             if (
                 best is None
                 or pack["minor"] < best["minor"]
@@ -506,6 +508,10 @@ class Ledger:
         if best is not None:
             details["offer"] = best["name"]
         return Refusal("insufficient_credits", **details)
+
+    def offers(self, shortfall: int) -> list[Row]:
+        """What is for sale that covers so much."""
+        return [pack for pack in self.policy["packs"] if pack["credits"] >= shortfall]
 
     def open_hold(self, operation: str) -> Row:
         if operation not in self.holds:
@@ -562,7 +568,11 @@ class Ledger:
         family = self.family_of(root)
         came = sum(lot["granted"] + lot["received"] for lot in family)
         lapsed = sum(lot["expired"] for lot in family)
-        return int(max(0, came - lapsed - root["clawed_back"]))
+        return int(max(0, came - self.carried(family) - lapsed - root["clawed_back"]))
+
+    def carried(self, family: list[Row]) -> int:
+        """What one of a family handed to another: it is in both, and counts once."""
+        return sum(int(lot["received"]) for lot in family if lot["origin"] is not None)
 
     def come_in(self, lot: Row, amount: int, operation: str, now: datetime) -> Row:
         self.move("granted", lot, amount, now, operation)
@@ -664,10 +674,13 @@ class Ledger:
         elif kind == "sent":
             lot["in_transit"] -= amount
             lot["sent"] += amount
+        elif kind == "rolled_out":
+            lot["available"] -= amount
+            lot["sent"] += amount
         elif kind == "bounced":
             lot["in_transit"] -= amount
             lot["available"] += amount
-        elif kind == "received":
+        elif kind in ("received", "rolled_in"):
             lot["received"] += amount
             lot["available"] += amount
         elif kind == "debt_paid":

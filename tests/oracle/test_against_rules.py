@@ -14,6 +14,7 @@ from fractions import Fraction
 from hashlib import sha256
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -21,10 +22,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from creditlane.contract import decode_message
 from models.catalog import parse_catalog
-from models.rules.catalog import Catalog, Money
+from models.rules.catalog import Catalog, Money, Plan
 from models.rules.state import CLOSED, COUNTERS, UNOPENED, Account, Entry
 from tasks.ledger import Answer, apply, encode
-from tests.oracle.model import BUCKETS, Ledger, Row, meaning
+from tests.oracle.model import BUCKETS, Row, meaning
+from tests.oracle.plans import PlanLedger
 
 THOROUGH = os.environ.get("CREDITLANE_HYPOTHESIS") == "thorough"
 COMMON = settings(
@@ -119,6 +121,19 @@ def plain(catalog: Catalog) -> Row:
         ],
         "on_spent": catalog.clawback.on_spent,
         "refund_days": catalog.refunds.refund_days,
+        "zone": catalog.catalog.zone,
+        "plans": {name: plain_plan(name, plan) for name, plan in catalog.plans.items()},
+    }
+
+
+def plain_plan(name: str, plan: Plan) -> Row:
+    """A plan in the catalog's own words."""
+    price = None if plan.price is None else Money.parse(plan.price)
+    return {
+        **msgspec.structs.asdict(plan),
+        "name": name,
+        "credits": int(plan.monthly_credits),
+        "price": None if price is None else {"minor": price.minor, "currency": price.currency},
     }
 
 
@@ -185,6 +200,8 @@ MOVES: dict[str, dict[str, int]] = {
     "sent": {"in_transit": -1, "sent": 1},
     "bounced": {"in_transit": -1, "available": 1},
     "received": {"received": 1, "available": 1},
+    "rolled_out": {"available": -1, "sent": 1},
+    "rolled_in": {"received": 1, "available": 1},
     "debt_incurred": {"debt": 1},
     "debt_paid": {"available": -1, "revoked": 1, "debt": -1},
 }
@@ -269,16 +286,19 @@ def read_answer(answer: Answer) -> Row:
         "uses": [(use["grant"], credits_of(use["amount"])) for use in said.get("grants", [])],
         "replayed": said.get("replayed", False),
     }
-    for amount in ("required", "available", "shortfall", "owed", "forgiven"):
+    for amount in (
+        "required", "available", "shortfall", "owed", "forgiven", "allotted", "expired", "taken_back", "restored",
+    ):  # fmt: skip
         if amount in said:
             read[amount] = credits_of(said[amount])
-    for same in ("grant", "hold", "to", "sender", "transfer", "refused"):
+    for same in ("grant", "hold", "to", "sender", "transfer", "refused", "plan", "plan_status", "plan_next"):
         if same in said:
             read[same] = said[same]
-    if "expires_at" in said:
-        read["expires_at"] = datetime.fromisoformat(said["expires_at"])
+    for instant in ("expires_at", "period_start", "period_end", "paid_until"):
+        if instant in said:
+            read[instant] = datetime.fromisoformat(said[instant])
     if "offer" in said:
-        read["offer"] = said["offer"]["pack"]
+        read["offer"] = said["offer"].get("pack", said["offer"].get("plan"))
     balance = said.get("balance")
     if balance is not None:
         read["balance"] = {
@@ -310,7 +330,7 @@ class Both:
 
     def __post_init__(self) -> None:
         self.account = Account(self.name)
-        self.ledger = Ledger(plain(self.catalog))
+        self.ledger = PlanLedger(plain(self.catalog))
 
     def do(self, name: str, operation: str, content: Row) -> Row:
         """Apply it to both; compare the answers and everything that they are made of."""
@@ -338,11 +358,11 @@ class Both:
         if known:
             assert answer.row is None
             assert self.account.operations == numbered
-            check_settling(new)
+            assert new == [], "time stands still for what was answered before"
         else:
             self.check_row(answer, result, new)
             assert self.account.operations == numbered + 1
-        self.check_nothing_expired_is_left()
+            self.check_nothing_expired_is_left()
         self.check_due()
         self.check_live(new)
         self.check_same()
@@ -457,7 +477,7 @@ def check_settling(entries: list[Entry]) -> None:
     """Time alone gives back what was held, takes what is owed of it, and lets credits lapse."""
     for entry in entries:
         assert entry.operation is None
-        assert entry.kind in ("released", "expired", "debt_paid", "revoked")
+        assert entry.kind in ("released", "expired", "debt_paid", "revoked", "granted", "rolled_out", "rolled_in")
 
 
 def send(account: Account, name: str, operation: str, content: Row, now: datetime, catalog: Catalog) -> Answer:
@@ -466,9 +486,9 @@ def send(account: Account, name: str, operation: str, content: Row, now: datetim
     return apply(account, name, operation, decode_message(name, arguments), arguments, now, catalog)
 
 
-def fails(catalog: Catalog, script: list[Step]) -> str | None:
+def fails(catalog: Catalog, script: list[Step], kind: type[Both] = Both) -> str | None:
     """How a run fails, if it does."""
-    both = Both(catalog)
+    both = kind(catalog)
     for now, name, operation, content in script:
         both.now = now
         try:
@@ -478,7 +498,7 @@ def fails(catalog: Catalog, script: list[Step]) -> str | None:
     return None
 
 
-def reduced(catalog: Catalog, script: list[Step]) -> str:
+def reduced(catalog: Catalog, script: list[Step], kind: type[Both] = Both) -> str:
     """A failing run without the operations that it fails without, to be read; says how it fails."""
     wanted = list(script)
     shorter = True
@@ -486,10 +506,12 @@ def reduced(catalog: Catalog, script: list[Step]) -> str:
         shorter = False
         for place in reversed(range(len(wanted))):
             fewer = wanted[:place] + wanted[place + 1 :]
-            if fails(catalog, fewer) is not None:
+            if fails(catalog, fewer, kind) is not None:
                 wanted, shorter = fewer, True
-    lines = [f"  {now:%d %H:%M:%S.%f}  {operation}  {name}  {content}" for now, name, operation, content in wanted]
-    return "\n".join([f"with {catalog.clawback.on_spent}:", *lines, str(fails(catalog, wanted))])
+    lines = [
+        f"  {now:%Y-%m-%d %H:%M:%S.%f}  {operation}  {name}  {content}" for now, name, operation, content in wanted
+    ]
+    return "\n".join([f"with {catalog.clawback.on_spent}:", *lines, str(fails(catalog, wanted, kind))])
 
 
 # What is sent. Times are on a grid of ten seconds, so that several things fall due at the same instant.
@@ -941,6 +963,6 @@ def test_every_kind_of_entry_is_reached_by_the_sequences_of_this_file() -> None:
         both.do(name, f"operation-{len(both.sent)}", content)
     both.now += timedelta(days=3)
     both.do("credits.settle", "operation-8", present())
-    # What moves between accounts is in test_transfers.py.
-    between = {"transferred", "sent", "bounced", "received"}
+    # What moves between accounts is in test_transfers.py, what a plan carries over in test_plans.py.
+    between = {"transferred", "sent", "bounced", "received", "rolled_out", "rolled_in"}
     assert {entry.kind for entry in both.account.entries} == set(MOVES) - between

@@ -59,8 +59,8 @@ def test_scheduled_tasks_go_to_a_queue_that_a_general_worker_takes(beat: dict[st
 
 
 def test_a_tick_of_the_sweep_that_nobody_took_is_dropped_before_the_next(beat: dict[str, Any]) -> None:
-    assert beat["schedule"]["expiry sweep"][1] == "60.0"
-    assert beat["intervals"]["expiry sweep"]["expires"] <= 60
+    assert beat["schedule"]["allocation, rollover and expiry"][1] == "60.0"
+    assert beat["intervals"]["allocation, rollover and expiry"]["expires"] <= 60
 
 
 def test_the_outbox_is_swept_every_ten_seconds(beat: dict[str, Any]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from scripts.bench_grow import fill, sizes
+from models.catalog import load_catalog
+from scripts.bench_grow import fill, fill_subscribed, sizes
+from scripts.bench_long import CATALOG, PLAN
 from tests.models.test_migrate import schema
 from tests.support import Ledger, rows, value
 
@@ -27,6 +29,23 @@ def test_it_is_a_ledger_as_the_lanes_write_one(database: str, ledger: Ledger) ->
     result = ledger.apply("credits.consume", "next", account="user_02299", amount="0.5")
     assert result["status"] == "applied"
     assert result["balance"]["available"] == "999999998.5"
+
+
+def test_subscribers_whose_period_is_over_are_renewed_by_a_settle(database: str, ledger: Ledger) -> None:
+    """Likewise audited; replayed not, as the catalog is the bench's own."""
+    catalog = load_catalog(str(CATALOG))
+    ledger.writer.catalog = lambda: catalog
+    before = schema(database)
+    due_at = fill_subscribed(database, 2_300, str(CATALOG), PLAN, lambda done, total: None)
+    assert schema(database) == before
+    assert rows(database, "SELECT DISTINCT next_due_at <= ledger_now(), available_micro / 1000000 FROM accounts") == [
+        (True, 70)
+    ]
+    assert value(database, "SELECT count(*) FROM subscriptions WHERE period_end = %s", due_at) == 2_300
+    result = ledger.apply("credits.settle", "s", account="user_02299")
+    assert result["balance"]["by_source"] == {"rollover": "70", "monthly": "100"}
+    (plan,) = rows(database, "SELECT number, period_start FROM subscriptions WHERE account = 'user_02299'")
+    assert plan == (1, due_at)
 
 
 def test_only_an_empty_ledger_is_filled(database: str, ledger: Ledger) -> None:

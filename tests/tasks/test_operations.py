@@ -71,13 +71,14 @@ class Lane:
     """The row of the last operation, none for a replay or a conflict."""
 
     def __call__(self, name: str, id: str | None = None, /, **content: Any) -> dict[str, Any]:
-        """Send ``credits.<name>`` and return the result."""
+        """Send ``credits.<name>``, or a task by its whole name, and return the result."""
         self.sent += 1
-        arguments = json.dumps({"account": "user_42", **content}).encode()
-        message = decode_message(f"credits.{name}", arguments)
+        arguments = msgspec.json.encode({"account": "user_42", **content})
+        task = name if "." in name else f"credits.{name}"
+        message = decode_message(task, arguments)
         done = apply(
             self.account,
-            f"credits.{name}",
+            task,
             id or f"operation-{self.sent}",
             message,
             arguments,

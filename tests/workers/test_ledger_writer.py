@@ -45,6 +45,8 @@ TABLES = {
     "receipts": "account, operation, line",
     "entries": "account, seq",
     "operations": "account, number",
+    "subscriptions": "account",
+    "notices": "account, key",
 }
 
 FORGIVING = """

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import msgspec
 import psycopg
 import pytest
 
-from models import reading
+from models import due, reading, usage
+from models.catalog import load_catalog
 from models.database import connect
-from schedules import expiry, outbox
+from schedules import expiry, outbox, retention
 from scripts.bench_grow import fill
 from scripts.embedded import Stack
 from tests.conftest import TEMPLATE, _ledger
@@ -38,6 +39,10 @@ KEYS = {
     "receipts": [{"account", "operation"}],
     "outbox": [{"id"}],
     "quarantine": [{"id"}, {"digest"}],
+    "subscriptions": [{"account"}],
+    "notices": [{"account", "key"}, {"delivered_at"}],
+    "deliveries": [{"account", "key"}],
+    "usage_days": [{"account", "day"}],
 }
 """What the condition of an index must have of a table's columns: one of these sets. Of what one account has many of,
 more than the account."""
@@ -47,16 +52,28 @@ WRITERS = {
     for name in (
         "LOCK_ACCOUNTS", "OPEN_GRANTS", "OPEN_HOLDS", "OPEN_HOLD_LINES", "KNOWN", "TRANSFERS", "NAMED_HOLDS", "CHARGES",
         "CHARGED_GRANTS", "NAMED_GRANTS", "ROOT_GRANTS", "PURCHASED_GRANTS", "UPSERT_RECEIPTS",
+        "SUBSCRIPTIONS", "SUBSCRIBED_GRANTS", "UPSERT_SUBSCRIPTIONS", "INSERT_NOTICES",
     )
 }  # fmt: skip
 READERS = {
     name: getattr(reading, name)
     for name in (
         "ACCOUNT", "OPEN_GRANTS", "OPEN_HOLDS", "OPEN_HOLD_LINES", "HISTORY", "ENTRIES", "LAPSED", "QUARANTINE",
-        "OPEN_QUARANTINE", "QUARANTINED",
+        "OPEN_QUARANTINE", "QUARANTINED", "SUBSCRIPTION",
     )
 }  # fmt: skip
-SWEEPS = {"DUE": expiry.DUE, "LEFT": outbox.LEFT, "DELETE": DELETE}
+SWEEPS = {
+    "DUE": expiry.DUE, "LEFT": outbox.LEFT, "DELETE": DELETE,
+    **{name: getattr(due, name) for name in ("COUNT", "OLDEST")},
+    **{
+        name: getattr(retention, name)
+        for name in ("OLD_NOTICES", "DELETE_NOTICES", "DELETE_DELIVERIES", "QUARANTINE", "DELETE_QUARANTINED")
+    },
+}  # fmt: skip
+BOUNDED = {
+    due.NOTICES: {"notices_undelivered"}, due.OUTBOX: {"outbox_pkey"}, due.IN_TRANSIT: {"accounts_in_transit"},
+}  # fmt: skip
+"""Statements that read the first rows of an index that has only what waits, or what is to be published in order."""
 
 MANY = (
     "INSERT INTO holds SELECT account, 'h', 'captured', 1, 1, NULL, NULL, now(), now(), now() FROM accounts LIMIT 9000"
@@ -67,6 +84,14 @@ MANY = (
     "INSERT INTO quarantine (digest, status, code, reason, queue, headers, body, received_at)"
     " SELECT sha256(account::bytea), CASE WHEN account LIKE '%1' THEN 'open' ELSE 'dropped' END, '', '', '', '', '',"
     " now() FROM accounts",
+    "INSERT INTO subscriptions SELECT account, 'p', 'active', now(), 'UTC', 0, now(), now() + interval '1 day', NULL,"
+    " NULL, false, 1, NULL, NULL, NULL, NULL, '{1}', '{}', '{}' FROM accounts LIMIT 9000 ON CONFLICT DO NOTHING",
+    "INSERT INTO notices SELECT account, 'k' || number, 'depleted', now(), now(), '{}', '{}', NULL,"
+    " CASE WHEN account LIKE '%1' THEN NULL ELSE now() END FROM accounts, generate_series(1, 4) AS number",
+    "INSERT INTO deliveries SELECT account, 'k1', channel, 'sent', 1, NULL, now(), NULL"
+    " FROM accounts, unnest('{email,webhook}'::text[]) AS channel",
+    "INSERT INTO usage_days SELECT account, '2026-01-01', 'f', '', 1, 1, 1, 0 FROM accounts",
+    "UPDATE accounts SET next_due_at = now() WHERE account LIKE 'user_%'",
 )
 """Rows of tables that a bench does not fill, so that reading a whole one is never the shortest way."""
 
@@ -96,7 +121,16 @@ def large(stack: Stack) -> Iterator[str]:
         ledger.writer.connection.execute(DELETE, ([1, 2],))
     with psycopg.connect(url, autocommit=True, cursor_factory=Recording) as connection:
         read(connection, "a")
-        list(expiry.due(connection))
+        now = datetime.now(UTC)
+        list(expiry.due(connection, now))
+        list(retention.delete_notices(connection, now))
+        list(retention.delete_quarantined(connection, now))
+        recorded.update(
+            {
+                retention.DELETE_NOTICES: (["a"], ["k"]), retention.DELETE_DELIVERIES: (["a"], ["k"]),
+                retention.DELETE_QUARANTINED: ([1],), due.COUNT: (now,), due.OLDEST: (now,),
+            }
+        )  # fmt: skip
         with connection.transaction():
             outbox.left_behind(connection, 0)
     with psycopg.connect(url, autocommit=True) as connection:
@@ -123,6 +157,10 @@ def live_on(ledger: Ledger, database: str) -> None:
     travel(database, timedelta(days=1))
     ledger.apply("credits.refund", "into-a-new-lot", account="c", operation="of-brief")
     ledger.apply("credits.consume", "of-the-new-lot", account="c", amount=1)
+    rollover = load_catalog("rollover")
+    ledger.writer.catalog = lambda: rollover
+    ledger.apply("plans.subscribe", "subscribed", account="c", plan="starter")
+    ledger.apply("plans.cancel", "cancelled", account="c")
 
 
 def read(connection: psycopg.Connection[Any], account: str) -> None:
@@ -205,6 +243,39 @@ def test_what_writes_finds_every_row_by_its_key(large: str, session: str, known:
 def test_sweeps_find_every_row_by_its_key(large: str, known: bool) -> None:
     with psycopg.connect(large, autocommit=True) as connection:
         assert judge(connection, SWEEPS.values(), known=known) == {}
+
+
+@any_or_known
+def test_a_page_of_due_accounts_is_read_off_the_index_however_many_are_due_at_once(large: str, known: bool) -> None:
+    """Neither sorted nor read from the first of that instant on."""
+    with psycopg.connect(large, autocommit=True) as connection:
+        (at,) = connection.execute("SELECT next_due_at FROM accounts WHERE account = 'user_00000'").fetchall()[0]
+        connection.execute(due.IN_ORDER)
+        found = plan(connection, expiry.DUE, (at, at, "user_04999") if known else None)
+        assert found["Node Type"] == "Limit"
+        (scan,) = found["Plans"]
+        assert (scan["Node Type"], scan["Index Name"]) == ("Index Scan", "accounts_due")
+        assert "ROW(next_due_at, account) > ROW(" in scan["Index Cond"]
+        assert connection.execute(expiry.DUE, (at, at, "user_04999")).fetchall()[0][0] == "user_05000"
+
+
+def test_what_waits_is_counted_on_an_index_of_it(large: str) -> None:
+    with psycopg.connect(large, autocommit=True) as connection:
+        for statement, indexes in BOUNDED.items():
+            assert {node.get("Index Name") for node in scans(plan(connection, statement, ()))} == indexes
+
+
+@any_or_known
+def test_usage_is_counted_by_blocks_of_time_and_by_key(large: str, known: bool) -> None:
+    with psycopg.connect(large, autocommit=True) as connection, connection.transaction():
+        connection.execute(usage.BY_INDEX)
+        now = datetime.now(UTC)
+        found = plan(connection, usage.COUNT, {"start": now - timedelta(seconds=10), "end": now} if known else None)
+        timed, *by_key = sorted(scans(found), key=lambda node: node.get("Index Name") is not None)
+        assert timed["Node Type"] == "Bitmap Heap Scan"
+        assert {child["Index Name"] for child in timed["Plans"]} == {"operations_by_time"}
+        assert [node["Index Name"] for node in by_key] == ["operations_pkey"] * 2
+        assert all("account" in node["Index Cond"] and "operation" in node["Index Cond"] for node in by_key)
 
 
 @any_or_known
