@@ -19,6 +19,7 @@ from uuid import NAMESPACE_OID, uuid5
 import msgspec
 from celery import shared_task
 from celery.utils.log import get_task_logger
+from psycopg import Connection
 
 from creditlane.client import NOTICES, SHOWN_CHARACTERS, task_message
 from creditlane.inbox import ADVISED
@@ -100,7 +101,7 @@ def deliver(account: str, key: str) -> dict[str, Any]:
         channels = [] if row is None else row[0]
         begun = [channel for (channel,) in connection.execute(BEGIN, (account, key, channels))]
         if not channels:
-            connection.execute(FINISH, (account, key))
+            finish(connection, account, key)
     send_all(sending(account, key, channel, 0) for channel in begun)
     return {"channels": begun}
 
@@ -132,9 +133,17 @@ def send(account: str, key: str, channel: str, attempt: int) -> dict[str, Any]:
             },
         )
         if end.status != PENDING:
-            connection.execute(HOLD_NOTICE, (account, key))
-            connection.execute(FINISH, (account, key))
+            finish(connection, account, key)
     return {"status": end.status, "error": end.error}
+
+
+def finish(connection: Connection[Any], account: str, key: str) -> None:
+    """Note that a notice is done with, if none of its channels has anything left to do.
+
+    :param connection: in the transaction that ends one of them.
+    """
+    connection.execute(HOLD_NOTICE, (account, key))
+    connection.execute(FINISH, (account, key))
 
 
 PENDING, SENT, SKIPPED, PARKED = "pending", "sent", "skipped", "parked"

@@ -99,6 +99,29 @@ def test_what_one_worker_is_sending_another_leaves_to_it(
     assert len(receiver.hooks) == 1
 
 
+def test_of_two_channels_that_end_at_once_the_last_one_ends_the_notice(
+    tell: Tell, telling: None, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither sees what the other has not committed: unless one waits for the other, nobody would end it."""
+    key = tell()
+    deliver("alice", key)
+    together, finish = threading.Barrier(2), notices.finish
+
+    def meet(*arguments: Any) -> None:
+        # Each has written its own row, and committed nothing, before either looks at the other's.
+        together.wait(30)
+        finish(*arguments)
+
+    monkeypatch.setattr(notices, "finish", meet)
+    threads = [threading.Thread(target=send, args=("alice", key, channel, 0)) for channel in ("email", "webhook")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {status for status, _, _ in states(database).values()} == {"sent"}
+    assert is_delivered(database)
+
+
 def test_a_channel_that_fails_delays_no_other_and_is_tried_again(
     tell: Tell, work: Work, database: str, mail_server: MailServer, receiver: Receiver
 ) -> None:
