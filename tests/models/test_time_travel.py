@@ -208,7 +208,7 @@ class Year:
     def sweep(self, now: datetime, beats: int = 1) -> None:
         """What one or more beats do that tick at the same time."""
         self.at(now)
-        found = list(due(self.connection))
+        found = list(due(self.connection, now))
         settling = [
             job("credits.settle", settle_id(due_at, operations), account=account)
             for _ in range(beats)
