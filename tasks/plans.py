@@ -10,7 +10,7 @@ import msgspec
 from creditlane.amounts import format_amount
 from creditlane.codes import Code
 from creditlane.contract import CancelPlan, ChangePlan, Paid, RenewPlan, Subscribe, UndoRenewal
-from models.rules.burning import new_grant, pay_debt
+from models.rules.burning import check_room, new_grant, pay_debt
 from models.rules.calendar import add_months, month_start, months_passed
 from models.rules.catalog import Terms
 from models.rules.posting import post
@@ -221,7 +221,7 @@ def undo(account: Account, message: UndoRenewal, context: Context) -> Outcome:
 
     The lots that it made are taken back, what was spent of them as the catalog's claw-back says; what it let expire or
     carried comes back in lots that end with the period under way. Dates stay: the next renewal comes in its time.
-    Refusals: ``no_subscription``, ``nothing_to_undo``.
+    Refusals: ``no_subscription``, ``nothing_to_undo``, ``limit_reached``.
     """
     subscription = _active(account)
     renewal = subscription.renewal
@@ -235,6 +235,7 @@ def undo(account: Account, message: UndoRenewal, context: Context) -> Outcome:
         lot = account.grants.get(number)
         if lot is not None:
             (allotted if lot.family == lot.id else carried).append(lot)
+    check_room(account, sum(lot.available for lot in carried) + sum(taken.expired for taken in renewal.taken))
     families = [(lot, [lot]) for lot in allotted]
     wanted = sum(worth_of(*family) for family in families)
     details = take_back(account, families, wanted, context)[1] if wanted else {}

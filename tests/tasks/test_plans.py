@@ -11,7 +11,7 @@ from creditlane.codes import Code
 from models.catalog import load_catalog, parse_catalog
 from models.rules.calendar import add_months
 from models.rules.catalog import Catalog
-from models.rules.state import Subscription
+from models.rules.state import MAX_TOTAL_MICRO, Subscription
 from tests.tasks.test_operations import Lane, refused
 
 NEW_YEAR = datetime(2027, 1, 1, 9, tzinfo=UTC)
@@ -748,3 +748,19 @@ def test_the_offer_is_a_higher_plan_and_never_the_present_one_or_a_lower() -> No
     wanting = member("consume", amount=50)
     assert wanting["offer"]["plan"] == "prorated"
     assert member("consume", amount=10**6)["offer"]["plan"] == "endless"
+
+
+@pytest.mark.parametrize("undone", [False, True])
+def test_what_comes_in_again_stays_within_what_an_account_can_ever_be_credited_with(undone: bool) -> None:
+    """Beyond it no row could be written any more, and every operation of the account would fail."""
+    own = '[plans.huge]\nmonthly_credits = "1000000000000"\nmode = "rollover"\nrollover_cap = "9x"\n'
+    member = Member.of("huge", parse_catalog(TEXT + own, "plans.toml"))
+    answers = set()
+    for month in range(2, 13):
+        member.until(month, 2)("settle")
+        if undone:
+            answers.add(member.undo().get("code"))
+        account = member.account
+        assert account.granted + account.received + account.restored <= MAX_TOTAL_MICRO
+    assert MAX_TOTAL_MICRO - (account.granted + account.received + account.restored) < 10**18
+    assert answers == ({None, Code.LIMIT_REACHED} if undone else set())
