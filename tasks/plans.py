@@ -48,12 +48,15 @@ def begin(account: Account, terms: Terms, message: Paid | None, context: Context
     """Begin a subscription to a plan.
 
     :param message: what is known of the payment, if anything.
-    :raises RefusedError: ``invalid`` for a start that lies ahead; ``already_renewed`` for the last one's payment.
+    :raises RefusedError: ``invalid`` for a start that lies ahead, or an end that does not come after it;
+        ``already_renewed`` for the last one's payment.
     """
     now = context.now
     start = now if message is None or message.period_start is None else message.period_start
     if start > now + PAYMENT_SLACK:
         raise RefusedError(Code.INVALID, "period_start lies ahead; subscribe when the plan begins")
+    if message is not None and message.period_end is not None and message.period_end <= start:
+        raise RefusedError(Code.INVALID, "period_end has passed; send period_start with it")
     zone = context.catalog.zone_of(terms.plan)
     before = account.subscription
     payment = None if message is None else message.payment

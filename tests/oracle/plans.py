@@ -115,6 +115,8 @@ class PlanLedger(Ledger):
         start = said.get("period_start", now)
         if start > now + DAY:
             raise Refusal("invalid")
+        if said.get("period_end", start + TICK) <= start:
+            raise Refusal("invalid")
         before = self.plan
         if before is not None and said.get("payment") is not None and said["payment"] == before["payment"]:
             raise Refusal("already_renewed")

@@ -764,3 +764,9 @@ def test_what_comes_in_again_stays_within_what_an_account_can_ever_be_credited_w
         assert account.granted + account.received + account.restored <= MAX_TOTAL_MICRO
     assert MAX_TOTAL_MICRO - (account.granted + account.received + account.restored) < 10**18
     assert answers == ({None, Code.LIMIT_REACHED} if undone else set())
+
+
+def test_what_has_ended_before_it_begins_is_refused() -> None:
+    member = Member.of(None)
+    refused(member("plans.subscribe", plan="basic", period_end=NEW_YEAR - DAY), Code.INVALID)
+    assert member.account.subscription is None
