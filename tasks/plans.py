@@ -176,6 +176,8 @@ def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> 
     if subscription is None:
         raise RefusedError(Code.NO_SUBSCRIPTION)
     terms = subscription.next_terms if message.plan is None else _terms(message.plan, context)
+    if not subscription.is_active:
+        terms = _terms(terms.plan, context)  # it begins again, by what the catalog says now
     if not terms.paid:
         raise RefusedError(Code.INVALID, "this plan has no price: it renews by the calendar")
     start = message.period_start

@@ -212,6 +212,8 @@ class PlanLedger(Ledger):
         if plan is None:
             raise Refusal("no_subscription")
         wanted = self.known_plan(said["plan"]) if "plan" in said else self.comes_next()
+        if not plan["alive"]:
+            wanted = self.known_plan(wanted["name"])
         if wanted["price"] is None:
             raise Refusal("invalid")
         start = said["period_start"]

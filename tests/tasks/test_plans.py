@@ -770,3 +770,16 @@ def test_what_has_ended_before_it_begins_is_refused() -> None:
     member = Member.of(None)
     refused(member("plans.subscribe", plan="basic", period_end=NEW_YEAR - DAY), Code.INVALID)
     assert member.account.subscription is None
+
+
+def test_a_plan_that_begins_again_does_so_by_the_catalog_as_it_is_then() -> None:
+    own = '[plans.basic]\nmonthly_credits = "100"\n'
+    for catalog, given in (
+        (parse_catalog(TEXT.replace(own, own.replace("100", "150")), "plans.toml"), "150"),
+        (parse_catalog(TEXT.replace(own, own.replace("basic", "other")), "plans.toml"), None),
+    ):
+        member = Member.of("basic").until(3, 1)
+        member("settle")
+        member.catalog = catalog
+        paid = member.pay(3, 1)
+        assert paid["allotted"] == given if given else refused(paid, Code.UNKNOWN_PLAN)
