@@ -170,7 +170,8 @@ def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> 
     If the period is over, the next one begins now; if not, it begins when it is. A payment whose period begins in the
     midst of the one under way moves the anchor there. A subscription that has ended begins again. However many
     messages tell of a payment, its period is given once. Refusals: ``no_subscription``, ``unknown_plan``,
-    ``already_renewed``, ``invalid`` for a plan without a price.
+    ``already_renewed``, ``invalid`` for a plan without a price, and for dates that are over or lie ahead of what is
+    paid for.
     """
     subscription = account.subscription
     if subscription is None:
@@ -187,6 +188,10 @@ def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> 
         raise RefusedError(Code.ALREADY_RENEWED)
     if not subscription.is_active:
         return begin(account, terms, message, context)
+    if paid_until is None and until <= context.now:
+        raise RefusedError(Code.INVALID, "what was paid for is over")
+    if _is_late(subscription, start) and start > context.now + PAYMENT_SLACK:
+        raise RefusedError(Code.INVALID, "period_start lies ahead of what is paid for; renew when it begins")
     subscription.cancels = False
     return _pay(account, subscription, terms, start, until, message, context)
 
@@ -203,16 +208,22 @@ def _pay(
     """Note what was paid for, and begin it, if it has begun.
 
     If it begins in the midst of the period under way, or later than that ends and nothing was paid for what lies
-    between, that period ends where it begins.
+    between, that period ends where it begins; one of a plan without a price also where it begins with it.
     """
-    late = start > subscription.period_end + PAYMENT_SLACK and not subscription.is_prepaid
-    if late or _is_amidst(subscription, start):
+    if _is_late(subscription, start) or _is_amidst(subscription, start):
         subscription.period_end = start
+    elif not subscription.terms.paid and start <= subscription.period_start + PAYMENT_SLACK:
+        subscription.period_end = max(start, subscription.period_start + timedelta.resolution)
     if terms.plan != subscription.next_terms.plan:
         subscription.pending, subscription.pending_at = terms, start
     subscription.paid_until = until
     _note_payment(subscription, message, context)
     return _outcome(account, subscription, _catch_up(account, subscription, context))
+
+
+def _is_late(subscription: Subscription, start: datetime) -> bool:
+    """Whether something begins later than the period under way ends, and nothing was paid for what lies between."""
+    return start > subscription.period_end + PAYMENT_SLACK and not subscription.is_prepaid
 
 
 def _is_amidst(subscription: Subscription, start: datetime) -> bool:

@@ -335,8 +335,9 @@ class Catalog(Section, frozen=True):
         )
 
     def cheapest_offer(self, shortfall: int, above: tuple[bool, int] = (False, 0)) -> dict[str, Any] | None:
-        """The pack or plan of least price that covers so much; of equals, the one with more credits, then the first by name.
+        """The pack or plan of least price that covers so much; of equals, the one with more credits.
 
+        Of those that are alike, the first by name.
         Minor units are compared as they are: a catalog sells in one currency.
 
         :param shortfall: in micro-credits.

@@ -222,20 +222,30 @@ class PlanLedger(Ledger):
             raise Refusal("already_renewed")
         if not plan["alive"]:
             return self.begin(wanted, said, operation, now)
+        if plan["paid_until"] is None and until <= now:
+            raise Refusal("invalid")
+        if self.leaves_a_gap(start) and start - now > DAY:
+            raise Refusal("invalid")
         plan["cancels"] = False
         return self.pay(wanted, start, until, said, now, operation)
 
     def pay(self, wanted: Row, start: datetime, until: datetime, said: Row, now: datetime, operation: str) -> Row:
         """What is paid for begins where what was paid for ends, or at a beginning of its own."""
         plan = self.running()
-        paid_so_far = plan["end"] if plan["paid_until"] is None else max(plan["end"], plan["paid_until"])
-        if self.amidst(start) or (start - plan["end"] > DAY and paid_so_far - plan["end"] <= DAY):
+        if self.amidst(start) or self.leaves_a_gap(start):
             plan["end"] = start
+        elif plan["is"]["price"] is None and start - plan["start"] <= DAY:
+            plan["end"] = max(start, plan["start"] + TICK)
         if wanted["name"] != self.comes_next()["name"]:
             plan["next"], plan["next_from"] = wanted, start
         plan["paid_until"] = until
         self.remember_payment(said)
         return self.state(allotted=self.renew_what_is_overdue(now, operation))
+
+    def leaves_a_gap(self, start: datetime) -> bool:
+        plan = self.running()
+        paid_so_far = plan["end"] if plan["paid_until"] is None else max(plan["end"], plan["paid_until"])
+        return bool(start - plan["end"] > DAY and paid_so_far - plan["end"] <= DAY)
 
     def amidst(self, start: datetime) -> bool:
         plan = self.running()

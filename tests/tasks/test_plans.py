@@ -783,3 +783,29 @@ def test_a_plan_that_begins_again_does_so_by_the_catalog_as_it_is_then() -> None
         member.catalog = catalog
         paid = member.pay(3, 1)
         assert paid["allotted"] == given if given else refused(paid, Code.UNKNOWN_PLAN)
+
+
+@pytest.mark.parametrize("hours", [-2, 0, 2, 23])
+def test_a_payment_on_the_first_day_of_a_plan_without_a_price_gives_the_plan_that_was_paid_for(hours: int) -> None:
+    member = Member.of("free")
+    start = NEW_YEAR + timedelta(hours=hours)
+    member.now = max(NEW_YEAR, start) + timedelta(hours=1)
+    paid = member("plans.renew", plan="basic", payment="in_1", period_start=start)
+    assert (paid["plan"], paid["allotted"], paid["balance"]["available"]) == ("basic", "100", "100")
+    member.until(1, 31)("settle")
+    assert member.plan.is_active
+
+
+def test_a_payment_of_long_ago_does_not_end_a_plan_without_a_price() -> None:
+    member = Member.of("free")
+    start = datetime(2020, 1, 1, tzinfo=UTC)
+    refused(member("plans.renew", plan="basic", payment="in_0", period_start=start), Code.INVALID)
+    assert member.until(2, 2).available() == "20"
+
+
+def test_no_plan_is_had_until_a_payment_that_begins_in_years() -> None:
+    member = Member.of("endless")
+    end = member.plan.period_end
+    far = datetime(8998, 1, 1, tzinfo=UTC)
+    refused(member("plans.renew", period_start=far), Code.INVALID)
+    assert member.plan.period_end == end
