@@ -214,8 +214,11 @@ def _pay(
         subscription.period_end = start
     elif not subscription.terms.paid and start <= subscription.period_start + PAYMENT_SLACK:
         subscription.period_end = max(start, subscription.period_start + timedelta.resolution)
-    if terms.plan != subscription.next_terms.plan:
+    coming = subscription.next_terms
+    if terms.plan != coming.plan:
         subscription.pending, subscription.pending_at = terms, start
+    elif coming is not subscription.pending and subscription.pending_at is not None:
+        subscription.pending_at = max(subscription.pending_at, until)  # what is paid for is given to its end
     subscription.paid_until = until
     _note_payment(subscription, message, context)
     return _outcome(account, subscription, _catch_up(account, subscription, context))

@@ -238,6 +238,8 @@ class PlanLedger(Ledger):
             plan["end"] = max(start, plan["start"] + TICK)
         if wanted["name"] != self.comes_next()["name"]:
             plan["next"], plan["next_from"] = wanted, start
+        elif plan["next"] is not None and self.comes_next() is not plan["next"]:
+            plan["next_from"] = max(plan["next_from"], until)
         plan["paid_until"] = until
         self.remember_payment(said)
         return self.state(allotted=self.renew_what_is_overdue(now, operation))

@@ -809,3 +809,15 @@ def test_no_plan_is_had_until_a_payment_that_begins_in_years() -> None:
     far = datetime(8998, 1, 1, tzinfo=UTC)
     refused(member("plans.renew", period_start=far), Code.INVALID)
     assert member.plan.period_end == end
+
+
+@pytest.mark.parametrize("plan", [None, "yearly"])
+def test_a_lower_plan_waits_for_the_end_of_a_second_year_that_is_paid_for_meanwhile(plan: str | None) -> None:
+    member = Member.of("yearly").until(10, 20)
+    member("plans.change", plan="hobby")
+    member("plans.renew", period_start=datetime(2028, 1, 1, 9, tzinfo=UTC), **({} if plan is None else {"plan": plan}))
+    for year, name in ((2028, "yearly"), (2029, "hobby")):
+        member.now = datetime(year, 2, 10, 9, tzinfo=UTC)
+        member("settle")
+        assert member.plan.terms.plan == name
+    assert member.given() == 24 * 100 + 2 * 50
