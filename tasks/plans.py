@@ -10,7 +10,7 @@ import msgspec
 from creditlane.amounts import format_amount
 from creditlane.codes import Code
 from creditlane.contract import CancelPlan, ChangePlan, Paid, RenewPlan, Subscribe, UndoRenewal
-from models.rules.burning import new_grant, pay_debt
+from models.rules.burning import check_room, new_grant, pay_debt
 from models.rules.calendar import add_months, month_start, months_passed
 from models.rules.catalog import Terms
 from models.rules.posting import post
@@ -54,12 +54,15 @@ def begin(account: Account, terms: Terms, message: Paid | None, context: Context
     """Begin a subscription to a plan.
 
     :param message: what is known of the payment, if anything.
-    :raises RefusedError: ``invalid`` for a start that lies ahead; ``already_renewed`` for the last one's payment.
+    :raises RefusedError: ``invalid`` for a start that lies ahead, or an end that does not come after it;
+        ``already_renewed`` for the last one's payment.
     """
     now = context.now
     start = now if message is None or message.period_start is None else message.period_start
     if start > now + PAYMENT_SLACK:
         raise RefusedError(Code.INVALID, "period_start lies ahead; subscribe when the plan begins")
+    if message is not None and message.period_end is not None and message.period_end <= start:
+        raise RefusedError(Code.INVALID, "period_end has passed; send period_start with it")
     zone = context.catalog.zone_of(terms.plan)
     before = account.subscription
     payment = None if message is None else message.payment
@@ -173,13 +176,20 @@ def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> 
     If the period is over, the next one begins now; if not, it begins when it is. A payment whose period begins in the
     midst of the one under way moves the anchor there. A subscription that has ended begins again. However many
     messages tell of a payment, its period is given once. Refusals: ``no_subscription``, ``unknown_plan``,
-    ``already_renewed``, ``invalid`` for a plan without a price.
+    ``already_renewed``, ``invalid`` for a plan without a price, and for dates that are over or lie ahead of what is
+    paid for.
     """
     subscription = account.subscription
     if subscription is None:
         raise RefusedError(Code.NO_SUBSCRIPTION)
     start = message.period_start
-    terms = subscription.terms_at(start) if message.plan is None else _terms(message.plan, context)
+    if message.plan is not None:
+        terms = _terms(message.plan, context)
+    else:
+        # What was paid for is no plan without a price, even if one is to come.
+        terms = subscription.terms_at(start) if subscription.terms_at(start).paid else subscription.terms
+    if not subscription.is_active:
+        terms = _terms(terms.plan, context)  # it begins again, by what the catalog says now
     if not terms.paid:
         raise RefusedError(Code.INVALID, "this plan has no price: it renews by the calendar")
     until = _end_of(message, terms, start, subscription)
@@ -188,6 +198,10 @@ def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> 
         raise RefusedError(Code.ALREADY_RENEWED)
     if not subscription.is_active:
         return begin(account, terms, message, context)
+    if paid_until is None and until <= context.now:
+        raise RefusedError(Code.INVALID, "what was paid for is over")
+    if _is_late(subscription, start) and start > context.now + PAYMENT_SLACK:
+        raise RefusedError(Code.INVALID, "period_start lies ahead of what is paid for; renew when it begins")
     subscription.cancels = False
     return _pay(account, subscription, terms, start, until, message, context)
 
@@ -204,12 +218,16 @@ def _pay(
     """Note what was paid for, and begin it, if it has begun.
 
     If it begins in the midst of the period under way, or later than that ends and nothing was paid for what lies
-    between, that period ends where it begins.
+    between, that period ends where it begins; one of a plan without a price also where it begins with it.
     """
-    late = start > subscription.period_end + PAYMENT_SLACK and not subscription.is_prepaid
-    if late or _is_amidst(subscription, start):
+    if _is_late(subscription, start) or _is_amidst(subscription, start):
         subscription.period_end = start
-    if terms.plan != subscription.terms_at(start).plan:
+    elif not subscription.terms.paid and start <= subscription.period_start + PAYMENT_SLACK:
+        subscription.period_end = max(start, subscription.period_start + timedelta.resolution)
+    if terms.plan == subscription.terms.plan:
+        if subscription.pending_at is not None:
+            subscription.pending_at = max(subscription.pending_at, until)  # what is paid for is given to its end
+    elif terms.plan != subscription.terms_at(start).plan:
         subscription.pending, subscription.pending_at = terms, start
     subscription.paid_until = until
     _note_payment(subscription, message, context)
@@ -219,6 +237,11 @@ def _pay(
 def _end_of(message: Paid, terms: Terms, start: datetime, subscription: Subscription) -> datetime:
     """Until when is paid for."""
     return message.period_end or add_months(start, terms.interval_months, subscription.zone)
+
+
+def _is_late(subscription: Subscription, start: datetime) -> bool:
+    """Whether something begins later than the period under way ends, and nothing was paid for what lies between."""
+    return start > subscription.period_end + PAYMENT_SLACK and not subscription.is_prepaid
 
 
 def _is_amidst(subscription: Subscription, start: datetime) -> bool:
@@ -232,7 +255,7 @@ def undo(account: Account, message: UndoRenewal, context: Context) -> Outcome:
 
     The lots that it made are taken back, what was spent of them as the catalog's claw-back says; what it let expire or
     carried comes back in lots that end with the period under way. Dates stay: the next renewal comes in its time.
-    Refusals: ``no_subscription``, ``nothing_to_undo``.
+    Refusals: ``no_subscription``, ``nothing_to_undo``, ``limit_reached``.
     """
     subscription = _active(account)
     renewal = subscription.renewal
@@ -246,6 +269,7 @@ def undo(account: Account, message: UndoRenewal, context: Context) -> Outcome:
         lot = account.grants.get(number)
         if lot is not None:
             (allotted if lot.family == lot.id else carried).append(lot)
+    check_room(account, sum(lot.available for lot in carried) + sum(taken.expired for taken in renewal.taken))
     families = [(lot, [lot]) for lot in allotted]
     wanted = sum(worth_of(*family) for family in families)
     details = take_back(account, families, wanted, context)[1] if wanted else {}

@@ -66,12 +66,18 @@ def burn(
     return [Line(grant.id, taken) for grant, taken in plan]
 
 
+def room_of(account: Account) -> int:
+    """How much may come into an account yet, in micro-credits, of all that it can ever be credited with."""
+    room: int = MAX_TOTAL_MICRO - account.granted - account.received - account.restored
+    return max(0, room)
+
+
 def check_room(account: Account, amount_micro: int) -> None:
     """Refuse credits that would take an account's lifetime total over :data:`MAX_TOTAL_MICRO`.
 
     :raises RefusedError: ``limit_reached``.
     """
-    if account.granted + account.received + account.restored + amount_micro > MAX_TOTAL_MICRO:
+    if amount_micro > room_of(account):
         raise RefusedError(Code.LIMIT_REACHED, "the account was credited with as much as it can ever hold")
 
 

@@ -353,17 +353,18 @@ class Catalog(Section, frozen=True):
     def cheapest_offer(self, shortfall: int, above: tuple[bool, int] = (False, 0)) -> dict[str, Any] | None:
         """The pack or plan of least price that covers so much; of equals, the one with more credits.
 
+        Of those that are alike, the first by name.
         Minor units are compared as they are: a catalog sells in one currency.
 
         :param shortfall: in micro-credits.
         :param above: the rank of the plan that there is: a lower one is no offer.
         :returns: its name under ``pack`` or ``plan``, with what it gives and its price.
         """
-        found: list[tuple[int, int, dict[str, Any]]] = []
+        found: list[tuple[int, int, str, dict[str, Any]]] = []
         for name, pack in self.packs.items():
             if pack.price is not None and pack.credits >= shortfall:
                 offer: dict[str, Any] = {"pack": name, "credits": format_amount(pack.credits), "price": pack.price}
-                found.append((Money.parse(pack.price).minor, -pack.credits, offer))
+                found.append((Money.parse(pack.price).minor, -pack.credits, name, offer))
         for name, plan in self.plans.items():
             rank = (plan.unlimited, int(plan.monthly_credits))
             if plan.price is None or rank <= above or rank < (False, shortfall):
@@ -373,8 +374,9 @@ class Catalog(Section, frozen=True):
                 offer["unlimited"] = True
             else:
                 offer["credits"] = format_amount(plan.monthly_credits)
-            found.append((Money.parse(plan.price).minor, -MAX_MICRO if plan.unlimited else -rank[1], offer))
-        return min(found, key=itemgetter(0, 1))[2] if found else None
+            credits = MAX_MICRO if plan.unlimited else rank[1]
+            found.append((Money.parse(plan.price).minor, -credits, name, offer))
+        return min(found, key=itemgetter(0, 1, 2))[3] if found else None
 
 
 def price_of(feature: Feature, quantity_micro: int) -> int:

@@ -9,13 +9,12 @@ from __future__ import annotations
 from datetime import datetime
 from operator import attrgetter
 
-from models.rules.burning import came_in, new_grant, pay_debt
+from models.rules.burning import came_in, new_grant, pay_debt, room_of
 from models.rules.calendar import add_months
 from models.rules.catalog import Catalog, Terms
 from models.rules.posting import post
 from models.rules.state import (
     ENDED,
-    MAX_TOTAL_MICRO,
     NEVER,
     PAYMENT_SLACK,
     Account,
@@ -92,7 +91,8 @@ def _close_period(
 ) -> list[Taken]:
     """Expire or carry what is left of a period's lots; over the cap, the rollover lots that end soonest go first.
 
-    Those count among them that are carried now: a lot that never ends is not trimmed before they are.
+    Those count among them that are carried now: a lot that never ends is not trimmed before they are. What is more than
+    the account can ever be credited with expires as well.
     """
     lots = lots_of(account, subscription)
     taken: dict[int, Taken] = {}
@@ -128,9 +128,12 @@ def _close_period(
             excess -= over
         else:
             over = lot.available
+        rest = 0
+        if is_ending:
+            rest = min(lot.available - over, room_of(account))  # what is carried comes in once more
+            over = lot.available - rest
         if over:
             post(account, lot, "expired", over, now, operation, at=at)
-        rest = lot.available if is_ending else 0
         if rest:
             _carry(account, lot, rest, ending.rollover_source, carried_until, at, now, operation, catalog)
         if over or rest:
@@ -182,8 +185,7 @@ def allot(
     """
     terms = subscription.terms
     expires_at = None if terms.mode == "accumulate" else subscription.grace_ends
-    room: int = MAX_TOTAL_MICRO - account.granted - account.received - account.restored
-    amount = min(amount_micro, room)
+    amount = min(amount_micro, room_of(account))
     if amount <= 0 or (expires_at is not None and expires_at <= at):
         return 0
     lot = new_grant(

@@ -230,3 +230,11 @@ def test_the_offer_is_the_pack_of_least_price_that_covers_and_of_equals_the_full
     assert (offer and offer["pack"]) == pack
     if pack == "d":
         assert offer == {"pack": "d", "credits": "100", "price": "9.00 EUR"}
+
+
+def test_the_offer_of_packs_that_are_alike_is_the_first_by_name_wherever_it_stands() -> None:
+    """Refusals of before plans were known said so, and are replayed."""
+    alike = HEAD + "".join(f'[packs.{name}]\ncredits = 10\nprice = "2.00 EUR"\n' for name in "bac")
+    offer = parse_catalog(alike, "mine.toml").cheapest_offer(1)
+    assert offer is not None
+    assert offer["pack"] == "a"

@@ -120,6 +120,8 @@ class PlanLedger(Ledger):
         start = said.get("period_start", now)
         if start > now + DAY:
             raise Refusal("invalid")
+        if said.get("period_end", start + TICK) <= start:
+            raise Refusal("invalid")
         before = self.plan
         if before is not None and said.get("payment") is not None and said["payment"] == before["payment"]:
             raise Refusal("already_renewed")
@@ -216,6 +218,10 @@ class PlanLedger(Ledger):
             raise Refusal("no_subscription")
         start = said["period_start"]
         wanted = self.known_plan(said["plan"]) if "plan" in said else self.comes_next(start)
+        if "plan" not in said and wanted["price"] is None:
+            wanted = plan["is"]
+        if not plan["alive"]:
+            wanted = self.known_plan(wanted["name"])
         if wanted["price"] is None:
             raise Refusal("invalid")
         until = said.get("period_end") or later(start, self.months_of(wanted), plan["zone"])
@@ -223,20 +229,33 @@ class PlanLedger(Ledger):
             raise Refusal("already_renewed")
         if not plan["alive"]:
             return self.begin(wanted, said, operation, now)
+        if plan["paid_until"] is None and until <= now:
+            raise Refusal("invalid")
+        if self.leaves_a_gap(start) and start - now > DAY:
+            raise Refusal("invalid")
         plan["cancels"] = False
         return self.pay(wanted, start, until, said, now, operation)
 
     def pay(self, wanted: Row, start: datetime, until: datetime, said: Row, now: datetime, operation: str) -> Row:
         """What is paid for begins where what was paid for ends, or at a beginning of its own."""
         plan = self.running()
-        paid_so_far = plan["end"] if plan["paid_until"] is None else max(plan["end"], plan["paid_until"])
-        if self.amidst(start) or (start - plan["end"] > DAY and paid_so_far - plan["end"] <= DAY):
+        if self.amidst(start) or self.leaves_a_gap(start):
             plan["end"] = start
-        if wanted["name"] != self.comes_next(start)["name"]:
+        elif plan["is"]["price"] is None and start - plan["start"] <= DAY:
+            plan["end"] = max(start, plan["start"] + TICK)
+        if wanted["name"] == plan["is"]["name"]:
+            if plan["next"] is not None:
+                plan["next_from"] = max(plan["next_from"], until)
+        elif wanted["name"] != self.comes_next(start)["name"]:
             plan["next"], plan["next_from"] = wanted, start
         plan["paid_until"] = until
         self.remember_payment(said)
         return self.state(allotted=self.renew_what_is_overdue(now, operation))
+
+    def leaves_a_gap(self, start: datetime) -> bool:
+        plan = self.running()
+        paid_so_far = plan["end"] if plan["paid_until"] is None else max(plan["end"], plan["paid_until"])
+        return bool(start - plan["end"] > DAY and paid_so_far - plan["end"] <= DAY)
 
     def amidst(self, start: datetime) -> bool:
         plan = self.running()

@@ -14,7 +14,7 @@ from creditlane.codes import Code
 from models.catalog import load_catalog, parse_catalog
 from models.rules.calendar import add_months
 from models.rules.catalog import Catalog
-from models.rules.state import Subscription
+from models.rules.state import MAX_TOTAL_MICRO, Subscription
 from tests.tasks.test_operations import Lane, refused
 
 NEW_YEAR = datetime(2027, 1, 1, 9, tzinfo=UTC)
@@ -668,13 +668,12 @@ def test_a_year_ahead_is_of_the_plan_that_was_paid_for() -> None:
         member = Member.of("patient").until(5, 1)
         member("plans.change", plan="hobby")
         ends = add_months(NEW_YEAR, 12, "Europe/Paris")
-        renewed = member("plans.renew", period_start=ends, **({} if paid_for is None else {"plan": paid_for}))
-        if paid_for is None:
-            assert refused(renewed, Code.INVALID), "the plan of then has no price"
-            continue
+        member("plans.renew", period_start=ends, **({} if paid_for is None else {"plan": paid_for}))
         member.now = ends + DAY
         member("settle")
-        assert (member.plan.terms.plan, member.given()) == (paid_for, 1300)
+        assert (member.plan.terms.plan, member.given()) == (paid_for or "patient", 1300), (
+            "the plan of then has no price"
+        )
 
 
 # Undoing.
@@ -860,3 +859,76 @@ def test_the_offer_is_a_higher_plan_and_never_the_present_one_or_a_lower() -> No
     wanting = member("consume", amount=50)
     assert wanting["offer"]["plan"] == "prorated"
     assert member("consume", amount=10**6)["offer"]["plan"] == "endless"
+
+
+@pytest.mark.parametrize("undone", [False, True])
+def test_what_comes_in_again_stays_within_what_an_account_can_ever_be_credited_with(undone: bool) -> None:
+    """Beyond it no row could be written any more, and every operation of the account would fail."""
+    own = '[plans.huge]\nmonthly_credits = "1000000000000"\nmode = "rollover"\nrollover_cap = "9x"\n'
+    member = Member.of("huge", parse_catalog(TEXT + own, "plans.toml"))
+    answers = set()
+    for month in range(2, 13):
+        member.until(month, 2)("settle")
+        if undone:
+            answers.add(member.undo().get("code"))
+        account = member.account
+        assert account.granted + account.received + account.restored <= MAX_TOTAL_MICRO
+    assert MAX_TOTAL_MICRO - (account.granted + account.received + account.restored) < 10**18
+    assert answers == ({None, Code.LIMIT_REACHED} if undone else set())
+
+
+def test_what_has_ended_before_it_begins_is_refused() -> None:
+    member = Member.of(None)
+    refused(member("plans.subscribe", plan="basic", period_end=NEW_YEAR - DAY), Code.INVALID)
+    assert member.account.subscription is None
+
+
+def test_a_plan_that_begins_again_does_so_by_the_catalog_as_it_is_then() -> None:
+    own = '[plans.basic]\nmonthly_credits = "100"\n'
+    for catalog, allotted in (
+        (parse_catalog(TEXT.replace(own, own.replace("100", "150")), "plans.toml"), "150"),
+        (parse_catalog(TEXT.replace(own, own.replace("basic", "other")), "plans.toml"), None),
+    ):
+        member = Member.of("basic").until(3, 1)
+        member("settle")
+        member.catalog = catalog
+        paid = member.pay(3, 1)
+        assert paid["allotted"] == allotted if allotted else refused(paid, Code.UNKNOWN_PLAN)
+
+
+@pytest.mark.parametrize("hours", [-2, 0, 2, 23])
+def test_a_payment_on_the_first_day_of_a_plan_without_a_price_gives_the_plan_that_was_paid_for(hours: int) -> None:
+    member = Member.of("free")
+    start = NEW_YEAR + timedelta(hours=hours)
+    member.now = max(NEW_YEAR, start) + timedelta(hours=1)
+    paid = member("plans.renew", plan="basic", payment="in_1", period_start=start)
+    assert (paid["plan"], paid["allotted"], paid["balance"]["available"]) == ("basic", "100", "100")
+    member.until(1, 31)("settle")
+    assert member.plan.is_active
+
+
+def test_a_payment_of_long_ago_does_not_end_a_plan_without_a_price() -> None:
+    member = Member.of("free")
+    start = datetime(2020, 1, 1, tzinfo=UTC)
+    refused(member("plans.renew", plan="basic", payment="in_0", period_start=start), Code.INVALID)
+    assert member.until(2, 2).available() == "20"
+
+
+def test_no_plan_is_had_until_a_payment_that_begins_in_years() -> None:
+    member = Member.of("endless")
+    end = member.plan.period_end
+    far = datetime(8998, 1, 1, tzinfo=UTC)
+    refused(member("plans.renew", period_start=far), Code.INVALID)
+    assert member.plan.period_end == end
+
+
+@pytest.mark.parametrize("plan", [None, "yearly"])
+def test_a_lower_plan_waits_for_the_end_of_a_second_year_that_is_paid_for_meanwhile(plan: str | None) -> None:
+    member = Member.of("yearly").until(10, 20)
+    member("plans.change", plan="hobby")
+    member("plans.renew", period_start=datetime(2028, 1, 1, 9, tzinfo=UTC), **({} if plan is None else {"plan": plan}))
+    for year, name in ((2028, "yearly"), (2029, "hobby")):
+        member.now = datetime(year, 2, 10, 9, tzinfo=UTC)
+        member("settle")
+        assert member.plan.terms.plan == name
+    assert member.given() == 24 * 100 + 2 * 50
