@@ -203,10 +203,10 @@ def test_a_worker_does_the_work_of_the_ledger_in_its_role(
 def test_the_read_side_works_in_the_readers_role(
     reader_url: str, database: str, ledger: Ledger, spawn: Spawn, worker_url: str
 ) -> None:
-    spawn("worker", CREDITLANE_DATABASE_URL=worker_url)
-    eventually(lambda: owned_lanes(database) == LANES)
     for name in ("a", "b"):
         ledger.apply("credits.open", "open", account=name)
+    spawn("worker", CREDITLANE_DATABASE_URL=worker_url)
+    eventually(lambda: owned_lanes(database) == LANES)
     with connect_reader(reader_url, "test") as connection:
         assert account_summary(connection, "a", CATALOG) is not None
         assert len(history(connection, "a").lines) == 1

@@ -165,7 +165,7 @@ def test_a_refusal_names_its_code(run: Run, lane_worker: Worker) -> None:
     assert "insufficient_credits: 1000 credits needed, 50 available, 950 short" in short.stderr
     told = one(run("consume", "alice", "--amount", "60", "--json", code=3))
     assert (told["status"], told["code"], told["shortfall"]) == ("rejected", "insufficient_credits", "10")
-    assert "covers it: decouverte" in run("consume", "alice", "--amount", "60", code=3).stderr
+    assert "covers it: pack decouverte, 4.99 EUR" in run("consume", "alice", "--amount", "60", code=3).stderr
     history = run("account", "history", "alice", "--status", "rejected").stdout
     assert "60 needed, 50 available" in history
 

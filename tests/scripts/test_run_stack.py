@@ -156,7 +156,7 @@ def test_a_child_that_dies_is_named(started: tuple[subprocess.Popen[str], Path])
             ["--feature", "video"],
             "The catalog metering has no feature 'video'; it has: completion, embedding",
         ),
-        (["--catalog", "none"], "shipped catalogs: metering, packs"),
+        (["--catalog", "none"], "shipped catalogs: dual, metering, packs"),
         (["--credits", "1.2345678"], "--credits: '1.2345678' is not an amount"),
         (["--quantity-scale", "much"], "--quantity-scale: send a decimal factor such as 0.001"),
     ],
