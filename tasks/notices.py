@@ -89,7 +89,7 @@ class Told:
         for renewal in renewals:
             self._tell(
                 "period_renewed",
-                f"period_renewed:{renewal.at.isoformat()}",
+                f"period_renewed:{renewal.period_start.isoformat()}",
                 renewal.at,
                 plan=renewal.plan,
                 allotted=format_amount(renewal.allotted),

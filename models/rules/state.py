@@ -192,6 +192,8 @@ class Renewal(msgspec.Struct, frozen=True, gc=False):
     at: datetime
     """The instant it holds from."""
     plan: str
+    period_start: datetime
+    """When the period begins that it began; a late one comes after that."""
     made: list[int]
     """The lots that it made: the allotment, and what was carried."""
     taken: list[Taken]

@@ -75,7 +75,7 @@ def renew(
     subscription.lots = []
     allotted = allot(account, subscription, subscription.allotted, at, now, operation, catalog)
     made = list(range(last + 1, account.last_grant + 1))
-    subscription.renewal = Renewal(at, subscription.terms.plan, made, taken, allotted)
+    subscription.renewal = Renewal(at, subscription.terms.plan, subscription.period_start, made, taken, allotted)
     account.renewals.append(subscription.renewal)
     subscription.is_dirty = account.is_dirty = True
 

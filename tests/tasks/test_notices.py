@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from models.catalog import parse_catalog
+from models.rules.calendar import add_months
 from models.rules.catalog import NOTICE_KINDS, Catalog
 from models.rules.state import Notice
 from tests.tasks.test_operations import Lane
@@ -26,6 +27,11 @@ price = "10 EUR"
 monthly_credits = "20"
 mode = "rollover"
 rollover_cap = "50%"
+[plans.patient]
+monthly_credits = "100"
+price = "99 EUR"
+interval = "year"
+grace_days = 70
 [plans.endless]
 unlimited = true
 price = "99 EUR"
@@ -239,6 +245,17 @@ def test_a_payment_that_renews_tells_of_the_period_that_it_begins() -> None:
     member.until(2, 2).pay(2, 1)
     (renewed,) = told(member)
     assert (renewed.kind, renewed.at, renewed.details["expired"]) == ("period_renewed", member.now, "100")
+
+
+def test_periods_that_a_late_payment_begins_at_one_instant_are_told_of_one_by_one() -> None:
+    member = Member.of("patient", ALL)
+    told(member)
+    year = add_months(NEW_YEAR, 12, "UTC")
+    member.now = year + timedelta(days=65)
+    member("plans.renew", period_start=year)
+    renewed = [notice for notice in told(member) if notice.kind == "period_renewed"]
+    assert len({notice.key for notice in renewed}) == len(renewed) == 14
+    assert [notice.at for notice in renewed][-3:] == [member.now] * 3
 
 
 def test_what_lapses_at_one_instant_is_told_of_once() -> None:
