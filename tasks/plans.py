@@ -31,21 +31,22 @@ def subscribe(account: Account, message: Subscribe, context: Context) -> Outcome
     """Begin a plan: the credits of the period under way come at once, those of the next ones in their time.
 
     ``period_start`` may lie in the past: no period that is over gives credits. A plan that was cancelled and has not
-    ended goes on; what another payment is for begins as with ``plans.renew``. One without a price, ended and begun
-    again within the same period, gives no more for it than its highest plan. Refusals: ``unknown_plan``,
-    ``already_subscribed``, ``already_renewed``, ``invalid``.
+    ended goes on, and is paid for again by another payment that goes beyond what was paid for before. One without a
+    price, ended and begun again within the same period, gives no more for it than its highest plan. Refusals:
+    ``unknown_plan``, ``already_subscribed``, ``already_renewed``, ``invalid``.
     """
     terms = _terms(message.plan, context)
     subscription = account.subscription
     if subscription is not None and subscription.is_active:
         if subscription.terms.plan != message.plan or not subscription.cancels:
             raise RefusedError(Code.ALREADY_SUBSCRIBED)
-        subscription.cancels = False
-        if terms.paid and message.payment is not None and message.payment != subscription.payment:
+        again = message.payment is not None and message.payment != subscription.payment
+        if terms.paid and (again or message.period_start is not None or message.period_end is not None):
             start = message.period_start or context.now
-            until = _end_of(message, terms, start, subscription)
-            if subscription.paid_until is None or until > subscription.paid_until + PAYMENT_SLACK:
-                return _pay(account, subscription, terms, start, until, message, context)
+            until = _paid_until(message, start, terms, subscription)
+            if not _is_paid(subscription, until):
+                return _go_on(account, subscription, terms, start, until, message, context)
+        subscription.cancels = False
         return _outcome(account, subscription)
     return begin(account, terms, message, context)
 
@@ -192,13 +193,37 @@ def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> 
         terms = _terms(terms.plan, context)  # it begins again, by what the catalog says now
     if not terms.paid:
         raise RefusedError(Code.INVALID, "this plan has no price: it renews by the calendar")
-    until = _end_of(message, terms, start, subscription)
-    paid_until = subscription.paid_until
-    if paid_until is not None and until <= paid_until + PAYMENT_SLACK:
+    until = _paid_until(message, start, terms, subscription)
+    if _is_paid(subscription, until):
         raise RefusedError(Code.ALREADY_RENEWED)
     if not subscription.is_active:
         return begin(account, terms, message, context)
-    if paid_until is None and until <= context.now:
+    return _go_on(account, subscription, terms, start, until, message, context)
+
+
+def _paid_until(message: Paid, start: datetime, terms: Terms, subscription: Subscription) -> datetime:
+    return message.period_end or add_months(start, terms.interval_months, subscription.zone)
+
+
+def _is_paid(subscription: Subscription, until: datetime) -> bool:
+    """Whether it was paid for that long before."""
+    return subscription.paid_until is not None and until <= subscription.paid_until + PAYMENT_SLACK
+
+
+def _go_on(
+    account: Account,
+    subscription: Subscription,
+    terms: Terms,
+    start: datetime,
+    until: datetime,
+    message: Paid,
+    context: Context,
+) -> Outcome:
+    """Go on with a subscription by a payment, cancelled or not.
+
+    :raises RefusedError: ``invalid`` for dates that are over or lie ahead of what is paid for.
+    """
+    if subscription.paid_until is None and until <= context.now:
         raise RefusedError(Code.INVALID, "what was paid for is over")
     if _is_late(subscription, start) and start > context.now + PAYMENT_SLACK:
         raise RefusedError(Code.INVALID, "period_start lies ahead of what is paid for; renew when it begins")
@@ -232,11 +257,6 @@ def _pay(
     subscription.paid_until = until
     _note_payment(subscription, message, context)
     return _outcome(account, subscription, _catch_up(account, subscription, context))
-
-
-def _end_of(message: Paid, terms: Terms, start: datetime, subscription: Subscription) -> datetime:
-    """Until when is paid for."""
-    return message.period_end or add_months(start, terms.interval_months, subscription.zone)
 
 
 def _is_late(subscription: Subscription, start: datetime) -> bool:

@@ -106,6 +106,11 @@ class PlanLedger(Ledger):
         wanted = self.known_plan(said["plan"])
         if self.plan is not None and self.plan["alive"]:
             if self.plan["is"]["name"] == said["plan"] and self.plan["cancels"]:
+                start = said.get("period_start", now)
+                until = said.get("period_end") or later(start, self.months_of(wanted), self.plan["zone"])
+                told = "period_start" in said or "period_end" in said
+                if wanted["price"] is not None and told and not self.is_paid(until):
+                    return self.go_on(wanted, start, until, said, now, operation)
                 self.plan["cancels"] = False
                 if wanted["price"] is not None and said.get("payment") not in (None, self.plan["payment"]):
                     start = said.get("period_start", now)
@@ -225,10 +230,19 @@ class PlanLedger(Ledger):
         if wanted["price"] is None:
             raise Refusal("invalid")
         until = said.get("period_end") or later(start, self.months_of(wanted), plan["zone"])
-        if plan["paid_until"] is not None and until <= plan["paid_until"] + DAY:
+        if self.is_paid(until):
             raise Refusal("already_renewed")
         if not plan["alive"]:
             return self.begin(wanted, said, operation, now)
+        return self.go_on(wanted, start, until, said, now, operation)
+
+    def is_paid(self, until: datetime) -> bool:
+        assert self.plan is not None
+        paid_until = self.plan["paid_until"]
+        return paid_until is not None and until <= paid_until + DAY
+
+    def go_on(self, wanted: Row, start: datetime, until: datetime, said: Row, now: datetime, operation: str) -> Row:
+        plan = self.running()
         if plan["paid_until"] is None and until <= now:
             raise Refusal("invalid")
         if self.leaves_a_gap(start) and start - now > DAY:

@@ -932,3 +932,23 @@ def test_a_lower_plan_waits_for_the_end_of_a_second_year_that_is_paid_for_meanwh
         member("settle")
         assert member.plan.terms.plan == name
     assert member.given() == 24 * 100 + 2 * 50
+
+
+@pytest.mark.parametrize(("month", "day"), [(1, 20), (2, 1)])
+def test_a_cancelled_plan_that_is_paid_for_again_gives_what_was_paid_for(month: int, day: int) -> None:
+    """From now on, or from where the last payment ends."""
+    member = Member.of("basic", payment="in_1").until(1, 20)
+    member("plans.cancel")
+    start = datetime(2027, month, day, 9, tzinfo=UTC)
+    again = member("plans.subscribe", plan="basic", payment="in_2", period_start=start)
+    assert again["plan_status"] == "active"
+    member.until(2, 10)("settle")
+    assert member.given() == 200
+    assert (member.plan.period_start, member.plan.payment) == (start, "in_2")
+
+
+def test_a_cancelled_plan_that_goes_on_with_the_dates_that_are_paid_for_gives_nothing_more() -> None:
+    member = Member.of("basic", payment="in_1", period_start=NEW_YEAR).until(1, 20)
+    member("plans.cancel")
+    assert member("plans.subscribe", plan="basic", payment="in_1", period_start=NEW_YEAR)["plan_status"] == "active"
+    assert member.given() == 100
