@@ -38,6 +38,7 @@ BY_ENTRY = {
     "received": "credits.received",
     "rolled_out": "credits.rolled_out",
     "rolled_in": "credits.rolled_in",
+    "unexpired": "credits.unexpired",
     "debt_incurred": "credits.debt_incurred",
     "debt_paid": "credits.debt_paid",
 }

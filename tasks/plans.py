@@ -17,7 +17,7 @@ from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import PAYMENT_SLACK, Account, Subscription
 from models.rules.state import Grant as Lot
-from models.rules.subscriptions import allot, end, lots_of, renew
+from models.rules.subscriptions import allot, end, end_of_period, expire_lots, renew
 from tasks.grants import take_back, worth_of
 from tasks.operation import Context, Need, Outcome, operation
 
@@ -69,7 +69,10 @@ def begin(account: Account, terms: Terms, message: Paid | None, context: Context
     payment = None if message is None else message.payment
     if before is not None and payment is not None and payment == before.payment:
         raise RefusedError(Code.ALREADY_RENEWED)
-    anchor = month_start(start, zone) if context.catalog.plans[terms.plan].anchor == "month" else start
+    dated = terms.paid and message is not None and message.period_start is not None
+    anchor = start
+    if context.catalog.plans[terms.plan].anchor == "month" and not dated:
+        anchor = month_start(start, zone)
     paid_until = None
     if terms.paid:
         given = None if message is None else message.period_end
@@ -82,9 +85,8 @@ def begin(account: Account, terms: Terms, message: Paid | None, context: Context
         allotted = 0
         last = now if paid_until is None else min(now, paid_until - timedelta.resolution)
         number = months_passed(anchor, last, zone)
-        period_start, period_end = add_months(anchor, number, zone), add_months(anchor, number + 1, zone)
-    if paid_until is not None and paid_until < period_end - PAYMENT_SLACK:
-        period_end = paid_until  # a trial, say
+        period_start = add_months(anchor, number, zone)
+        period_end = end_of_period(anchor, number, zone, period_start, paid_until)
     subscription = Subscription(
         terms,
         anchor,
@@ -122,6 +124,10 @@ def change(account: Account, message: ChangePlan, context: Context) -> Outcome:
         return _outcome(account, subscription, _catch_up(account, subscription, context))
     now = context.now
     start, until = message.period_start, message.period_end
+    paid_months = subscription.terms.interval_months if subscription.terms.paid else 0
+    if until is None and message.payment is not None and terms.paid and terms.interval_months > paid_months:
+        start = start or now
+        until = add_months(start, terms.interval_months, subscription.zone)
     outlasts = until is not None and until > subscription.period_end + PAYMENT_SLACK
     if terms.paid and outlasts and start is not None and _is_amidst(subscription, start):
         assert until is not None
@@ -143,11 +149,7 @@ def change(account: Account, message: ChangePlan, context: Context) -> Outcome:
         more = 0
     elif terms.upgrade == "full" and more:
         more = terms.monthly_micro
-        for lot in lots_of(account, subscription):
-            if lot.available:
-                expired += lot.available
-                post(account, lot, "expired", lot.available, now, context.operation)
-        subscription.lots = []
+        expired = expire_lots(account, subscription, now, now, context.operation)
     subscription.allotted = max(subscription.allotted, terms.monthly_micro)
     allotted = _allot(account, subscription, more, context)
     return _outcome(account, subscription, allotted + _catch_up(account, subscription, context), expired)
@@ -305,8 +307,11 @@ def undo(account: Account, message: UndoRenewal, context: Context) -> Outcome:
     for taken in renewal.taken:
         if taken.expired:
             restored += taken.expired
-            back = _back(account, subscription, account.grants[taken.grant], context)
-            post(account, back, "restored", taken.expired, now, operation)
+            lot = account.grants[taken.grant]
+            back = _back(account, subscription, lot, context)
+            post(account, lot, "unexpired", taken.expired, now, operation)
+            post(account, lot, "rolled_out", taken.expired, now, operation)
+            post(account, back, "rolled_in", taken.expired, now, operation)
             pay_debt(account, back, taken.expired, now, operation)
     subscription.renewal = msgspec.structs.replace(renewal, undone=True)
     outcome = _outcome(account, subscription)

@@ -201,13 +201,14 @@ GRANTS = Changing(
     (Column("account", "text"), Column("grant_id", "int")),
     (
         *(Column(f"{bucket}_micro", "bigint") for bucket in (*COUNTERS, "clawed_back", "forgiven")),
+        Column("expires_at", "timestamptz"),
         Column("is_open", "bool"),
     ),
 )
-BUCKETS_OF_GRANT = slice(12, 24)
+BUCKETS_OF_GRANT, EXPIRES_AT = slice(12, 24), 5
 """Where a loaded grant's row, without its account, has the columns above, but for ``is_open``, which is not read."""
 
-changing_fields = attrgetter(*COUNTERS, "clawed_back", "forgiven", "is_open")
+changing_fields = attrgetter(*COUNTERS, "clawed_back", "forgiven", "expires_at", "is_open")
 
 HOLDS = Changing(
     "holds",
@@ -457,7 +458,7 @@ class LedgerWriter:
         if grants:
             keys = [(account, grant.id) for account, grant in grants]
             rows = loaded.grant_rows()
-            before = [(*rows[key][BUCKETS_OF_GRANT], None) for key in keys]
+            before = [(*rows[key][BUCKETS_OF_GRANT], rows[key][EXPIRES_AT], None) for key in keys]
             update(cursor, GRANTS, keys, before, [changing_fields(grant) for _, grant in grants])
         holds = [
             (account.account, hold)

@@ -40,6 +40,7 @@ FLOWS: dict[str, Flow] = {
     "received": Flow(None, "available", "received"),
     "rolled_out": Flow("available", "sent"),
     "rolled_in": Flow(None, "available", "received"),
+    "unexpired": Flow("expired", "available"),
     "debt_incurred": Flow(None, None, None, +1),
     "debt_paid": Flow("available", "revoked", None, -1),
 }

@@ -213,6 +213,10 @@ class Renewal(msgspec.Struct, frozen=True, gc=False):
 
 ACTIVE, ENDED = "active", "ended"
 
+HALF_MONTH = timedelta(days=15)
+"""A payment that reaches so far beyond a month, or less far, is for one period, however long: a provider's periods may
+have 28 days, or 31, or begin with a trial."""
+
 PAYMENT_SLACK = timedelta(days=1)
 """How far a payment's dates may be from ours and mean the same period: a provider counts months in its own zone."""
 
@@ -510,6 +514,15 @@ class Account:
         """Whether it is charged nothing: its plan has no limit."""
         subscription = self.subscription
         return subscription is not None and subscription.terms.unlimited and subscription.is_active
+
+    def end_grant(self, grant: Grant, at: datetime) -> None:
+        """Have a lot end earlier than it was to: what comes back to it from then on lapses."""
+        if grant.expires_at is None or at < grant.expires_at:
+            self.order.remove(grant)
+            grant.expires_at = at
+            grant.key = burn_key(grant)
+            grant.is_dirty = True
+            insort(self.order, grant, key=attrgetter("key"))
 
     def add_grant(self, grant: Grant) -> None:
         """Put a grant in its place in the burn-down order."""

@@ -15,6 +15,7 @@ from models.rules.catalog import Catalog, Terms
 from models.rules.posting import post
 from models.rules.state import (
     ENDED,
+    HALF_MONTH,
     NEVER,
     PAYMENT_SLACK,
     Account,
@@ -68,7 +69,9 @@ def renew(
     ):
         subscription.anchor, subscription.number = subscription.period_end, 0  # the last period was no whole month
     subscription.period_start = subscription.period_end
-    subscription.period_end = add_months(subscription.anchor, subscription.number + 1, subscription.zone)
+    subscription.period_end = end_of_period(
+        subscription.anchor, subscription.number, subscription.zone, subscription.period_start, subscription.paid_until
+    )
     last = account.last_grant
     taken = _close_period(account, subscription, ending, at, now, operation, catalog)
     subscription.allotted = subscription.terms.monthly_micro
@@ -95,6 +98,7 @@ def _close_period(
     the account can ever be credited with expires as well.
     """
     lots = lots_of(account, subscription)
+    ending_lots = [lot for lot in lots if lot.is_open]
     taken: dict[int, Taken] = {}
     excess = 0
     keeps = ending.mode == "rollover"
@@ -138,7 +142,23 @@ def _close_period(
             _carry(account, lot, rest, ending.rollover_source, carried_until, at, now, operation, catalog)
         if over or rest:
             taken[lot.id] = Taken(lot.id, over, rest)
+    for lot in ending_lots:
+        account.end_grant(lot, at)
     return list(taken.values())
+
+
+def end_of_period(
+    anchor: datetime, number: int, zone: str, period_start: datetime, paid_until: datetime | None
+) -> datetime:
+    """When the period ends that begins so many months after the anchor: with its month, or with what is paid for.
+
+    :param paid_until: of a plan that is paid for; what reaches :data:`~models.rules.state.HALF_MONTH` beyond the month
+        at the most is this one period, so that one payment gives one.
+    """
+    end = add_months(anchor, number + 1, zone)
+    if paid_until is not None and period_start + PAYMENT_SLACK < paid_until <= end + HALF_MONTH:
+        return paid_until
+    return end
 
 
 def _carry(
@@ -212,17 +232,27 @@ def end(account: Account, subscription: Subscription, at: datetime, now: datetim
     :param at: the instant it holds from.
     :returns: micro-credits that expired.
     """
-    expired = 0
-    for lot in lots_of(account, subscription):
-        if lot.available:
-            expired += lot.available
-            post(account, lot, "expired", lot.available, now, operation, at=at)
+    expired = expire_lots(account, subscription, at, now, operation)
     subscription.status = ENDED
     subscription.ended_at = at
-    subscription.lots = []
     subscription.pending = subscription.pending_at = None
     subscription.cancels = False
     subscription.is_dirty = account.is_dirty = True
+    return expired
+
+
+def expire_lots(
+    account: Account, subscription: Subscription, at: datetime, now: datetime, operation: str | None
+) -> int:
+    """What is left of a period's lots expires, and so does what comes back to them later; gives how much it was."""
+    expired = 0
+    for lot in lots_of(account, subscription):
+        if lot.is_open:
+            if lot.available:
+                expired += lot.available
+                post(account, lot, "expired", lot.available, now, operation, at=at)
+            account.end_grant(lot, at)
+    subscription.lots = []
     return expired
 
 

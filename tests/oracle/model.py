@@ -674,6 +674,9 @@ class Ledger:
         elif kind == "sent":
             lot["in_transit"] -= amount
             lot["sent"] += amount
+        elif kind == "unexpired":
+            lot["expired"] -= amount
+            lot["available"] += amount
         elif kind == "rolled_out":
             lot["available"] -= amount
             lot["sent"] += amount

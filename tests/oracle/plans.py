@@ -14,6 +14,9 @@ from zoneinfo import ZoneInfo
 
 from tests.oracle.model import Ledger, Refusal, Row, in_burn_down_order
 
+HALF = timedelta(days=15)
+"""How much longer than a month a period may be that one payment is for."""
+
 DAY = timedelta(days=1)
 TICK = timedelta(microseconds=1)
 NO_PRICE = {"minor": None, "currency": None, "per": None}
@@ -131,7 +134,8 @@ class PlanLedger(Ledger):
         if before is not None and said.get("payment") is not None and said["payment"] == before["payment"]:
             raise Refusal("already_renewed")
         zone = wanted["zone"] or self.policy["zone"]
-        anchor = first_of_month(start, zone) if wanted["anchor"] == "month" else start
+        told_when = wanted["price"] is not None and "period_start" in said
+        anchor = first_of_month(start, zone) if wanted["anchor"] == "month" and not told_when else start
         paid_until = None
         if wanted["price"] is not None:
             paid_until = said.get("period_end") or later(anchor, self.months_of(wanted), zone)
@@ -145,7 +149,7 @@ class PlanLedger(Ledger):
             while later(anchor, months + 1, zone) <= last:
                 months += 1
             begins, ends = later(anchor, months, zone), later(anchor, months + 1, zone)
-        if paid_until is not None and ends - paid_until > DAY:
+        if paid_until is not None and paid_until - begins > DAY and paid_until - ends <= HALF:
             ends = paid_until
         self.plan = {
             "is": wanted,
@@ -180,6 +184,10 @@ class PlanLedger(Ledger):
             plan["next_from"] = plan["paid_until"] or plan["end"]
             return self.state(allotted=self.renew_what_is_overdue(now, operation))
         start, until = said.get("period_start"), said.get("period_end")
+        so_far = self.months_of(plan["is"]) if plan["is"]["price"] is not None else 0
+        if until is None and "payment" in said and wanted["price"] is not None and self.months_of(wanted) > so_far:
+            start = start or now
+            until = later(start, self.months_of(wanted), plan["zone"])
         outlasts = until is not None and until - plan["end"] > DAY
         if wanted["price"] is not None and outlasts and start is not None and self.amidst(start):
             assert until is not None
@@ -188,8 +196,8 @@ class PlanLedger(Ledger):
         plan["is"] = wanted
         if wanted["price"] is None:
             plan["paid_until"] = None
-        elif "period_end" in said:
-            plan["paid_until"] = said["period_end"]
+        elif until is not None:
+            plan["paid_until"] = until
         elif plan["paid_until"] is None:
             plan["paid_until"] = plan["end"]
         self.remember_payment(said)
@@ -200,11 +208,7 @@ class PlanLedger(Ledger):
             more = 0
         elif wanted["upgrade"] == "full" and more > 0:
             more = wanted["credits"]
-            for lot in in_burn_down_order(plan["lots"]):
-                if lot["available"]:
-                    expired += lot["available"]
-                    self.move("expired", lot, lot["available"], now, operation)
-            plan["lots"] = []
+            expired = self.lapse(now, now, operation)
         plan["most"] = max(plan["most"], wanted["credits"])
         allotted = self.allot(more, now, now, operation)
         return self.state(allotted=allotted + self.renew_what_is_overdue(now, operation), expired=expired)
@@ -310,7 +314,9 @@ class PlanLedger(Ledger):
         for lot, expired in last["expired"]:
             details["restored"] += expired
             home = self.home_for(lot, operation, now)
-            self.move("restored", home, expired, now, operation)
+            self.move("unexpired", lot, expired, now, operation)
+            self.move("rolled_out", lot, expired, now, operation)
+            self.move("rolled_in", home, expired, now, operation)
             self.take_what_is_owed(home, expired, now, now, operation)
         return {**self.state(), **details}
 
@@ -409,6 +415,10 @@ class PlanLedger(Ledger):
             plan["anchor"], plan["months"] = plan["end"], 0
         plan["start"] = plan["end"]
         plan["end"] = later(plan["anchor"], plan["months"] + 1, plan["zone"])
+        paid = plan["paid_until"]
+        if paid is not None and paid - plan["start"] > DAY and paid - plan["end"] <= HALF:
+            plan["end"] = paid
+        touched = [lot for lot in plan["lots"] if lot["available"] or lot["held"] or lot["in_transit"]]
         known = len(self.lots)
         expired: list[tuple[Row, int]] = []
         left = [lot for lot in in_burn_down_order(plan["lots"]) if lot["available"]]
@@ -447,6 +457,7 @@ class PlanLedger(Ledger):
             for lot in left:
                 expired.append((lot, lot["available"]))
                 self.move("expired", lot, lot["available"], now, operation, None, at)
+        self.end_early(touched, at)
         plan["most"] = plan["is"]["credits"]
         plan["lots"] = []
         allotted = self.allot(plan["most"], at, now, operation)
@@ -480,13 +491,26 @@ class PlanLedger(Ledger):
     def finish(self, at: datetime, now: datetime, operation: str | None) -> int:
         """The plan is over, and what is left of its period's credits."""
         plan = self.running()
+        expired = self.lapse(at, now, operation)
+        plan.update(alive=False, lots=[], next=None, cancels=False)
+        return expired
+
+    def lapse(self, at: datetime, now: datetime, operation: str | None) -> int:
+        """The period's credits end here and now, what is set aside of them too when it comes back."""
+        plan = self.running()
+        touched = [lot for lot in plan["lots"] if lot["available"] or lot["held"] or lot["in_transit"]]
         expired = 0
-        for lot in in_burn_down_order(plan["lots"]):
+        for lot in in_burn_down_order(touched):
             if lot["available"]:
                 expired += lot["available"]
                 self.move("expired", lot, lot["available"], now, operation, None, at)
-        plan.update(alive=False, lots=[], next=None, cancels=False)
+        self.end_early(touched, at)
+        plan["lots"] = []
         return expired
+
+    def end_early(self, lots: list[Row], at: datetime) -> None:
+        for lot in lots:
+            lot["end"] = min(lot["end"], at)
 
     # What the operations share.
 

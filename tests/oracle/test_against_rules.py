@@ -202,6 +202,7 @@ MOVES: dict[str, dict[str, int]] = {
     "received": {"received": 1, "available": 1},
     "rolled_out": {"available": -1, "sent": 1},
     "rolled_in": {"received": 1, "available": 1},
+    "unexpired": {"expired": -1, "available": 1},
     "debt_incurred": {"debt": 1},
     "debt_paid": {"available": -1, "revoked": 1, "debt": -1},
 }

@@ -952,3 +952,109 @@ def test_a_cancelled_plan_that_goes_on_with_the_dates_that_are_paid_for_gives_no
     member("plans.cancel")
     assert member("plans.subscribe", plan="basic", payment="in_1", period_start=NEW_YEAR)["plan_status"] == "active"
     assert member.given() == 100
+
+
+# One payment gives one period, however long; nothing of a period outlives it.
+
+
+@pytest.mark.parametrize("plan", ["basic", "calendar_paid"])
+@pytest.mark.parametrize("days", [28, 30, 31, 33, 35])
+def test_a_payment_gives_one_period_as_long_as_it_says(plan: str, days: int) -> None:
+    start = datetime(2027, 1, 20, 9, tzinfo=UTC)
+    member = Member.of(None)
+    member.now = start
+    cycle = timedelta(days=days)
+    member("plans.subscribe", plan=plan, period_start=start, period_end=start + cycle, payment="pi_0")
+    for number in range(1, 12):
+        begins = start + number * cycle
+        for hours in (-12, 1):
+            member.now = begins + timedelta(hours=hours)
+            member("settle")
+        member("plans.renew", period_start=begins, period_end=begins + cycle, payment=f"pi_{number}")
+        assert member.given() == (number + 1) * (100 if plan == "basic" else 30)
+        assert (member.plan.period_start, member.plan.period_end) == (begins, begins + cycle)
+    member.now = start + 12 * cycle + 4 * DAY
+    member("settle")
+    assert (member.available(), member.plan.is_active) == ("0", False)
+
+
+@pytest.mark.parametrize("days", [1, 10])
+def test_a_short_payment_gives_a_short_period(days: int) -> None:
+    member = Member.of("basic")
+    member.until(2, 1)
+    begins = member.now
+    member("plans.renew", period_start=begins, period_end=begins + days * DAY + timedelta(hours=1))
+    assert member.plan.period_end == begins + days * DAY + timedelta(hours=1)
+    member.now = begins + (days + 4) * DAY
+    member("settle")
+    assert (member.available(), member.plan.is_active, member.given()) == ("0", False, 200)
+
+
+def test_payments_that_come_ahead_give_as_many_periods() -> None:
+    member = Member.of("basic")
+    for month in (2, 3, 4):
+        member.pay(month, 1, payment=f"pi_{month}")
+    member.until(8, 1)
+    member("settle")
+    assert (member.given(), member.plan.ended_at) == (400, datetime(2027, 5, 4, 9, tzinfo=UTC))
+
+
+@pytest.mark.parametrize(
+    ("message", "content", "left"),
+    [
+        ("plans.cancel", {"at": "now"}, "0"),
+        ("plans.change", {"plan": "full"}, "500"),
+    ],
+)
+def test_what_is_held_of_lots_that_end_early_lapses_when_it_comes_back(
+    message: str, content: dict[str, Any], left: str
+) -> None:
+    member = Member.of("basic")
+    member("hold", "job", amount=100)
+    member(message, **content)
+    assert member("release", hold="job")["balance"]["available"] == left
+
+
+def test_what_is_held_over_a_renewal_lapses_when_it_comes_back() -> None:
+    member = Member.of("basic").until(2, 1)
+    member.now -= timedelta(minutes=5)
+    member("hold", "job", amount=100)
+    member.until(2, 1).pay(2, 1)
+    assert member("release", hold="job")["balance"]["available"] == "100"
+    kinds = [entry.kind for entry in member.account.entries]
+    assert kinds[-2:] == ["released", "expired"]
+
+
+def test_a_refund_after_the_renewal_lives_as_long_as_refunds_do() -> None:
+    member = Member.of("basic")
+    member("consume", "c", amount=40)
+    member.until(2, 1).pay(2, 1)
+    assert member("refund", operation="c")["balance"]["available"] == "140"
+    refunded = member.account.grants[member.account.last_grant]
+    assert (refunded.source, refunded.expires_at) == ("monthly", member.now + timedelta(days=30))
+
+
+@pytest.mark.parametrize("spent", [0, 60])
+def test_a_claw_back_after_an_undo_finds_what_was_restored(spent: int) -> None:
+    member = Member.of("basic", payment="pi_1")
+    member.until(2, 1).pay(2, 1, payment="pi_2")
+    undone = member.undo()
+    assert (undone["taken_back"], undone["restored"], undone["balance"]["available"]) == ("100", "100", "100")
+    if spent:
+        member.use(spent)
+    revoked = member("revoke", purchase="pi_1")
+    assert (revoked["status"], revoked["charged"]) == ("applied", str(100 - spent))
+    assert revoked["balance"].get("debt", "0") == str(spent)
+    assert refused(member("revoke", purchase="pi_1"), Code.EXCEEDS_ORIGINAL)
+
+
+@pytest.mark.parametrize("before", ["free", "basic"])
+def test_a_change_to_a_plan_by_the_year_is_paid_for_a_year(before: str) -> None:
+    member = Member.of(before).until(1, 11)
+    member("plans.change", plan="yearly", payment="in_year")
+    member.until(12, 31)
+    member("settle")
+    assert (member.plan.terms.plan, member.plan.is_active, member.available()) == ("yearly", True, "100")
+    member.now = datetime(2028, 1, 20, tzinfo=UTC)
+    member("settle")
+    assert not member.plan.is_active
