@@ -76,8 +76,7 @@ class ParkedError(Exception):
 
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(reason)
-        # Of what came only that which can be stored and shown.
-        self.parked = Parked(code, "".join(sign if sign.isprintable() else "?" for sign in reason)[:MAX_TEXT])
+        self.parked = Parked(code, reason[:MAX_TEXT])
 
 
 class Alias(msgspec.Struct, frozen=True, order=True):
@@ -115,7 +114,7 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     aliases: tuple[Alias, ...] = ()
     """Sorted, without repetition."""
     occurred_at: datetime
-    """When the provider says that it came about; not part of what is compared."""
+    """When the provider says that it came about: of two states the later holds."""
 
 
 class PackPaid(Fact, frozen=True, kw_only=True):
@@ -364,8 +363,8 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     return value
 
 
-_UNREADABLE = (msgspec.ValidationError, RecursionError, UnicodeError)
-"""What ``msgspec`` raises on a value of another shape: JSON has half surrogates, and nesting without end."""
+_UNREADABLE = (msgspec.ValidationError, UnicodeError)
+"""What ``msgspec`` raises on a value of another shape: JSON has halves of surrogate pairs."""
 
 
 def read_envelope(raw: bytes, envelope: type[Body]) -> Body:
@@ -387,9 +386,8 @@ def read_object(value: Mapping[str, Any], body: type[Body]) -> Body:
     try:
         return msgspec.convert(value, body)
     except _UNREADABLE as error:
-        what = str(error) if isinstance(error, msgspec.ValidationError) else "it cannot be read"
         name = body.__name__.strip("_").lower()
-        raise ParkedError("malformed", f"not the {name} that was expected: {what}") from None
+        raise ParkedError("malformed", f"not the {name} that was expected: {error}") from None
 
 
 def read_again(event: Event, fetch: Fetch, kind: str, body: type[Body], id: str) -> tuple[Body, bool]:

@@ -16,7 +16,9 @@ from workers.providers.base import Adapter, Event, Fact, Fetch, Parked, no_fetch
 from workers.providers.stripe import Stripe
 
 ROOT = Path(__file__).parents[3]
-NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
+NOW = datetime(2031, 11, 21, 12, tzinfo=UTC)
+"""Far from the machine's own time, which nothing here may ask for."""
+
 CREATED = 1_790_000_500
 SECRET = "whsec_made"
 

@@ -144,6 +144,8 @@ def test_a_paid_subscription_is_a_period() -> None:
     transaction = {"id": "tran_made_2", "amount": 1000, "amount_paid": 1210, "currency": "EUR"}
     fetched = fact("creem_paid", fetching(transaction=transaction))
     assert (fetched.key, fetched.paid_minor, fetched.amount_minor) == ("tran_made_2", 1210, 1000)
+    assert fact("creem_paid", last_transaction=transaction).paid_minor == 1210
+    assert fact("creem_paid", last_transaction=transaction | {"id": "tran_earlier"}).paid_minor == 1000
     assert parking("creem_paid", last_transaction_id=None) == "malformed"
 
 

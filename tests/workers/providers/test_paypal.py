@@ -112,7 +112,7 @@ def paypal(
 
 
 def signed(
-    raw: bytes, at: str = "2026-11-21T12:00:00Z", webhook: str = "WH1", by: str = "leaf", **headers: str
+    raw: bytes, at: str = "2031-11-21T12:00:00Z", webhook: str = "WH1", by: str = "leaf", **headers: str
 ) -> dict[str, str]:
     """The headers of a delivery by PayPal."""
     message = f"made-delivery|{at}|WH1|{zlib.crc32(raw)}".encode()
@@ -212,9 +212,9 @@ def test_no_other_address_is_asked(address: str) -> None:
         *(({f"Paypal-{name}": ""}, "no_signature")
           for name in ("Transmission-Id", "Transmission-Time", "Transmission-Sig", "Cert-Url", "Auth-Algo")),
         ({"Paypal-Transmission-Id": "another"}, "bad_signature"),
-        ({"Paypal-Transmission-Time": "2026-11-21T12:00:01Z"}, "bad_signature"),
+        ({"Paypal-Transmission-Time": "2031-11-21T12:00:01Z"}, "bad_signature"),
         ({"Paypal-Transmission-Time": "now"}, "bad_signature"),
-        ({"Paypal-Transmission-Time": "2026-11-21T12:00:00"}, "bad_signature"),
+        ({"Paypal-Transmission-Time": "2031-11-21T12:00:00"}, "bad_signature"),
         ({"Paypal-Transmission-Sig": "!"}, "bad_signature"),
         ({"Paypal-Transmission-Sig": "AAAA"}, "bad_signature"),
         ({"Paypal-Transmission-Sig": "é"}, "bad_signature"),
@@ -231,9 +231,9 @@ def test_a_forged_or_altered_body_is_refused() -> None:
 
 
 def test_an_old_delivery_is_let_in_and_one_of_the_future_is_not() -> None:
-    assert paypal().verify(RAW, signed(RAW, "2026-11-18T12:00:00Z"), NOW)  # repeated for three days
-    assert paypal().verify(RAW, signed(RAW, "2026-11-21T12:05:00Z"), NOW)
-    assert code_of(paypal(), RAW, signed(RAW, "2026-11-21T12:05:01Z")) == "too_new"
+    assert paypal().verify(RAW, signed(RAW, "2031-11-18T12:00:00Z"), NOW)  # repeated for three days
+    assert paypal().verify(RAW, signed(RAW, "2031-11-21T12:05:00Z"), NOW)
+    assert code_of(paypal(), RAW, signed(RAW, "2031-11-21T12:05:01Z")) == "too_new"
 
 
 @pytest.mark.parametrize(
@@ -301,6 +301,13 @@ def test_a_capture_of_one_part_of_an_order() -> None:
     assert len(fact("paypal_capture", fetching(order=order)).lines) == 2
     order["purchase_units"] = [other, other]
     assert parking("paypal_capture", fetching(order=order)) == "malformed"
+
+
+def test_articles_need_a_price_id_and_the_payments_currency() -> None:
+    for change in ({"sku": None}, {"unit_amount": {"currency_code": "USD", "value": "5.00"}}):
+        order = made("paypal_order")
+        order["purchase_units"][0]["items"][0] |= change
+        assert parking("paypal_capture", fetching(order=order)) == "malformed"
 
 
 def test_a_capture_that_was_given_back_since_was_paid() -> None:
