@@ -9,10 +9,10 @@ import msgspec
 
 from creditlane.amounts import format_amount
 from models.rules.burning import burn, plan_burn
-from models.rules.calendar import add_months
 from models.rules.catalog import Catalog
 from models.rules.settling import settle
-from models.rules.state import PAYMENT_SLACK, Account, Subscription
+from models.rules.state import Account, Subscription
+from models.rules.subscriptions import end_of_payment
 
 MAX_DAYS = 3660
 """How far ahead one may look."""
@@ -134,7 +134,7 @@ def _pay(subscription: Subscription | None) -> None:
     if subscription is None or not subscription.is_active or subscription.cancels or subscription.renews_by_itself:
         return
     months = subscription.next_terms.interval_months
-    subscription.paid_until = add_months(subscription.period_end, months, subscription.zone) + PAYMENT_SLACK
+    subscription.paid_until = end_of_payment(subscription, subscription.period_end, months)
 
 
 KINDS = {

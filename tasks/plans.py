@@ -17,7 +17,7 @@ from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import PAYMENT_SLACK, Account, Subscription
 from models.rules.state import Grant as Lot
-from models.rules.subscriptions import allot, end, end_of_period, expire_lots, renew
+from models.rules.subscriptions import allot, end, end_of_payment, end_of_period, expire_lots, renew
 from tasks.grants import take_back, worth_of
 from tasks.operation import Context, Need, Outcome, operation
 
@@ -127,7 +127,7 @@ def change(account: Account, message: ChangePlan, context: Context) -> Outcome:
     paid_months = subscription.terms.interval_months if subscription.terms.paid else 0
     if until is None and message.payment is not None and terms.paid and terms.interval_months > paid_months:
         start = start or now
-        until = add_months(start, terms.interval_months, subscription.zone)
+        until = end_of_payment(subscription, start, terms.interval_months)
     outlasts = until is not None and until > subscription.period_end + PAYMENT_SLACK
     if terms.paid and outlasts and start is not None and _is_amidst(subscription, start):
         assert until is not None
@@ -204,7 +204,7 @@ def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> 
 
 
 def _paid_until(message: Paid, start: datetime, terms: Terms, subscription: Subscription) -> datetime:
-    return message.period_end or add_months(start, terms.interval_months, subscription.zone)
+    return message.period_end or end_of_payment(subscription, start, terms.interval_months)
 
 
 def _is_paid(subscription: Subscription, until: datetime) -> bool:

@@ -10,7 +10,7 @@ from datetime import datetime
 from operator import attrgetter
 
 from models.rules.burning import came_in, new_grant, pay_debt, room_of
-from models.rules.calendar import add_months
+from models.rules.calendar import add_months, months_passed
 from models.rules.catalog import Catalog, Terms
 from models.rules.posting import post
 from models.rules.state import (
@@ -145,6 +145,15 @@ def _close_period(
     for lot in ending_lots:
         account.end_grant(lot, at)
     return list(taken.values())
+
+
+def end_of_payment(subscription: Subscription, start: datetime, months: int) -> datetime:
+    """Until when a payment is for so many months from a date on: counted from the anchor, if that is a date of its."""
+    anchor, zone = subscription.anchor, subscription.zone
+    passed = months_passed(anchor, start + PAYMENT_SLACK, zone)
+    if abs(add_months(anchor, passed, zone) - start) <= PAYMENT_SLACK:
+        return add_months(anchor, passed + months, zone)
+    return add_months(start, months, zone)
 
 
 def end_of_period(

@@ -110,14 +110,14 @@ class PlanLedger(Ledger):
         if self.plan is not None and self.plan["alive"]:
             if self.plan["is"]["name"] == said["plan"] and self.plan["cancels"]:
                 start = said.get("period_start", now)
-                until = said.get("period_end") or later(start, self.months_of(wanted), self.plan["zone"])
+                until = said.get("period_end") or self.paid_from(start, self.months_of(wanted))
                 told = "period_start" in said or "period_end" in said
                 if wanted["price"] is not None and told and not self.is_paid(until):
                     return self.go_on(wanted, start, until, said, now, operation)
                 self.plan["cancels"] = False
                 if wanted["price"] is not None and said.get("payment") not in (None, self.plan["payment"]):
                     start = said.get("period_start", now)
-                    until = said.get("period_end") or later(start, self.months_of(wanted), self.plan["zone"])
+                    until = said.get("period_end") or self.paid_from(start, self.months_of(wanted))
                     if self.plan["paid_until"] is None or until - self.plan["paid_until"] > DAY:
                         return self.pay(wanted, start, until, said, now, operation)
                 return self.state()
@@ -187,7 +187,7 @@ class PlanLedger(Ledger):
         so_far = self.months_of(plan["is"]) if plan["is"]["price"] is not None else 0
         if until is None and "payment" in said and wanted["price"] is not None and self.months_of(wanted) > so_far:
             start = start or now
-            until = later(start, self.months_of(wanted), plan["zone"])
+            until = self.paid_from(start, self.months_of(wanted))
         outlasts = until is not None and until - plan["end"] > DAY
         if wanted["price"] is not None and outlasts and start is not None and self.amidst(start):
             assert until is not None
@@ -233,12 +233,23 @@ class PlanLedger(Ledger):
             wanted = self.known_plan(wanted["name"])
         if wanted["price"] is None:
             raise Refusal("invalid")
-        until = said.get("period_end") or later(start, self.months_of(wanted), plan["zone"])
+        until = said.get("period_end") or self.paid_from(start, self.months_of(wanted))
         if self.is_paid(until):
             raise Refusal("already_renewed")
         if not plan["alive"]:
             return self.begin(wanted, said, operation, now)
         return self.go_on(wanted, start, until, said, now, operation)
+
+    def paid_from(self, start: datetime, months: int) -> datetime:
+        """So many months on, by the plan's own dates where it begins at one of them."""
+        plan = self.plan
+        assert plan is not None
+        ours = 0
+        while later(plan["anchor"], ours, plan["zone"]) < start - DAY:
+            ours += 1
+        if later(plan["anchor"], ours, plan["zone"]) <= start + DAY:
+            return later(plan["anchor"], ours + months, plan["zone"])
+        return later(start, months, plan["zone"])
 
     def is_paid(self, until: datetime) -> bool:
         assert self.plan is not None

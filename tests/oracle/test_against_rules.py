@@ -965,5 +965,5 @@ def test_every_kind_of_entry_is_reached_by_the_sequences_of_this_file() -> None:
     both.now += timedelta(days=3)
     both.do("credits.settle", "operation-8", present())
     # What moves between accounts is in test_transfers.py, what a plan carries over in test_plans.py.
-    between = {"transferred", "sent", "bounced", "received", "rolled_out", "rolled_in"}
+    between = {"transferred", "sent", "bounced", "received", "rolled_out", "rolled_in", "unexpired"}
     assert {entry.kind for entry in both.account.entries} == set(MOVES) - between
