@@ -97,7 +97,6 @@ def begin(account: Account, terms: Terms, message: Paid | None, context: Context
         paid_until,
         allotted=max(allotted, terms.monthly_micro),
     )
-    subscription.is_new = before is None
     account.subscription = subscription
     _note_payment(subscription, message, context)
     return _outcome(account, subscription, _allot(account, subscription, terms.monthly_micro - allotted, context))

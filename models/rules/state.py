@@ -225,7 +225,7 @@ class Subscription:
     """An account's plan, and where in its time it is (ledger rules: subscriptions)."""
 
     __slots__ = (
-        "allotted", "anchor", "cancels", "ended_at", "is_dirty", "is_new", "lots", "number", "paid_until", "payment",
+        "allotted", "anchor", "cancels", "ended_at", "is_dirty", "lots", "number", "paid_until", "payment",
         "pending", "pending_at", "period_end", "period_start", "price_currency", "price_minor", "price_per", "renewal",
         "status", "terms", "zone",
     )  # fmt: skip
@@ -279,7 +279,6 @@ class Subscription:
         self.renewal = renewal
         """The one that began this period, if one did."""
         self.ended_at = ended_at
-        self.is_new = False
         self.is_dirty = False
 
     @property

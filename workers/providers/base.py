@@ -416,6 +416,11 @@ def _is(value: object, kind: Any) -> bool:
     return True
 
 
+def event_fields(event: Event) -> dict[str, Any]:
+    """What every fact of an event says of it."""
+    return {"provider": event.provider, "livemode": event.livemode, "occurred_at": event.created}
+
+
 def account_of(*candidates: object) -> str | None:
     """The first that can be the name of an account."""
     return next((value for value in candidates if isinstance(value, str) and _is(value, Name)), None)

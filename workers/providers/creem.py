@@ -38,6 +38,7 @@ from workers.providers.base import (
     check_size,
     created_at,
     currency_of,
+    event_fields,
     header_of,
     order_of,
     read_again,
@@ -209,16 +210,12 @@ class Creem:
             return parked.parked
 
 
-def _about(event: Event) -> dict[str, Any]:
-    return {"provider": event.provider, "livemode": event.livemode, "occurred_at": event.created}
-
-
 def _checkout(event: Event, fetch: Fetch) -> Iterable[Fact]:
     checkout, _ = read_again(event, fetch, "checkout", _Checkout, "id")
     order = checkout.order
     if order is None:
         raise ParkedError("malformed", "a completed checkout without an order")
-    about = _about(event) | {
+    about = event_fields(event) | {
         "account": _account(checkout.metadata),
         "aliases": aliases_of(
             ("checkout", checkout.id),
@@ -249,7 +246,7 @@ def _checkout(event: Event, fetch: Fetch) -> Iterable[Fact]:
 
 
 def _about_subscription(event: Event, subscription: _Subscription) -> dict[str, Any]:
-    return _about(event) | {
+    return event_fields(event) | {
         "account": _account(subscription.metadata),
         "aliases": aliases_of(
             ("subscription", subscription.id),
@@ -305,7 +302,7 @@ def _returned(event: Event, about: _Refund | _Dispute) -> dict[str, Any]:
     )
     if not aliases:
         raise ParkedError("no_purchase", "money back of no payment")
-    return _about(event) | {
+    return event_fields(event) | {
         "aliases": aliases,
         "account": _account(checkout.metadata) if isinstance(checkout, _Checkout) else None,
         "paid_minor": None if transaction is None else transaction.amount_paid,

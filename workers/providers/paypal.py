@@ -47,6 +47,7 @@ from workers.providers.base import (
     check_time,
     created_at,
     currency_of,
+    event_fields,
     header_of,
     instant_of,
     merge_lines,
@@ -305,10 +306,6 @@ class PayPal:
             return parked.parked
 
 
-def _about(event: Event) -> dict[str, Any]:
-    return {"provider": event.provider, "livemode": event.livemode, "occurred_at": event.created}
-
-
 def _linked(links: Iterable[_Link], pattern: re.Pattern[str]) -> str | None:
     """The id that a link leads to."""
     return next((found[1] for link in links if (found := pattern.search(link.href))), None)
@@ -320,7 +317,7 @@ def _order_id(capture: _Capture) -> str | None:
 
 
 def _about_capture(event: Event, capture: _Capture, unit: _Unit | None) -> dict[str, Any]:
-    return _about(event) | {
+    return event_fields(event) | {
         "key": capture.id,
         "account": account_of(capture.custom_id, None if unit is None else unit.custom_id),
         "aliases": aliases_of(("capture", capture.id), ("order", _order_id(capture))),
@@ -381,7 +378,7 @@ def _sale(event: Event, fetch: Fetch) -> Iterable[Fact]:
     if sale.billing_agreement_id is None:
         raise ParkedError("unknown_sale", "a sale that is of no subscription")
     paid, currency = sale.amount.parse()
-    about = _about(event) | {
+    about = event_fields(event) | {
         "key": sale.id,
         "aliases": aliases_of(("sale", sale.id), ("subscription", sale.billing_agreement_id)),
         "currency": currency,
@@ -432,7 +429,7 @@ def _refund(event: Event, fetch: Fetch) -> Iterable[Fact]:
             amount_minor=amount,
             account=account_of(refund.custom_id),
             aliases=aliases,
-            **_about(event),
+            **event_fields(event),
         ),
     )
 
@@ -465,7 +462,7 @@ def _dispute(event: Event, fetch: Fetch) -> Iterable[Fact]:
             withdrawn_minor=0,
             movements=0,
             aliases=aliases,
-            **_about(event),
+            **event_fields(event),
         ),
     )
 
@@ -481,7 +478,7 @@ _STATUSES: dict[str, Status] = {
 
 
 def _about_subscription(event: Event, subscription: _Subscription) -> dict[str, Any]:
-    return _about(event) | {
+    return event_fields(event) | {
         "account": account_of(subscription.custom_id),
         "aliases": aliases_of(("subscription", subscription.id)),
     }

@@ -44,6 +44,7 @@ from workers.providers.base import (
     check_time,
     created_at,
     currency_of,
+    event_fields,
     header_of,
     merge_lines,
     order_of,
@@ -396,14 +397,10 @@ def _pairs(header: str) -> list[list[str]]:
     return [pair.split("=", 2) for pair in header.split(",") if "=" in pair]
 
 
-def _about(event: Event) -> dict[str, Any]:
-    return {"provider": event.provider, "livemode": event.livemode, "occurred_at": event.created}
-
-
 def _session(event: Event, fetch: Fetch) -> Iterable[Fact]:
     """A checkout: a pack when it was paid, whichever event says so. A subscription's credits come with its invoices."""
     session, _ = read_again(event, fetch, "checkout.session", _Session, "id")
-    about = _about(event) | {
+    about = event_fields(event) | {
         "account": _account(session.metadata, session.client_reference_id),
         "aliases": aliases_of(
             ("session", session.id),
@@ -463,7 +460,7 @@ _NO_PERIOD = frozenset({"manual", "subscription_threshold", "automatic_pending_i
 def _about_invoice(event: Event, invoice: _Invoice) -> dict[str, Any]:
     parent = None if invoice.parent is None else invoice.parent.subscription_details
     payments = [] if invoice.payments is None else invoice.payments.data
-    return _about(event) | {
+    return event_fields(event) | {
         "account": _account(None if parent is None else parent.metadata, (invoice.metadata or {}).get(ACCOUNT_KEY)),
         "aliases": aliases_of(
             ("invoice", invoice.id),
@@ -573,19 +570,19 @@ def _invoice_payment(event: Event, fetch: Fetch) -> Iterable[Fact]:
         ("payment_intent", id_of(payment.payment.payment_intent)),
         ("charge", id_of(payment.payment.charge)),
     )
-    return (Linked(key=payment.id, aliases=aliases, **_about(event)),) if len(aliases) > 1 else ()
+    return (Linked(key=payment.id, aliases=aliases, **event_fields(event)),) if len(aliases) > 1 else ()
 
 
 def _payment_intent(event: Event, fetch: Fetch) -> Iterable[Fact]:
     intent = read_object(event.object, _PaymentIntent)
     aliases = aliases_of(("payment_intent", intent.id), ("charge", id_of(intent.latest_charge)))
-    return (Linked(key=intent.id, account=_account(intent.metadata), aliases=aliases, **_about(event)),)
+    return (Linked(key=intent.id, account=_account(intent.metadata), aliases=aliases, **event_fields(event)),)
 
 
 def _charge(event: Event, fetch: Fetch) -> Iterable[Fact]:
     charge = read_object(event.object, _Charge)
     aliases = aliases_of(("charge", charge.id), ("payment_intent", id_of(charge.payment_intent)))
-    return (Linked(key=charge.id, account=_account(charge.metadata), aliases=aliases, **_about(event)),)
+    return (Linked(key=charge.id, account=_account(charge.metadata), aliases=aliases, **event_fields(event)),)
 
 
 def _refund(event: Event, fetch: Fetch) -> Iterable[Fact]:
@@ -609,7 +606,7 @@ def _refund(event: Event, fetch: Fetch) -> Iterable[Fact]:
             amount_minor=money_of(refund.amount, currency),
             account=_account(refund.metadata),
             aliases=aliases,
-            **_about(event),
+            **event_fields(event),
         ),
     )
 
@@ -651,7 +648,7 @@ def _dispute(event: Event, fetch: Fetch) -> Iterable[Fact]:
             movements=max(len(moved), told),
             account=_account(dispute.metadata),
             aliases=aliases,
-            **_about(event),
+            **event_fields(event),
         ),
     )
 
@@ -692,7 +689,7 @@ def _subscription(event: Event, fetch: Fetch) -> Iterable[Fact]:
             collection_paused=subscription.pause_collection is not None,
             account=_account(subscription.metadata),
             aliases=aliases_of(("subscription", subscription.id), ("customer", id_of(subscription.customer))),
-            **_about(event),
+            **event_fields(event),
         ),
     )
 
