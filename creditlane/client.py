@@ -62,6 +62,9 @@ QUERIES = "queries"
 NOTICES = "notices"
 """The queue of what goes out to people, and of what they have read; in the outbox the exchange that stands for it."""
 
+PAYMENTS = "payments"
+"""The queue of what providers say of payments, and of what is asked of them."""
+
 READ = "notices.read"
 """The task that marks notices as read."""
 
