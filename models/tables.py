@@ -649,11 +649,13 @@ class PaymentOperationRow(Base):
     __tablename__ = "payment_operations"
     __table_args__ = (
         UniqueConstraint("provider", "livemode", "effect", name="payment_operations_once"),
-        Index("payment_operations_by_group", "group_id"),
+        Index("payment_operations_by_group", "group_id", "number"),
         Index("payment_operations_by_purchase", "account", "purchase"),
         Index("payment_operations_by_time", "created_at"),
     )
 
+    number: Mapped[int] = mapped_column(BigInteger, Identity())
+    """In the order of sending."""
     operation: Mapped[str] = mapped_column(primary_key=True)
     """Its id, which nobody can guess: made before it is sent."""
     provider: Mapped[str]
