@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -23,11 +24,14 @@ from models.rules.facts import (
     RefundChanged,
     SubscriptionChanged,
 )
-from models.rules.resolving import Effect, Heard, Key, Order, Resolution, Verdict, key_of, resolve
+from models.rules.resolving import Effect, Heard, Key, Order, Resolution, Verdict, key_of, purchase_name, resolve
 from models.rules.state import CLOSED, OPEN
 
-PAYMENTS = "payments"
-"""What only one session does at a time: making operations of facts, and sending them in order."""
+LOCK_KEY = (0x6C61_7061, 0)
+"""The advisory lock under which operations are made of facts and sent."""
+
+LOCK_SECONDS = 60
+"""How long a session waits for it."""
 
 GROUP_ALIASES = PURCHASE_ALIASES | {"subscription"}
 """What makes facts belong together."""
@@ -66,9 +70,10 @@ INSERT INTO payment_bindings (provider, livemode, kind, id, account, bound_at)
 SELECT %s, %s, k.kind, k.id, %s, ledger_now() FROM unnest(%s::text[], %s::text[]) AS k(kind, id) ON CONFLICT DO NOTHING
 """
 PUT_FACT = """
-INSERT INTO payment_facts (provider, livemode, kind, key, group_id, event, fact, occurred_at, heard_at, status)
-VALUES (%(provider)s, %(livemode)s, %(kind)s, %(key)s, %(group)s, %(event)s, %(fact)s, %(occurred_at)s, ledger_now(),
-        'noted')
+INSERT INTO payment_facts (provider, livemode, kind, key, group_id, event, purchase, fact, occurred_at, heard_at,
+                           status)
+VALUES (%(provider)s, %(livemode)s, %(kind)s, %(key)s, %(group)s, %(event)s, %(purchase)s, %(fact)s, %(occurred_at)s,
+        ledger_now(), 'noted')
 ON CONFLICT (provider, livemode, kind, key) DO UPDATE
 SET fact = excluded.fact, event = excluded.event, occurred_at = excluded.occurred_at, group_id = excluded.group_id
 """
@@ -116,6 +121,22 @@ class Settled(msgspec.Struct, frozen=True):
     """For the outbox: account, exchange, task, operation id and arguments."""
 
 
+@contextmanager
+def alone(connection: Connection[Any]) -> Iterator[None]:
+    """Make operations of facts, and send them, as the one session that does.
+
+    :raises psycopg.errors.LockNotAvailable: when others take longer than :data:`LOCK_SECONDS`.
+    """
+    with connection.transaction():
+        connection.execute(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
+        connection.execute("SELECT pg_advisory_lock(%s, %s)", LOCK_KEY)
+    try:
+        yield
+    finally:
+        if not connection.closed:
+            connection.execute("SELECT pg_advisory_unlock(%s, %s)", LOCK_KEY)
+
+
 def now_of(connection: Connection[Any]) -> datetime:
     """The ledger's time."""
     row = connection.execute("SELECT ledger_now()").fetchone()
@@ -155,6 +176,7 @@ def record(connection: Connection[Any], facts: Iterable[Fact], event: int) -> se
                 "key": key,
                 "group": group,
                 "event": event,
+                "purchase": purchase_name(fact) if isinstance(fact, PackPaid | PeriodPaid) else None,
                 "fact": encode(fact).decode(),
                 "occurred_at": fact.occurred_at,
             },

@@ -593,6 +593,7 @@ class PaymentFactRow(Base):
     __tablename__ = "payment_facts"
     __table_args__ = (
         Index("payment_facts_by_group", "group_id"),
+        Index("payment_facts_by_purchase", "purchase", postgresql_where=text("purchase IS NOT NULL")),
         Index("payment_facts_unsettled", "heard_at", postgresql_where=text("status IN ('waiting', 'parked')")),
         Index("payment_facts_by_time", "provider", "livemode", "occurred_at"),
         {"postgresql_with": {"fillfactor": "70"}},
@@ -605,6 +606,8 @@ class PaymentFactRow(Base):
     group_id: Mapped[int] = mapped_column(BigInteger)
     event: Mapped[int] = mapped_column(BigInteger)
     """The inbox row that it was last heard by."""
+    purchase: Mapped[str | None]
+    """Of what was paid, what the ledger calls it."""
     fact: Mapped[str] = mapped_column(JSON)
     occurred_at: Mapped[datetime]
     heard_at: Mapped[datetime]

@@ -45,6 +45,7 @@ CREATE TABLE payment_facts (
     key TEXT NOT NULL,
     group_id BIGINT NOT NULL,
     event BIGINT NOT NULL,
+    purchase TEXT,
     fact JSON NOT NULL,
     occurred_at TIMESTAMP WITH TIME ZONE NOT NULL,
     heard_at TIMESTAMP WITH TIME ZONE NOT NULL,
@@ -54,6 +55,7 @@ CREATE TABLE payment_facts (
     PRIMARY KEY (provider, livemode, kind, key)
 ) WITH (fillfactor = 70);
 CREATE INDEX payment_facts_by_group ON payment_facts (group_id);
+CREATE INDEX payment_facts_by_purchase ON payment_facts (purchase) WHERE purchase IS NOT NULL;
 CREATE INDEX payment_facts_unsettled ON payment_facts (heard_at) WHERE status IN ('waiting', 'parked');
 CREATE INDEX payment_facts_by_time ON payment_facts (provider, livemode, occurred_at);
 CREATE TABLE payment_aliases (
