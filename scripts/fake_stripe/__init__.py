@@ -53,7 +53,7 @@ __all__ = [
 
 HOST = "127.0.0.1"
 KEY = "sk_test_fake"
-SECRET = "whsec_fake"
+SECRET = "whsec_fake"  # noqa: S105 - of nothing
 SEND_SECONDS = 30.0
 """How long a webhook's receiver may take to answer."""
 

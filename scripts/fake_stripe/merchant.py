@@ -33,7 +33,6 @@ _PREFIXES = {
 }  # fmt: skip
 
 _LISTS = {
-    "checkout.session": (),
     "invoice": (("lines", "/v1/invoices/{id}/lines"),),
     "subscription": (("items", "/v1/subscription_items?subscription={id}"),),
 }
@@ -128,6 +127,19 @@ class Merchant:
             for path in expand:
                 self.expand(shown, path.split("."))
             return shown
+
+    def fetch(self, kind: str, id: str) -> Json:
+        """An object with its lists complete, as adapters fetch it, but without HTTP.
+
+        :param kind: such as ``checkout.session``.
+        :raises RefusedError: when there is none.
+        """
+        with self.lock:
+            whole = self.shown(self.find(kind, id))
+            includable = _INCLUDABLE.get(kind)
+            for name, url in (*_LISTS.get(kind, ()), *([includable] if includable else [])):
+                whole[name] = objects.listed([self.shown(each) for each in self.within(id, name)], url.format(id=id))
+            return whole
 
     def _inlined(self, id: str, name: str, url: str, *, counted: bool = False) -> Json:
         members = self.within(id, name)
@@ -616,7 +628,8 @@ class Merchant:
             wanted = proration != "none" and not is_trial
             known = {"item": item["id"], "start": now}
             prorations = [
-                known | {"price": old, "amount": -round(amount * share), "quantity": had, "end": end, "credited": self._credited(object, item["id"]),
+                known | {"price": old, "amount": -round(amount * share), "quantity": had, "end": end,
+                         "credited": self._credited(object, item["id"]),
                          "description": f"Unused time on {old['id']}"},
                 known | {"price": priced, "amount": full if anew else round(full * share), "quantity": quantity,
                          "end": item["current_period_end"], "credited": None,
