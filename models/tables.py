@@ -592,6 +592,7 @@ class PaymentFactRow(Base):
 
     __tablename__ = "payment_facts"
     __table_args__ = (
+        Index("payment_facts_by_key", "key"),
         Index("payment_facts_by_group", "group_id"),
         Index("payment_facts_by_purchase", "purchase", postgresql_where=text("purchase IS NOT NULL")),
         Index("payment_facts_unsettled", "heard_at", postgresql_where=text("status IN ('waiting', 'parked')")),
@@ -622,7 +623,10 @@ class PaymentAliasRow(Base):
     """A provider's id of something, and the facts that it belongs to."""
 
     __tablename__ = "payment_aliases"
-    __table_args__ = (Index("payment_aliases_by_group", "group_id"),)
+    __table_args__ = (
+        Index("payment_aliases_by_id", "id"),
+        Index("payment_aliases_by_group", "group_id"),
+    )
 
     provider: Mapped[str] = mapped_column(primary_key=True)
     livemode: Mapped[bool] = mapped_column(primary_key=True)

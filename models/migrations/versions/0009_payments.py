@@ -54,6 +54,7 @@ CREATE TABLE payment_facts (
     reason TEXT,
     PRIMARY KEY (provider, livemode, kind, key)
 ) WITH (fillfactor = 70);
+CREATE INDEX payment_facts_by_key ON payment_facts (key);
 CREATE INDEX payment_facts_by_group ON payment_facts (group_id);
 CREATE INDEX payment_facts_by_purchase ON payment_facts (purchase) WHERE purchase IS NOT NULL;
 CREATE INDEX payment_facts_unsettled ON payment_facts (heard_at) WHERE status IN ('waiting', 'parked');
@@ -66,6 +67,7 @@ CREATE TABLE payment_aliases (
     group_id BIGINT NOT NULL,
     PRIMARY KEY (provider, livemode, kind, id)
 );
+CREATE INDEX payment_aliases_by_id ON payment_aliases (id);
 CREATE INDEX payment_aliases_by_group ON payment_aliases (group_id);
 CREATE TABLE payment_bindings (
     provider TEXT NOT NULL,
