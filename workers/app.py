@@ -90,6 +90,7 @@ app.conf.imports = (
     "tasks.queries",
     "workers.inbox",
     "workers.notices",
+    "workers.receiving",
     "schedules.expiry",
     "schedules.audit",
     "schedules.notices",
