@@ -111,7 +111,9 @@ def payments_show(
 @payments_app.command(
     "retry",
     epilog=examples(
-        "creditlane payments retry 17 18", "creditlane payments retry --waiting", "creditlane payments retry --waiting --of cs_1"
+        "creditlane payments retry 17 18",
+        "creditlane payments retry --waiting",
+        "creditlane payments retry --waiting --of cs_1",
     ),
 )
 def payments_retry(
@@ -137,7 +139,9 @@ def payments_retry(
     if as_json:
         show_json({"events": again, "groups": groups})
     else:
-        console().print(f"[green]to be looked at again[/] within a minute: {len(again)} events, {groups} groups of facts")
+        console().print(
+            f"[green]to be looked at again[/] within a minute: {len(again)} events, {groups} groups of facts"
+        )
 
 
 @payments_app.command("drop", epilog=examples("creditlane payments drop 17"))
