@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from creditlane.amounts import format_amount
-from creditlane.contract import MAX_NAME
+from creditlane.contract import MAX_NAME, MAX_TEXT
 from models.rules.catalog import Catalog, Money, Sold, SoldGrant
 from models.rules.facts import (
     PURCHASE_ALIASES,
@@ -110,6 +110,8 @@ class Resolution(msgspec.Struct, frozen=True):
     """Those that are to be sent, in order."""
     verdicts: dict[Key, Verdict]
     notices: list[Telling]
+    missing: tuple[str, ...] = ()
+    """Subscriptions of which a payment is waited for that was not heard of."""
 
 
 APPLIED, NOTED = Verdict("applied"), Verdict("noted")
@@ -185,6 +187,7 @@ class _Resolving:
                 if not isinstance(heard.fact, Linked | PaymentFailed):
                     self.verdicts[heard.key] = unknown
             return Resolution(None, [], self.verdicts, [])
+        states = self._returned()
         for heard in self.heard:
             if isinstance(heard.fact, PackPaid):
                 self.verdicts[heard.key] = self._pack(heard.fact)
@@ -193,9 +196,18 @@ class _Resolving:
             for each in self.heard
             if isinstance(each.fact, PeriodPaid | SubscriptionChanged)
         }):  # fmt: skip
-            self._subscription(subscription)
-        self._claw_back()
-        return Resolution(self.account, self.effects, self.verdicts, self._notices())
+            self._subscription(subscription, states)
+        for state in states.values():
+            self._claw_back(state)
+        return Resolution(self.account, self.effects, self.verdicts, self._notices(), self._missing())
+
+    def _missing(self) -> tuple[str, ...]:
+        found = set()
+        for heard in self.heard:
+            if self.verdicts[heard.key].code in ("earlier_period", "no_period"):
+                fact = heard.fact
+                found.add(fact.subscription if isinstance(fact, PeriodPaid) else fact.key)
+        return tuple(sorted(found))
 
     def _send(self, effect: Effect) -> None:
         """Add an operation, once."""
@@ -281,7 +293,7 @@ class _Resolving:
 
     # --- Subscriptions -------------------------------------------------------------------------------
 
-    def _subscription(self, subscription: str) -> None:
+    def _subscription(self, subscription: str, states: Mapping[str, Mapping[str, Any]]) -> None:
         """Its periods in the order of time, and then whether it goes on."""
         state = next(
             (
@@ -310,7 +322,7 @@ class _Resolving:
             else:
                 earlier.append(period)
         if state is not None and changed is not None:
-            self.verdicts[state.key] = self._lifecycle(state, changed, earlier, held)
+            self.verdicts[state.key] = self._lifecycle(state, changed, earlier, held, states)
 
     def _wait(self, since: datetime, code: str, reason: str) -> Verdict | None:
         until = since + timedelta(seconds=PATIENCE_SECONDS)
@@ -392,20 +404,25 @@ class _Resolving:
         return Effect(key=key, name="plans.renew", arguments=arguments, purchase=purchase)
 
     def _lifecycle(
-        self, state: Heard, changed: SubscriptionChanged, known: Sequence[PeriodPaid], held: Verdict | None
+        self,
+        state: Heard,
+        changed: SubscriptionChanged,
+        known: Sequence[PeriodPaid],
+        held: Verdict | None,
+        states: Mapping[str, Mapping[str, Any]],
     ) -> Verdict:
-        """Whether the plan ends with what is paid for, or goes on; it gives no credits."""
-        sent = [(key, arguments) for key, arguments in self.issued.items() if _is_of(key, changed.key)]
+        """Whether the plan ends with what is paid for, at once if that was returned, or goes on; gives no credits."""
+        sent = [key for key in self.issued if _is_of(key, changed.key)]
         paid = [period for period in known if _is_plan(self.issued.get(f"period:{period.key}"))]
         if held is not None:
             return Verdict("waiting", held.code, "a period before it waits", held.until)
         ends = changed.status == "canceled" or changed.ends_at is not None
-        if not paid and not sent:
-            if not ends or changed.status == "incomplete_expired":
+        if not paid:
+            if not ends:
                 return NOTED
             return self._wait(state.at, "no_period", "no payment for it was heard of yet") or NOTED
         if not ends:
-            if sent and sent[-1][0].startswith("cancel:"):
+            if sent and sent[-1].startswith("cancel:"):
                 self._send(self._resumed(changed, paid, len(sent)))
             return APPLIED
         unheard = any(
@@ -416,13 +433,14 @@ class _Resolving:
             waits = self._wait(state.at, "earlier_period", "the payment of its last period was not heard of yet")
             if waits is not None:
                 return waits
-        if not sent or not sent[-1][0].startswith(f"cancel:{changed.key}:{len(paid)}:"):
+        of_last = states.get(purchase_name(paid[-1]))
+        returned = of_last is not None and 0 < of_last["paid_minor"] <= of_last["returned_minor"]
+        at = "now" if returned and changed.is_final else "period_end"
+        begins = f"cancel:{changed.key}:{len(paid)}:"
+        if not sent or not sent[-1].startswith((f"{begins}{at}:", f"{begins}now:")):
+            reason = f"{changed.provider}: the subscription ends"
             self._send(
-                Effect(
-                    key=f"cancel:{changed.key}:{len(paid)}:{len(sent)}",
-                    name="plans.cancel",
-                    arguments={"reason": f"{changed.provider}: the subscription ends"},
-                )
+                Effect(key=f"{begins}{at}:{len(sent)}", name="plans.cancel", arguments={"at": at, "reason": reason})
             )
         return APPLIED
 
@@ -438,8 +456,9 @@ class _Resolving:
 
     # --- Refunds and disputes ------------------------------------------------------------------------
 
-    def _claw_back(self) -> None:
-        """For each purchase what is away of its payment now; a fact whose purchase is not known waits for it."""
+    def _returned(self) -> dict[str, dict[str, Any]]:
+        """Of each purchase what is away of its payment now; a fact whose purchase is not known waits for it."""
+        states: dict[str, dict[str, Any]] = {}
         for facts in _joined(self.heard):
             returns = [each for each in facts if isinstance(each.fact, RefundChanged | DisputeChanged)]
             if not returns:
@@ -451,17 +470,19 @@ class _Resolving:
                 verdict = Verdict("waiting", "no_purchase", "what it is a refund or dispute of was not heard of yet")
             elif len(purchases) > 1:
                 names = ", ".join(sorted(purchases))
-                verdict = Verdict("parked", "ambiguous", f"it may be of each of {names}: revoke by hand"[:500])
+                verdict = Verdict("parked", "ambiguous", f"it may be of each of {names}: revoke by hand"[:MAX_TEXT])
             for each in returns:
                 self.verdicts[each.key] = verdict
             if verdict is APPLIED:
-                self._state(purchases.pop(), paid, returns)
+                purchase = purchases.pop()
+                states[purchase] = self._state(purchase, paid, returns)
+        return states
 
-    def _state(self, purchase: str, paid: Sequence[PackPaid | PeriodPaid], returns: Sequence[Heard]) -> None:
+    def _state(self, purchase: str, paid: Sequence[PackPaid | PeriodPaid], returns: Sequence[Heard]) -> dict[str, Any]:
         currency = paid[0].currency
         amounts = [each.paid_minor for each in paid]
         told = []
-        open_disputes, closed_disputes = set(), set()
+        disputes: dict[str, bool] = {}
         for each in returns:
             fact = each.fact
             assert isinstance(fact, RefundChanged | DisputeChanged)
@@ -474,16 +495,19 @@ class _Resolving:
             if fact.paid_minor is not None:
                 amounts.append(fact.paid_minor)
             if isinstance(fact, DisputeChanged):
-                open_disputes.add(fact.dispute)
-                if fact.stage == "closed" or not fact.is_open:
-                    closed_disputes.add(fact.dispute)
-        state = {
+                is_open = fact.is_open and fact.stage != "closed"
+                disputes[fact.dispute] = is_open and disputes.get(fact.dispute, True)
+        return {
             "purchase": purchase,
             "paid_minor": max(amounts),
             "returned_minor": returned_minor(told),
-            "frozen": bool(open_disputes - closed_disputes),
+            "frozen": any(disputes.values()),
             "currency": currency,
         }
+
+    def _claw_back(self, state: Mapping[str, Any]) -> None:
+        """Tell the ledger how much of a purchase is away, where that is not what it was told last."""
+        purchase = state["purchase"]
         before = [arguments for key, arguments in self.issued.items() if key.startswith(f"claw_back:{purchase}:")]
         if before:
             same = all(before[-1].get(name) == value for name, value in state.items())
