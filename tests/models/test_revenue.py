@@ -290,14 +290,15 @@ STEP = st.one_of(
         st.sampled_from([None, "p", "q"]), st.sampled_from([None, None, 60, 90_000]),
     ),
     st.tuples(st.just("consume"), WHO, AMOUNTS),
-    st.tuples(st.just("hold"), WHO, AMOUNTS, st.sampled_from([60, 200_000])),
-    st.tuples(st.sampled_from(["capture", "release", "refund"]), WHO, LATELY, st.sampled_from([None, "0.5", "2"])),
+    st.tuples(st.just("hold"), WHO, AMOUNTS, st.sampled_from([60, 86_400])),
+    st.tuples(st.sampled_from(["capture", "capture", "release"]), LATELY, st.sampled_from([None, "0.5", "2"])),
+    st.tuples(st.just("refund"), LATELY, st.sampled_from([None, "0.5", "2"])),
     st.tuples(st.just("adjust"), WHO, st.sampled_from(["-1", "-0.3", "2"])),
     st.tuples(st.just("revoke"), WHO, st.sampled_from(["p", "q"]), st.sampled_from([None, "1", "0.4"])),
-    st.tuples(st.just("transfer"), WHO, WHO, AMOUNTS),
-    st.tuples(st.sampled_from(["subscribe", "renew", "undo", "end"]), WHO),
+    st.tuples(st.just("transfer"), WHO, st.integers(0, 3), AMOUNTS),
+    st.tuples(st.sampled_from(["subscribe", "undo", "undo", "end"]), WHO),
     st.tuples(st.just("deliver")),
-    st.tuples(st.just("later"), st.sampled_from([10, 90_000, 40 * 86400])),
+    st.tuples(st.just("later"), st.sampled_from([10, 90_000, 32 * 86400])),
 )  # fmt: skip
 
 _lives = itertools.count(1)
@@ -311,13 +312,16 @@ class Life:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         number = next(_lives)
-        self.accounts = [f"{name}{number}" for name in ("z", "m", "a")]
-        self.done: dict[str, list[str]] = {"hold": [], "consume": []}
+        self.accounts = [f"{name}{number}" for name in ("z", "m", "a", "nobody")]
+        self.done: dict[str, list[tuple[str, str]]] = {"hold": [], "consume": []}
         self.began = Life.now
         freeze(ledger, Life.now)
         self.numbers = itertools.count(1)
-        for account in self.accounts:
+        for account in self.accounts[:-1]:
             self.send("credits.open", account=account, kind="pool")
+        for place in range(3):
+            self.step("grant", place, "5", PACK, "p", 90_000)
+        self.step("subscribe", 0)
 
     def send(self, name: str, **content: Any) -> str:
         operation = f"o{next(self.numbers)}"
@@ -325,25 +329,37 @@ class Life:
         return operation
 
     def step(self, kind: str, *values: Any) -> None:
-        account = self.accounts[values[0]] if values and kind != "later" else ""
-        match kind, values[1:]:
+        match kind, values:
+            case "capture" | "release" | "refund", (lately, amount):
+                names = self.done["consume" if kind == "refund" else "hold"]
+                if names:
+                    account, named = names[-1 - lately % len(names)]
+                    what = {"operation" if kind == "refund" else "hold": named}
+                    some = {} if kind == "release" else {"amount": amount}
+                    operation = self.send(f"credits.{kind}", account=account, **what, **some)
+                    if kind == "capture":
+                        self.done["consume"].append((account, operation))
+            case "deliver", ():
+                deliver(self.ledger)
+            case "later", (seconds,):
+                Life.now += timedelta(seconds=seconds)
+                freeze(self.ledger, Life.now)
+            case _, (place, *rest):
+                self.step_of(self.accounts[place], kind, *rest)
+
+    def step_of(self, account: str, kind: str, *values: Any) -> None:
+        match kind, values:
             case "grant", (amount, price, purchase, lives):
                 self.send(
                     "credits.grant", account=account, amount=amount, source="pack", purchase=purchase,
                     unit_price=price, expires_in=lives,
                 )  # fmt: skip
             case "consume", (amount,):
-                self.done["consume"].append(self.send("credits.consume", account=account, amount=amount, partial=True))
+                operation = self.send("credits.consume", account=account, amount=amount, partial=True)
+                self.done["consume"].append((account, operation))
             case "hold", (amount, ttl):
-                self.done["hold"].append(self.send("credits.hold", account=account, amount=amount, ttl=ttl))
-            case "capture" | "release" | "refund", (lately, amount):
-                names = self.done["consume" if kind == "refund" else "hold"]
-                if names:
-                    what = {"operation" if kind == "refund" else "hold": names[-1 - lately % len(names)]}
-                    some = {} if kind == "release" else {"amount": amount}
-                    operation = self.send(f"credits.{kind}", account=account, **what, **some)
-                    if kind == "capture":
-                        self.done["consume"].append(operation)
+                operation = self.send("credits.hold", account=account, amount=amount, ttl=ttl)
+                self.done["hold"].append((account, operation))
             case "adjust", (amount,):
                 self.send("credits.adjust", account=account, amount=amount, actor="admin", reason="a test")
             case "revoke", (purchase, amount):
@@ -352,20 +368,12 @@ class Life:
                 if self.accounts[to] != account:
                     self.send("credits.transfer", account=account, to=self.accounts[to], amount=amount)
             case "subscribe", ():
-                self.send("plans.subscribe", account=account, plan="pro", payment=f"s{next(self.numbers)}")
-            case "renew", ():
-                payment = f"r{next(self.numbers)}"
-                start = Life.now.isoformat()
-                self.send("plans.renew", account=account, plan="pro", payment=payment, period_start=start)
+                payment = f"payment-{next(self.numbers)}"
+                self.send("plans.subscribe", account=account, plan="pro_yearly", payment=payment)
             case "undo", ():
                 self.send("plans.undo", account=account, actor="admin", reason="a test")
             case "end", ():
                 self.send("plans.cancel", account=account, at="now")
-            case "deliver", ():
-                deliver(self.ledger)
-            case "later", ():
-                Life.now += timedelta(seconds=values[0])
-                freeze(self.ledger, Life.now)
 
 
 @settings(
