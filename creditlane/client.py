@@ -62,6 +62,9 @@ QUERIES = "queries"
 NOTICES = "notices"
 """The queue of what goes out to people, and of what they have read; in the outbox the exchange that stands for it."""
 
+PAYMENTS = "payments"
+"""The queue of what providers say of payments, and of what is asked of them."""
+
 READ = "notices.read"
 """The task that marks notices as read."""
 
@@ -749,7 +752,7 @@ def checked(name: str, id: str, arguments: dict[str, Any]) -> bytes:
         )
     if name in INTERNAL:
         raise ContractError(
-            Code.UNKNOWN_OPERATION, f"{name} is sent by the ledger itself, as what follows from a transfer"
+            Code.UNKNOWN_OPERATION, f"{name} is sent by the ledger itself, as what follows from a transfer or a payment"
         )
     try:
         if None in arguments.values():

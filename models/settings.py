@@ -5,6 +5,7 @@ Secrets (the passwords in the URLs) come from the environment only, and no defau
 
 from __future__ import annotations
 
+import re
 from base64 import b64decode
 from binascii import Error as Base64Error
 from email.errors import HeaderParseError
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import Field, FilePath, SecretStr, field_validator, model_validator
+from pydantic import Field, FilePath, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from creditlane.contract import MAX_BATCH
@@ -25,6 +26,11 @@ from creditlane.events import matching
 from creditlane.lanes import LANES
 from creditlane.tls import tls_options
 from models.catalog import DEFAULT_CATALOG
+
+SHORTEST_SECRET = 16
+"""Characters of a secret that a payment provider signs with."""
+
+API_KEY = re.compile(r"[sr]k_(?:live|test)_[A-Za-z0-9_]{8,250}", re.ASCII)
 
 BROKERS = ("redis", "rediss", "amqp", "amqps", "pyamqp")
 """The schemes of a broker's URL; the second and the fourth with TLS."""
@@ -122,9 +128,52 @@ class Settings(BaseSettings):
     """What they are signed with: ``whsec_`` and 24 to 64 bytes in Base64. Several, with commas, while a new one takes
     the place of an old one: each notice is signed with all."""
 
+    payments_livemode: bool = True
+    """Whether payments are of live money. A ledger knows one mode: what Stripe sends of the other is parked, and those
+    who do not say are taken to be of this one."""
+
+    stripe_webhook_secrets: SecretStr | None = None
+    """What Stripe signs its webhooks with: ``whsec_…``. Several, with commas, while a new one takes the place of an old
+    one. Without them the relay knows no Stripe."""
+
+    stripe_api_key: SecretStr | None = None
+    """The key for Stripe's API: ``sk_live_…`` or ``sk_test_…``, or a restricted one (``rk_…``), of the ledger's mode.
+    Without it nothing can be sold, and what moves credits is not fetched again."""
+
+    stripe_api_base: str = ""
+    """Where Stripe's API is, to try things out: ``https://host``, or ``http://`` on loopback. Stripe's own unless
+    given."""
+
+    paypal_webhook_id: str = ""
+    """The webhook's id at PayPal, which its signatures are of; several with commas. It goes with
+    ``paypal_authorities``, and without both the relay knows no PayPal."""
+
+    paypal_authorities: FilePath | None = None
+    """The certificates that lead to PayPal's, a PEM file: the root, and those between."""
+
+    creem_secrets: SecretStr | None = None
+    """What Creem signs its webhooks with; several with commas. Without them the relay knows no Creem."""
+
+    sepay_secrets: SecretStr | None = None
+    """The same for SePay."""
+
+    relay_address: str = "127.0.0.1"
+    """The address on which the relay takes webhooks. What it speaks is HTTP: put what ends TLS before it."""
+
+    relay_port: int = Field(8787, ge=0, le=65535)
+    """Its port; 0 for any free one, which it prints."""
+
+    relay_connections: int = Field(200, ge=2, le=10_000)
+    """The most clients that it has at a time; others are told to come again."""
+
+    relay_database_connections: int = Field(4, ge=1, le=64)
+    """Webhooks that it verifies and stores at a time, each over its own connection to the database."""
+
     @field_validator(
-        "broker_ca", "broker_certificate", "broker_key", "smtp_url", "webhook_url", "webhook_secret", mode="before"
-    )
+        "broker_ca", "broker_certificate", "broker_key", "smtp_url", "webhook_url", "webhook_secret",
+        "stripe_webhook_secrets", "stripe_api_key", "paypal_authorities", "creem_secrets", "sepay_secrets",
+        mode="before",
+    )  # fmt: skip
     @classmethod
     def _empty_is_none(cls, path: Any) -> Any:
         """What is passed on unset, as by docker-compose.yml, is not set."""
@@ -221,6 +270,69 @@ class Settings(BaseSettings):
                     raise ValueError("a secret is whsec_ and 24 to 64 random bytes in Base64")
         return secrets
 
+    @field_validator("stripe_webhook_secrets", "creem_secrets", "sepay_secrets")
+    @classmethod
+    def _are_shared_secrets(cls, secrets: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        """Refuse a mistyped secret, or one that can be guessed: whoever has it can make credits."""
+        prefix = "whsec_" if info.field_name == "stripe_webhook_secrets" else ""
+        for secret in listed(secrets):
+            if not (secret.startswith(prefix) and _is_word(secret) and len(secret) >= SHORTEST_SECRET + len(prefix)):
+                begin = f"{prefix} and " if prefix else ""
+                raise ValueError(
+                    f"a secret is {begin}at least {SHORTEST_SECRET} printable ASCII characters without blanks; "
+                    "several have one comma between them"
+                )
+        return secrets
+
+    @field_validator("stripe_api_key")
+    @classmethod
+    def _is_an_api_key(cls, key: SecretStr | None) -> SecretStr | None:
+        """Refuse what is no secret key, such as the publishable one."""
+        if key is not None and API_KEY.fullmatch(key.get_secret_value()) is None:
+            raise ValueError("not a secret key of Stripe; it begins with sk_live_, sk_test_, rk_live_ or rk_test_")
+        return key
+
+    @field_validator("stripe_api_base")
+    @classmethod
+    def _is_a_base(cls, base: str) -> str:
+        """Refuse to send the API key through a network that others can read."""
+        if base:
+            if not _is_url(SecretStr(base), "http", "https") or "@" in base or "?" in base or "#" in base:
+                raise ValueError("not the address of an API; write https://host")
+            parts = urlsplit(base)
+            if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+                raise ValueError("the address of an API begins with https://, unless it is on loopback")
+        return base.rstrip("/")
+
+    @field_validator("paypal_webhook_id")
+    @classmethod
+    def _are_webhook_ids(cls, ids: str) -> str:
+        if ids and not all(_is_word(id) for id in ids.split(",")):
+            raise ValueError(
+                "not the id of a webhook, such as 8PT597110X687430LKGECATA; several have one comma between"
+            )
+        return ids
+
+    @field_validator("relay_address")
+    @classmethod
+    def _is_an_ip_address(cls, address: str) -> str:
+        try:
+            ip_address(address)
+        except ValueError:
+            raise ValueError("not an address to listen on; write 127.0.0.1, or 0.0.0.0 for all") from None
+        return address
+
+    @model_validator(mode="after")
+    def _payments_make_sense(self) -> Self:
+        if (self.paypal_webhook_id == "") != (self.paypal_authorities is None):
+            raise ValueError("paypal_webhook_id and paypal_authorities go together")
+        if self.stripe_api_key is not None:
+            is_live = "_live_" in self.stripe_api_key.get_secret_value()[:8]
+            if is_live != self.payments_livemode:
+                mode = "test" if self.payments_livemode else "live"
+                raise ValueError(f"stripe_api_key is of {mode} mode, and payments_livemode says otherwise")
+        return self
+
     @model_validator(mode="after")
     def _notices_can_go_out(self) -> Self:
         if self.smtp_url is not None and not self.mail_from:
@@ -246,6 +358,15 @@ class Settings(BaseSettings):
         )
 
 
+def listed(secrets: SecretStr | None) -> tuple[str, ...]:
+    """The secrets of a setting that may have several, with commas between them."""
+    return () if secrets is None else tuple(secrets.get_secret_value().split(","))
+
+
+def _is_word(text: str) -> bool:
+    return text != "" and text.isascii() and text.isprintable() and " " not in text
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host is this machine by its very name: what is sent to it passes no network."""
     if host == "localhost":
@@ -261,7 +382,7 @@ def _is_url(url: SecretStr, *schemes: str) -> bool:
     try:
         parts = urlsplit(text)
         good = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
-        return good and text.isascii() and text.isprintable() and " " not in text
+        return good and _is_word(text)
     except ValueError:
         return False
 

@@ -145,6 +145,35 @@ class SubscriptionRow(Base):
     """When that other plan begins, at the earliest."""
 
 
+class PurchaseRow(Base):
+    """A purchase that was ever returned or disputed, as far as its story is told."""
+
+    __tablename__ = "purchases"
+    __table_args__ = (
+        CheckConstraint(
+            "step >= 1 AND paid_minor >= 0 AND returned_minor >= 0 AND taken_micro >= 0", name="purchases_not_negative"
+        ),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    purchase: Mapped[str] = mapped_column(primary_key=True)
+    step: Mapped[int] = mapped_column(BigInteger)
+    """What comes with a lower one, or the same, is old."""
+    paid_minor: Mapped[int] = mapped_column(BigInteger)
+    returned_minor: Mapped[int] = mapped_column(BigInteger)
+    """What of it is away from the seller."""
+    currency: Mapped[str | None]
+    is_frozen: Mapped[bool]
+    """Whether its credits cannot be used."""
+    taken_micro: Mapped[int] = mapped_column(BigInteger)
+    """What was taken because of it and not given back, debts and what was forgiven included."""
+    lots: Mapped[list[int]] = mapped_column(ARRAY(Integer))
+    """The grants that are named in ``takings``."""
+    takings: Mapped[str] = mapped_column(JSON)
+    """What was taken, in the order of taking: root, grant, kind and micro-credits of each part."""
+
+
 class NoticeRow(Base):
     """Something that an account is told of: its row is the in-app inbox."""
 
@@ -537,3 +566,190 @@ class UsageWatermarkRow(Base):
     id: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False)
     counted_until: Mapped[datetime]
     """Operations that were applied before are counted, all others are not."""
+
+
+class PaymentEventRow(Base):
+    """A payment provider's event, whole, as it came: the inbox (payments: the way of a webhook)."""
+
+    __tablename__ = "payment_events"
+    __table_args__ = (
+        UniqueConstraint("provider", "livemode", "event_id", name="payment_events_once"),
+        Index("payment_events_due", "next_attempt_at", "id", postgresql_where=text("status = 'received'")),
+        Index("payment_events_parked", "id", postgresql_where=text("status = 'parked'")),
+        {"postgresql_with": {"fillfactor": "90"}},
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    provider: Mapped[str]
+    livemode: Mapped[bool]
+    event_id: Mapped[str]
+    type: Mapped[str]
+    source: Mapped[str]
+    """``webhook``, ``receive`` (a task of another party's relay) or ``reconcile``."""
+    created_at: Mapped[datetime]
+    """By the provider's clock."""
+    received_at: Mapped[datetime]
+    body: Mapped[bytes]
+    status: Mapped[str] = mapped_column(server_default="received")
+    """``received``, ``done``, ``ignored`` (it says nothing to us), ``parked`` or ``dropped``."""
+    code: Mapped[str | None]
+    reason: Mapped[str | None]
+    attempts: Mapped[int] = mapped_column(Integer, server_default="0")
+    """How often reading it failed."""
+    next_attempt_at: Mapped[datetime | None]
+    """When its message is sent again at the latest; NULL when it never was."""
+    done_at: Mapped[datetime | None]
+    resolved_by: Mapped[str | None]
+
+
+class PaymentGroupRow(Base):
+    """Facts that belong together: one purchase, or one subscription with all that was paid for it."""
+
+    __tablename__ = "payment_groups"
+    __table_args__ = (
+        Index("payment_groups_due", "next_look_at", postgresql_where=text("next_look_at IS NOT NULL")),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    next_look_at: Mapped[datetime | None]
+    """When it is looked at again because something of it waits."""
+
+
+class PaymentFactRow(Base):
+    """What a provider says is so, of one object; a later word takes the place of an earlier one."""
+
+    __tablename__ = "payment_facts"
+    __table_args__ = (
+        Index("payment_facts_by_key", "key"),
+        Index("payment_facts_by_group", "group_id"),
+        Index("payment_facts_by_purchase", "purchase", postgresql_where=text("purchase IS NOT NULL")),
+        Index("payment_facts_unsettled", "heard_at", postgresql_where=text("status IN ('waiting', 'parked')")),
+        Index("payment_facts_by_time", "provider", "livemode", "occurred_at"),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
+
+    provider: Mapped[str] = mapped_column(primary_key=True)
+    livemode: Mapped[bool] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    group_id: Mapped[int] = mapped_column(BigInteger)
+    event: Mapped[int] = mapped_column(BigInteger)
+    """The inbox row that it was last heard by."""
+    purchase: Mapped[str | None]
+    """Of what was paid, what the ledger calls it."""
+    fact: Mapped[str] = mapped_column(JSON)
+    occurred_at: Mapped[datetime]
+    heard_at: Mapped[datetime]
+    """When it was first heard."""
+    status: Mapped[str]
+    """``applied``, ``noted`` (nothing follows from it), ``waiting`` or ``parked``."""
+    code: Mapped[str | None]
+    reason: Mapped[str | None]
+
+
+class PaymentAliasRow(Base):
+    """A provider's id of something, and the facts that it belongs to."""
+
+    __tablename__ = "payment_aliases"
+    __table_args__ = (
+        Index("payment_aliases_by_id", "id"),
+        Index("payment_aliases_by_group", "group_id"),
+    )
+
+    provider: Mapped[str] = mapped_column(primary_key=True)
+    livemode: Mapped[bool] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    id: Mapped[str] = mapped_column(primary_key=True)
+    group_id: Mapped[int] = mapped_column(BigInteger)
+
+
+class PaymentBindingRow(Base):
+    """A provider's customer or subscription, and whose it is."""
+
+    __tablename__ = "payment_bindings"
+    __table_args__ = (Index("payment_bindings_by_account", "account", "provider", "livemode", "kind"),)
+
+    provider: Mapped[str] = mapped_column(primary_key=True)
+    livemode: Mapped[bool] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    """``customer`` or ``subscription``."""
+    id: Mapped[str] = mapped_column(primary_key=True)
+    account: Mapped[str]
+    bound_at: Mapped[datetime]
+
+
+class PaymentOperationRow(Base):
+    """A ledger operation that facts led to; immutable, but for the group."""
+
+    __tablename__ = "payment_operations"
+    __table_args__ = (
+        UniqueConstraint("provider", "livemode", "effect", name="payment_operations_once"),
+        Index("payment_operations_by_group", "group_id", "number"),
+        Index("payment_operations_by_purchase", "account", "purchase"),
+        Index("payment_operations_by_time", "created_at"),
+    )
+
+    number: Mapped[int] = mapped_column(BigInteger, Identity())
+    """In the order of sending."""
+    operation: Mapped[str] = mapped_column(primary_key=True)
+    """Its id, which nobody can guess: made before it is sent."""
+    provider: Mapped[str]
+    livemode: Mapped[bool]
+    effect: Mapped[str]
+    """What makes it one, however often its facts are heard."""
+    group_id: Mapped[int] = mapped_column(BigInteger)
+    account: Mapped[str]
+    name: Mapped[str]
+    purchase: Mapped[str | None]
+    arguments: Mapped[str] = mapped_column(JSON)
+    created_at: Mapped[datetime]
+
+
+class PaymentOrderRow(Base):
+    """A custom quote: asked for, quoted by an administrator, paid."""
+
+    __tablename__ = "payment_orders"
+    __table_args__ = (
+        CheckConstraint(
+            "status IN ('inquiry', 'cancelled')"
+            " OR (credits_micro > 0 AND price_minor >= 0 AND currency IS NOT NULL AND actor IS NOT NULL)",
+            name="payment_orders_quoted",
+        ),
+        Index("payment_orders_by_account", "account", "created_at"),
+        Index("payment_orders_open", "created_at", postgresql_where=text("status IN ('inquiry', 'quoted')")),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    account: Mapped[str]
+    status: Mapped[str]
+    """``inquiry``, ``quoted``, ``paid`` or ``cancelled``."""
+    pack: Mapped[str | None]
+    """The pack of the catalog that is sold by quote."""
+    asked_micro: Mapped[int | None] = mapped_column(BigInteger)
+    credits_micro: Mapped[int | None] = mapped_column(BigInteger)
+    price_minor: Mapped[int | None] = mapped_column(BigInteger)
+    currency: Mapped[str | None]
+    expires_at: Mapped[datetime | None]
+    """Until when it can be bought."""
+    actor: Mapped[str | None]
+    """Who quoted it."""
+    note: Mapped[str | None]
+    created_at: Mapped[datetime]
+    quoted_at: Mapped[datetime | None]
+    session_id: Mapped[str | None]
+    """The provider's checkout, where one was made."""
+    paid_by: Mapped[str | None]
+    """The purchase that paid it."""
+
+
+class PaymentWatermarkRow(Base):
+    """How far a provider's objects of one kind were compared with the ledger."""
+
+    __tablename__ = "payment_watermarks"
+
+    provider: Mapped[str] = mapped_column(primary_key=True)
+    livemode: Mapped[bool] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    until: Mapped[datetime]

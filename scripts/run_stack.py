@@ -228,7 +228,7 @@ def start_children(children: Children, workers: int) -> None:
             f"lanes{number}",
             ["-A", "workers.lane_app", "worker", "--pool", "solo", *quiet, "-n", f"lanes{number}@%h"],
         )
-    general = ("--pool", "threads", "--concurrency", "4", "-Q", "queries,notices,maintenance", *quiet)
+    general = ("--pool", "threads", "--concurrency", "4", "-Q", "queries,notices,payments,maintenance", *quiet)
     children.start("general", ["-A", "workers.app", "worker", *general, "-n", "general@%h"])
     children.start("beat", ["-A", "schedules.app", "beat", "--pidfile=", "--loglevel", "INFO"])
 

@@ -116,7 +116,7 @@ def spawn(database: str, broker_url: str, tmp_path: Path) -> Iterator[Spawn]:
         command = {
             "lanes": "-A workers.lane_app worker --pool solo --without-gossip --without-mingle",
             "general": "-A workers.app worker --pool threads --concurrency 2 --without-mingle"
-            " -Q queries,notices,maintenance",
+            " -Q queries,notices,payments,maintenance",
         }[kind].split()
         settings = {
             "CREDITLANE_BROKER_URL": broker_url,

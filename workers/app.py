@@ -7,6 +7,7 @@ from typing import Any
 from celery import Celery
 from kombu import Exchange, Queue
 
+from creditlane.client import NOTICES, PAYMENTS, QUERIES
 from creditlane.rabbitmq import LANES_EXCHANGE, is_rabbitmq
 from models.settings import Settings, settings
 from workers import flower_guard, unpacking
@@ -22,8 +23,8 @@ REDIS_OPTIONS = {
     "global_keyprefix": "",
 }
 
-QUERIES, NOTICES, MAINTENANCE = "queries", "notices", "maintenance"
-"""The queues of the general worker."""
+MAINTENANCE = "maintenance"
+"""Besides those that producers know the queue of the general worker."""
 
 
 def common_configuration(config: Settings) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def common_configuration(config: Settings) -> dict[str, Any]:
         "task_serializer": "json",
         "result_serializer": "json",
         "task_default_queue": MAINTENANCE,
-        "task_routes": {"queries.*": {"queue": QUERIES}, "notices.*": {"queue": NOTICES}},
+        "task_routes": {f"{queue}.*": {"queue": queue} for queue in (QUERIES, NOTICES, PAYMENTS)},
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
         "task_time_limit": 3600,
@@ -78,11 +79,10 @@ def make_app(name: str, config: Settings | None = None) -> Celery:
 
 app = make_app("creditlane")
 if is_rabbitmq(app.conf.broker_url):
-    # Producers may ask, and mark notices as read: their exchange leads to these two queues and the lanes.
+    # Producers may ask, mark notices as read and hand on webhooks: their exchange leads to these queues and the lanes.
     lanes_exchange = Exchange(LANES_EXCHANGE, type="direct")
     app.conf.task_queues = (
-        Queue(QUERIES, exchange=lanes_exchange, routing_key=QUERIES),
-        Queue(NOTICES, exchange=lanes_exchange, routing_key=NOTICES),
+        *(Queue(name, exchange=lanes_exchange, routing_key=name) for name in (QUERIES, NOTICES, PAYMENTS)),
         Queue(MAINTENANCE, exchange=Exchange(""), routing_key=MAINTENANCE),
     )
 flower_guard.install(app)
@@ -90,10 +90,13 @@ app.conf.imports = (
     "tasks.queries",
     "workers.inbox",
     "workers.notices",
+    "workers.payments",
+    "workers.receiving",
     "schedules.expiry",
     "schedules.audit",
     "schedules.notices",
     "schedules.outbox",
+    "schedules.payments",
     "schedules.retention",
     "schedules.seal",
     "schedules.transfers",

@@ -13,7 +13,7 @@ from tests.support import Worker
 QUIET = "--without-gossip --without-mingle"
 COMMANDS = {
     "lanes": f"-A workers.lane_app worker --pool=solo {QUIET} -n lanes@%h",
-    "general": "-A workers.app worker --pool=threads --concurrency=2 -Q queries,notices,maintenance"
+    "general": "-A workers.app worker --pool=threads --concurrency=2 -Q queries,notices,payments,maintenance"
     f" {QUIET} -n general@%h",
     "beat": "-A schedules.app beat --pidfile=",
     "flower": "-A workers.app flower",

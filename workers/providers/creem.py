@@ -11,27 +11,29 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
-from workers.providers.base import (
-    ACCOUNT_KEY,
-    ORDER_KEY,
+from models.rules.facts import (
     DisputeChanged,
-    Event,
     Fact,
-    Facts,
-    Fetch,
-    Id,
     Item,
     Line,
     Linked,
-    Minor,
     PackPaid,
-    Parked,
-    ParkedError,
     PeriodPaid,
-    Quantity,
     RefundChanged,
     Status,
     SubscriptionChanged,
+)
+from workers.providers.base import (
+    ACCOUNT_KEY,
+    ORDER_KEY,
+    Event,
+    Facts,
+    Fetch,
+    Id,
+    Minor,
+    Parked,
+    ParkedError,
+    Quantity,
     VerificationError,
     account_of,
     aliases_of,

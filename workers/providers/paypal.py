@@ -23,23 +23,25 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509.verification import PolicyBuilder, Store
 from cryptography.x509.verification import VerificationError as ChainError
 
-from workers.providers.base import (
+from models.rules.facts import (
     DisputeChanged,
-    Event,
     Fact,
-    Facts,
-    Fetch,
-    Id,
     Item,
     Line,
     PackPaid,
-    Parked,
-    ParkedError,
     PaymentFailed,
     PeriodPaid,
     RefundChanged,
     Status,
     SubscriptionChanged,
+)
+from workers.providers.base import (
+    Event,
+    Facts,
+    Fetch,
+    Id,
+    Parked,
+    ParkedError,
     VerificationError,
     account_of,
     aliases_of,

@@ -13,11 +13,11 @@ from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
+from models.rules.facts import PackPaid
 from workers.providers.base import (
     Event,
     Facts,
     Fetch,
-    PackPaid,
     Parked,
     ParkedError,
     VerificationError,

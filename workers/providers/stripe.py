@@ -15,28 +15,30 @@ import msgspec
 from stripe import SignatureVerificationError, WebhookSignature
 
 from models.rules.catalog import MINOR_DIGITS
-from workers.providers.base import (
-    ACCOUNT_KEY,
-    ORDER_KEY,
+from models.rules.facts import (
     DisputeChanged,
-    Event,
     Fact,
-    Facts,
-    Fetch,
-    Id,
     Item,
     Line,
     Linked,
-    Minor,
     PackPaid,
-    Parked,
-    ParkedError,
     PaymentFailed,
     PeriodPaid,
-    Quantity,
     RefundChanged,
     Status,
     SubscriptionChanged,
+)
+from workers.providers.base import (
+    ACCOUNT_KEY,
+    ORDER_KEY,
+    Event,
+    Facts,
+    Fetch,
+    Id,
+    Minor,
+    Parked,
+    ParkedError,
+    Quantity,
     VerificationError,
     account_of,
     aliases_of,

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from stripe import WebhookSignature
 
-from workers.providers.base import Adapter, Event, Fact, Fetch, Parked, no_fetch
+from models.rules.facts import Fact
+from workers.providers.base import Adapter, Event, Fetch, Parked, no_fetch
 from workers.providers.stripe import Stripe
 
 ROOT = Path(__file__).parents[3]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.rules.catalog import MINOR_DIGITS
+from models.rules.facts import Line
 from workers.providers.base import (
-    Line,
     ParkedError,
     VerificationError,
     account_of,

@@ -9,19 +9,10 @@ from typing import Any
 
 import pytest
 
+from models.rules.facts import DisputeChanged, Line, Linked, PackPaid, PeriodPaid, RefundChanged
 from models.rules.payments import claw_back_target
 from tests.workers.providers.making import NOW, aliases, body, fetching, made, parked, read_fact
-from workers.providers.base import (
-    DisputeChanged,
-    Fetch,
-    Line,
-    Linked,
-    PackPaid,
-    PeriodPaid,
-    RefundChanged,
-    VerificationError,
-    no_fetch,
-)
+from workers.providers.base import Fetch, VerificationError, no_fetch
 from workers.providers.creem import Creem
 
 CREEM = Creem(["older", "made"], livemode=True)

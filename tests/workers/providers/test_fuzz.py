@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.rules.facts import Fact
 from tests.workers.providers import test_creem, test_paypal, test_sepay
 from tests.workers.providers.making import NOW, STRIPE, body, envelope, fetching, made, signed
-from workers.providers.base import Adapter, Fact, Parked, VerificationError
+from workers.providers.base import Adapter, Parked, VerificationError
 
 PAYPAL = test_paypal.paypal()
 

@@ -17,19 +17,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from models.rules.facts import DisputeChanged, Line, PackPaid, PaymentFailed, PeriodPaid, RefundChanged
 from tests.workers.providers.making import NOW, aliases, body, fetching, made, parked, read_fact
-from workers.providers.base import (
-    DisputeChanged,
-    Fetch,
-    Line,
-    PackPaid,
-    Parked,
-    PaymentFailed,
-    PeriodPaid,
-    RefundChanged,
-    VerificationError,
-    no_fetch,
-)
+from workers.providers.base import Fetch, Parked, VerificationError, no_fetch
 from workers.providers.paypal import PayPal
 
 Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey

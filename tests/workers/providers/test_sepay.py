@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from models.rules.facts import PackPaid
 from tests.workers.providers.making import NOW, aliases, body, fetching, made, parked, read_fact
-from workers.providers.base import PackPaid, VerificationError
+from workers.providers.base import VerificationError
 from workers.providers.sepay import SePay
 
 SEPAY = SePay(["older", "made"], livemode=True)

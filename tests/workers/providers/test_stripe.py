@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from stripe import WebhookSignature
 
+from models.rules.facts import Alias, DisputeChanged, Line, Linked, PackPaid, PaymentFailed, PeriodPaid, RefundChanged
 from models.rules.payments import claw_back_target, returned_minor
 from tests.workers.providers.making import (
     CREATED,
@@ -27,21 +28,7 @@ from tests.workers.providers.making import (
     parked,
     signed,
 )
-from workers.providers.base import (
-    MAX_BODY_BYTES,
-    Alias,
-    DisputeChanged,
-    Line,
-    Linked,
-    PackPaid,
-    Parked,
-    ParkedError,
-    PaymentFailed,
-    PeriodPaid,
-    RefundChanged,
-    VerificationError,
-    no_fetch,
-)
+from workers.providers.base import MAX_BODY_BYTES, Parked, ParkedError, VerificationError, no_fetch
 from workers.providers.stripe import Stripe, money_of
 
 RAW = body(envelope("checkout.session.completed", made("stripe_session")))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from models.rules.facts import DisputeChanged, Line, Linked, PackPaid, PaymentFailed
 from tests.workers.providers.making import (
     CREATED,
     RECORDED,
@@ -22,7 +23,7 @@ from tests.workers.providers.making import (
     recorded,
     signed,
 )
-from workers.providers.base import DisputeChanged, Line, Linked, PackPaid, Parked, PaymentFailed
+from workers.providers.base import Parked
 
 EVENTS = sorted(path.stem for path in RECORDED.glob("event_*.json"))
 EXPANDED = fetching()
