@@ -135,10 +135,11 @@ class Merchant:
         :raises RefusedError: when there is none.
         """
         with self.lock:
-            whole = self.shown(self.find(kind, id))
             includable = _INCLUDABLE.get(kind)
-            for name, url in (*_LISTS.get(kind, ()), *([includable] if includable else [])):
-                whole[name] = objects.listed([self.shown(each) for each in self.within(id, name)], url.format(id=id))
+            whole = self.shown(self.find(kind, id), (includable[0],) if includable else ())
+            for name, value in whole.items():
+                if isinstance(value, dict) and value.get("object") == "list":
+                    value |= {"data": [self.shown(each) for each in self.within(id, name)], "has_more": False}
             return whole
 
     def _inlined(self, id: str, name: str, url: str, *, counted: bool = False) -> Json:
@@ -164,7 +165,7 @@ class Merchant:
         name, held = path[0], value.get(path[0])
         includable, url = _INCLUDABLE.get(value.get("object"), ("", ""))
         if name == includable and name not in value:
-            value[name] = self._inlined(value["id"], name, url)
+            value[name] = self._inlined(value["id"], name, url, counted=name == "refunds")
         elif isinstance(held, str) and held in self._by_id:
             value[name] = self.shown(self._by_id[held])
         elif name not in value or isinstance(held, str | int):
