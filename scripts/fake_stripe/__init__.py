@@ -53,8 +53,8 @@ __all__ = [
 ]
 
 HOST = "127.0.0.1"
-KEY = "sk_test_fake"
-SECRET = "whsec_fake"  # noqa: S105 - of nothing
+KEY = "sk_test_of_the_fake"
+SECRET = "whsec_of_the_fake_stripe"  # noqa: S105 - of nothing
 SEND_SECONDS = 30.0
 """How long a webhook's receiver may take to answer."""
 

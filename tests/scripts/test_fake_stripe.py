@@ -21,7 +21,7 @@ from models.rules.facts import (
     RefundChanged,
     SubscriptionChanged,
 )
-from scripts.fake_stripe import KEY, Clock, Delivered, FakeStripe
+from scripts.fake_stripe import KEY, Clock, Delivered, FakeStripe, RefusedError
 from scripts.fake_stripe.merchant import stepped
 from tests.workers.providers.making import at, recorded
 from workers.providers.base import Parked, no_fetch
@@ -124,6 +124,27 @@ def test_a_pack_is_paid_later_or_not_at_all(fake: FakeStripe) -> None:
     assert told == ["unpaid", "unpaid", "paid", "unpaid"]  # each as it was then
 
 
+def test_a_subscription_is_paid_later(fake: FakeStripe) -> None:
+    session = fake.open_session([("month", 1)], mode="subscription")["id"]
+    assert fake.complete(session, "pending")["payment_status"] == "unpaid"
+    assert facts(fake, PeriodPaid) == []
+    assert fake.settle(session)["payment_status"] == "paid"
+    assert len(facts(fake, PeriodPaid)) == 1
+    assert types(fake)[-1] == "checkout.session.async_payment_succeeded"
+
+
+def test_a_card_that_is_declined_leaves_the_checkout_open(fake: FakeStripe) -> None:
+    session = fake.open_session([("pack", 1)], mode="payment")["id"]
+    assert fake.complete(session, "failed")["status"] == "open"
+    assert types(fake)[-1] == "payment_intent.payment_failed"
+    fake.complete(session)
+    assert len(facts(fake, PackPaid)) == 1
+    expired = fake.open_session([("pack", 1)], mode="payment")["id"]
+    fake.expire(expired)
+    with pytest.raises(RefusedError):
+        fake.complete(expired)
+
+
 def test_coupons(fake: FakeStripe) -> None:
     free, half = buy(fake, coupon="free"), buy(fake, coupon="half")
     assert (free["payment_intent"], free["payment_status"]) == (None, "no_payment_required")
@@ -166,6 +187,7 @@ def test_a_step_ends_on_the_last_day_of_a_shorter_month() -> None:
 def test_a_trial_begins_with_nothing_paid(fake: FakeStripe, clock: Clock) -> None:
     ends = fake.now() + 7 * 86400
     subscription = subscribe(fake, subscription_data={"trial_end": ends})
+    fake.remind_of_trial(subscription)
     (first,) = facts(fake, PeriodPaid)
     assert (first.trial, first.paid_minor, first.period_end) == (True, 0, at(ends))
     clock.at = at(ends)
@@ -185,6 +207,19 @@ def test_a_renewal_fails_and_is_paid_after_all(fake: FakeStripe, clock: Clock) -
     fake.pay(invoice)
     assert fake.find("subscription", subscription)["status"] == "active"
     assert len(facts(fake, PeriodPaid)) == 2
+
+
+def test_a_renewal_waits_for_the_customer_or_the_bank(fake: FakeStripe, clock: Clock) -> None:
+    asks, waits = subscribe(fake), subscribe(fake)
+    clock.move(days=28)
+    assert fake.renew(asks, "requires_action")["status"] == "past_due"
+    assert fake.renew(waits, "pending")["status"] == "active"
+    (asked,) = facts(fake, PaymentFailed)
+    assert asked.action_required
+    assert len(facts(fake, PeriodPaid)) == 2
+    for subscription in (asks, waits):
+        fake.pay(fake.find("subscription", subscription)["latest_invoice"])
+    assert len(facts(fake, PeriodPaid)) == 4
 
 
 def test_from_monthly_to_annual(fake: FakeStripe, clock: Clock) -> None:

@@ -15,6 +15,7 @@ import pytest
 from stripe import HTTPClient
 
 from models.rules.facts import PackPaid
+from models.settings import Settings
 from scripts.embedded import free_port
 from scripts.fake_stripe import KEY, Clock, FakeStripe
 from tests.receivers import Receiver
@@ -22,7 +23,14 @@ from tests.workers.providers.making import event_of, parked
 from workers import stripe_api
 from workers.providers.base import ParkedError
 from workers.providers.stripe import Stripe
-from workers.stripe_api import LimitError, MissingError, StripeApi, StripeRefusedError, UnavailableError
+from workers.stripe_api import (
+    LimitError,
+    MissingError,
+    StripeApi,
+    StripeRefusedError,
+    UnavailableError,
+    make_stripe_api,
+)
 
 START = datetime(2031, 1, 1, 12, tzinfo=UTC)
 CHECKOUT = {
@@ -207,6 +215,16 @@ def test_an_answer_of_the_other_mode_is_refused(fake: FakeStripe) -> None:
     with pytest.raises(StripeRefusedError) as error:
         StripeApi(KEY, True, fake.url).fetch("checkout.session", id)
     assert error.value.code == "other_mode"
+
+
+def test_the_settings_say_which_api(fake: FakeStripe) -> None:
+    def config(**given: Any) -> Settings:
+        return Settings(broker_url="redis://127.0.0.1/0", database_url="postgresql://127.0.0.1/x", **given)
+
+    assert make_stripe_api(config()) is None
+    api = make_stripe_api(config(stripe_api_key=KEY, payments_livemode=False, stripe_api_base=fake.url))
+    assert api is not None
+    assert api.fetch("checkout.session", sold(fake)["id"])["livemode"] is False
 
 
 @contextmanager
