@@ -145,6 +145,35 @@ class SubscriptionRow(Base):
     """When that other plan begins, at the earliest."""
 
 
+class PurchaseRow(Base):
+    """A purchase that was ever returned or disputed, as far as its story is told."""
+
+    __tablename__ = "purchases"
+    __table_args__ = (
+        CheckConstraint(
+            "step >= 1 AND paid_minor >= 0 AND returned_minor >= 0 AND taken_micro >= 0", name="purchases_not_negative"
+        ),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    purchase: Mapped[str] = mapped_column(primary_key=True)
+    step: Mapped[int] = mapped_column(BigInteger)
+    """What comes with a lower one, or the same, is old."""
+    paid_minor: Mapped[int] = mapped_column(BigInteger)
+    returned_minor: Mapped[int] = mapped_column(BigInteger)
+    """What of it is away from the seller."""
+    currency: Mapped[str | None]
+    is_frozen: Mapped[bool]
+    """Whether its credits cannot be used."""
+    taken_micro: Mapped[int] = mapped_column(BigInteger)
+    """What was taken because of it and not given back, debts and what was forgiven included."""
+    lots: Mapped[list[int]] = mapped_column(ARRAY(Integer))
+    """The grants that are named in ``takings``."""
+    takings: Mapped[str] = mapped_column(JSON)
+    """What was taken, in the order of taking: root, grant, kind and micro-credits of each part."""
+
+
 class NoticeRow(Base):
     """Something that an account is told of: its row is the in-app inbox."""
 

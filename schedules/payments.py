@@ -13,7 +13,9 @@ from celery.utils.log import get_task_logger
 from creditlane.client import PAYMENTS
 from models.database import connect
 from models.settings import settings
-from workers.payments import APPLY, LOOK, RECONCILE, sender, task
+from workers.notices import send_all, sender
+from workers.payments import LOOK, RECONCILE, task
+from workers.receiving import applying
 
 logger = get_task_logger(__name__)
 
@@ -66,7 +68,7 @@ WHERE id IN (
            OR next_attempt_at IS NULL AND received_at <= ledger_now() - interval '{AGE_SECONDS} seconds')
     ORDER BY next_attempt_at, id LIMIT {PAGE} FOR UPDATE SKIP LOCKED
 )
-RETURNING id, attempts
+RETURNING id
 """
 CLAIM_GROUPS = f"""
 UPDATE payment_groups SET next_look_at = ledger_now() + interval '{CLAIM_SECONDS} seconds'
@@ -91,15 +93,15 @@ def sweep(self: Any) -> dict[str, int]:
             if sender().depth(PAYMENTS) > MAX_BACKLOG:
                 break
             # Committed before the messages go out: what a broker loses comes again after its claim.
-            due = connection.execute(CLAIM_EVENTS).fetchall()
+            due = [event for (event,) in connection.execute(CLAIM_EVENTS)]
             waiting = [group for (group,) in connection.execute(CLAIM_GROUPS)]
             if not due and not waiting:
                 break
-            messages = [task(APPLY, f"payment event {id}:{attempts}", event=id) for id, attempts in sorted(due)]
+            messages = [applying(id) for id in sorted(due)]
             for start in range(0, len(waiting), GROUPS):
                 part = waiting[start : start + GROUPS]
                 messages.append(task(LOOK, f"payment groups {part}", groups=part))
-            sender().send(messages)
+            send_all(messages)
             events += len(due)
             groups += len(waiting)
             self.update_state(state="PROGRESS", meta={"events": events, "groups": groups})

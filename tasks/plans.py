@@ -13,12 +13,13 @@ from creditlane.contract import CancelPlan, ChangePlan, Paid, RenewPlan, Subscri
 from models.rules.burning import check_room, new_grant, pay_debt
 from models.rules.calendar import add_months, month_start, months_passed
 from models.rules.catalog import Terms
+from models.rules.claw_back import take_back, worth_of
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import PAYMENT_SLACK, Account, Subscription
 from models.rules.state import Grant as Lot
 from models.rules.subscriptions import allot, end, end_of_payment, end_of_period, expire_lots, renew
-from tasks.grants import take_back, worth_of
+from tasks.grants import told
 from tasks.operation import Context, Need, Outcome, operation
 
 
@@ -308,7 +309,7 @@ def undo(account: Account, message: UndoRenewal, context: Context) -> Outcome:
     check_room(account, sum(lot.available for lot in carried) + sum(taken.expired for taken in renewal.taken))
     families = [(lot, [lot]) for lot in allotted]
     wanted = sum(worth_of(*family) for family in families)
-    details = take_back(account, families, wanted, context)[1] if wanted else {}
+    details = told(take_back(account, families, wanted, now, operation, context.catalog)) if wanted else {}
     taken_back = account.revoked - revoked
     restored = 0
     for lot in carried:

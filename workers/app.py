@@ -91,6 +91,7 @@ app.conf.imports = (
     "workers.inbox",
     "workers.notices",
     "workers.payments",
+    "workers.receiving",
     "schedules.expiry",
     "schedules.audit",
     "schedules.notices",

@@ -12,7 +12,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
 from typing import Any, NamedTuple
 from uuid import NAMESPACE_OID, uuid5
 
@@ -22,7 +21,7 @@ from celery.utils.log import get_task_logger
 from psycopg import Connection
 
 from creditlane.client import NOTICES, PAYMENTS, SHOWN_CHARACTERS, task_message
-from creditlane.sending import Outgoing, Sender, make_sender
+from creditlane.sending import Outgoing
 from models.catalog import load_catalog
 from models.cutoff import BusyError, try_alone
 from models.database import connect
@@ -32,15 +31,16 @@ from models.rules.state import Notice
 from models.settings import settings
 from workers.crash import crash_point
 from workers.ledger_writer import insert_notices, insert_outbox
+from workers.notices import sender
 from workers.outbox import DELIVER, Outbox, OutboxRow
 from workers.providers.base import Adapter, Fetch, Parked, VerificationError, no_fetch
-from workers.providers.configured import adapters
+from workers.receiving import APPLY, configured
 from workers.reconciling import Reconciler, Report, operations
-from workers.stripe_api import MissingError, UnavailableError, make_stripe_api
+from workers.stripe_api import StripeApi, StripeApiError, UnavailableError
 
 logger = get_task_logger(__name__)
 
-APPLY, LOOK, RECONCILE = "payments.apply", "payments.look", "payments.reconcile"
+LOOK, RECONCILE = "payments.look", "payments.reconcile"
 
 LOOK_BACK_DAYS = 31
 """How far back a report tells of what was refused, waits or is parked."""
@@ -170,10 +170,10 @@ class Processor:
             facts = adapter.normalise(adapter.read(body), self._fetches.get(provider, no_fetch))
         except VerificationError as error:
             return End("parked", error.code, error.sentence)
-        except MissingError as error:
-            return End("parked", "missing", f"the provider has no such object: {error}")
         except UnavailableError as error:
             return self._again(attempts, str(error))
+        except StripeApiError as error:
+            return End("parked", error.code, str(error))
         except Exception as error:
             logger.exception("an event of %s", provider)
             return End("parked", "internal_error", f"{type(error).__name__}: see the log, then retry")
@@ -236,19 +236,15 @@ class Working(NamedTuple):
     """None without an API key."""
 
 
-@cache
-def sender() -> Sender:
-    """What this process sends such messages by; safe to share among threads."""
-    config = settings()
-    return make_sender(config.broker_url.get_secret_value(), config.tls(config.broker_url))
-
-
 @contextmanager
 def working() -> Iterator[Working]:
     """Work on payments, on a database connection of its own."""
     config = settings()
-    readers = adapters(config)
-    api = make_stripe_api(config)
+    readers = configured()
+    api = None
+    if config.stripe_api_key is not None and "stripe" in readers:
+        key = config.stripe_api_key.get_secret_value()
+        api = StripeApi(key, config.payments_livemode, config.stripe_api_base or None)
     with connect(config.database_url.get_secret_value(), "creditlane payments", read_only=False) as connection:
         processor = Processor(
             connection,
@@ -258,7 +254,7 @@ def working() -> Iterator[Working]:
             Outbox(connection, sender(), config.lanes),
         )
         reconciler = None
-        if api is not None and "stripe" in readers:
+        if api is not None:
             reconciler = Reconciler(connection, api, readers["stripe"], processor.apply, config.payments_livemode)
         yield Working(connection, processor, reconciler)
 
@@ -286,7 +282,7 @@ def apply(event: int) -> dict[str, Any]:
 def _look_up(reconciler: Reconciler, subscription: str) -> None:
     try:
         reconciler.look_up(subscription)
-    except (UnavailableError, MissingError) as error:
+    except StripeApiError as error:
         logger.warning("the payments for %r are not known: %s", subscription, error)
 
 
@@ -308,7 +304,7 @@ def reconcile(self: Any, deep: bool = False, days: int = LOOK_BACK_DAYS) -> dict
     :param deep: whether to compare the objects of weeks, and not from the last time.
     :param days: how far back what was refused, waits or is parked is reported.
     :returns: a :class:`workers.reconciling.Report` as JSON has it.
-    :raises UnavailableError: when the provider is out of reach.
+    :raises StripeApiError: when the provider is out of reach, or refuses.
     """
     report = Report()
     with working() as work:

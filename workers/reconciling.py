@@ -8,32 +8,30 @@ follows from the object as it is, so that the same one is taken once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import msgspec
 from celery.utils.log import get_task_logger
-from models.payment_inbox import store
 from psycopg import Connection
 
+from models.payment_inbox import store
 from models.payments import now_of
 from workers.providers.base import Adapter, VerificationError
-from workers.stripe_api import StripeApi
+from workers.stripe_api import MissingError, StripeApi
 
 logger = get_task_logger(__name__)
 
 VERSION = "2026-10-28.endive"
 """The API's version that objects are asked for in."""
 
-OVERLAP = timedelta(days=2)
-"""How far each comparison reaches back behind the last one: objects are listed by when they were made, not paid."""
+OVERLAP = timedelta(hours=2)
+"""How far each comparison reaches back behind the last one; the lists reach further by themselves, as far as something
+may be paid after it was made."""
 
-DEEP = timedelta(days=35)
-"""How far the daily one reaches back: an invoice may be paid weeks after it was made."""
-
-DISPUTES = timedelta(days=120)
-"""How far it does for disputes, which take months."""
+REACH = timedelta(days=35)
+"""How far the daily one reaches back, and the first one."""
 
 UNDELIVERED = timedelta(days=29)
 """How old the undelivered events are that are asked for; the provider has them for 30 days."""
@@ -52,7 +50,6 @@ class Listed(NamedTuple):
     types: Callable[[Mapping[str, Any]], tuple[str, ...]]
     """The events that say what such an object says."""
     objects: Callable[[StripeApi, datetime], Iterable[Mapping[str, Any]]]
-    reach: timedelta
 
 
 def _of_refund(refund: Mapping[str, Any]) -> tuple[str, ...]:
@@ -65,11 +62,11 @@ def _of_dispute(dispute: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 LISTED = (
-    Listed("subscription", lambda _: ("customer.subscription.updated",), StripeApi.subscriptions, DEEP),
-    Listed("session", lambda _: ("checkout.session.completed",), StripeApi.paid_sessions, DEEP),
-    Listed("invoice", lambda _: ("invoice.paid",), StripeApi.paid_invoices, DEEP),
-    Listed("refund", _of_refund, StripeApi.refunds, DEEP),
-    Listed("dispute", _of_dispute, StripeApi.disputes, DISPUTES),
+    Listed("subscription", lambda _: ("customer.subscription.updated",), StripeApi.subscriptions),
+    Listed("session", lambda _: ("checkout.session.completed",), StripeApi.paid_sessions),
+    Listed("invoice", lambda _: ("invoice.paid",), StripeApi.paid_invoices),
+    Listed("refund", _of_refund, StripeApi.refunds),
+    Listed("dispute", _of_dispute, StripeApi.disputes),
 )
 """In the order in which they lead to one another; any other would do."""
 
@@ -103,6 +100,10 @@ SOUGHT = {
     "refund": Sought("RefundChanged", str),
     "dispute": Sought("DisputeChanged", "{}:created".format),
 }
+NOT_ENDED = """
+SELECT key FROM payment_facts WHERE provider = %s AND livemode = %s AND kind = 'SubscriptionChanged'
+  AND NOT fact::jsonb ->> 'status' = ANY('{canceled,incomplete_expired}')
+"""
 UNDONE = """
 SELECT p.operation, p.provider, p.account, p.name, p.effect, p.created_at, o.status, o.code
 FROM payment_operations p LEFT JOIN operations o ON o.account = p.account AND o.operation = p.operation
@@ -204,9 +205,9 @@ class Reconciler:
     def run(self, report: Report, *, deep: bool, progress: Callable[[str, int], None]) -> None:
         """Take up what was never heard of, and note in what the two differ then.
 
-        :param deep: whether to reach back for :data:`DEEP` and not from the last time.
+        :param deep: whether to reach back for :data:`REACH` and not from the last time.
         :param progress: told the kind that is being compared, and how many were.
-        :raises UnavailableError: when the provider is out of reach.
+        :raises StripeApiError: when the provider is out of reach, or refuses.
         """
         now = now_of(self._connection)
         # What is compared is what was there before the events are taken up that could not be delivered.
@@ -215,7 +216,7 @@ class Reconciler:
             since = self._since(listed, now, deep)
             report.since = since if report.since is None else min(since, report.since)
             found: dict[str, Mapping[str, Any]] = {}
-            for object in listed.objects(self._api, since):
+            for object in self._listed(listed, since, deep):
                 found[str(object["id"])] = object
                 for kind in listed.types(object):
                     report.taken += self._take(event_of(kind, object, self._livemode))
@@ -233,9 +234,25 @@ class Reconciler:
                 number += self._take(event_of("invoice.paid", invoice, self._livemode))
         return number
 
+    def _listed(self, listed: Listed, since: datetime, deep: bool) -> Iterator[Mapping[str, Any]]:
+        yield from listed.objects(self._api, since)
+        if listed.kind != "subscription" or not deep:
+            return
+        # Of those that are live, what they are now; and of those that were, that they have ended.
+        live = set()
+        for subscription in self._api.live_subscriptions():
+            live.add(subscription["id"])
+            yield subscription
+        for (id,) in self._connection.execute(NOT_ENDED, (self._adapter.name, self._livemode)).fetchall():
+            if id not in live:
+                try:
+                    yield self._api.fetch("subscription", id)
+                except MissingError:
+                    logger.warning("the provider has no subscription %r any more", id)
+
     def _since(self, listed: Listed, now: datetime, deep: bool) -> datetime:
         row = self._connection.execute(WATERMARK, (self._adapter.name, self._livemode, listed.kind)).fetchone()
-        return now - listed.reach if deep or row is None else row[0] - OVERLAP
+        return now - REACH if deep or row is None else row[0] - OVERLAP
 
     def _undelivered(self, report: Report, now: datetime, progress: Callable[[str, int], None]) -> None:
         for number, event in enumerate(self._api.undelivered_events(now - UNDELIVERED), 1):
