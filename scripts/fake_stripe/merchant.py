@@ -354,7 +354,7 @@ class Merchant:
                        line["description"], invoice_item=self._new("invoice_item"))  # fmt: skip
         self._finalize(invoice)
         if session["payment_intent"]:
-            self._link(invoice, session["payment_intent"])
+            self.attach_payment(invoice["id"], session["payment_intent"])
         self._paid(invoice)
 
     def _subscribe(self, session: Json, data: Mapping[str, Any], outcome: Outcome) -> None:
@@ -488,10 +488,13 @@ class Merchant:
         invoice["status_transitions"]["finalized_at"] = self.now()
         self.emit("invoice.finalized", invoice)
 
-    def _link(self, invoice: Json, intent: str) -> Json:
-        made = self._keep(objects.invoice_payment(self._new("invoice_payment"), invoice, intent, self.now()))
-        self.within(invoice["id"], "payments").append(made)
-        return made
+    def attach_payment(self, invoice: str, intent: str) -> Json:
+        """Let an invoice be paid by a payment; by the last one of several."""
+        with self.lock:
+            object = self.find("invoice", invoice)
+            made = self._keep(objects.invoice_payment(self._new("invoice_payment"), object, intent, self.now()))
+            self.within(invoice, "payments").insert(0, made)
+            return made
 
     def _paid(self, invoice: Json) -> None:
         invoice.update(status="paid", amount_paid=invoice["amount_due"], amount_remaining=0, attempted=True,
@@ -499,7 +502,7 @@ class Merchant:
         invoice["status_transitions"]["paid_at"] = self.now()
         self.emit("invoice.paid", invoice)
         self.emit("invoice.payment_succeeded", invoice)
-        for payment in self.within(invoice["id"], "payments"):
+        for payment in self.within(invoice["id"], "payments")[:1]:
             payment.update(status="paid", amount_paid=invoice["amount_paid"])
             payment["status_transitions"]["paid_at"] = self.now()
             self.emit("invoice_payment.paid", payment)
@@ -513,7 +516,7 @@ class Merchant:
         if not payments:
             intent = self._intend(invoice["amount_due"], invoice["currency"], invoice["customer"], {},
                                   "Subscription", invoice["id"])  # fmt: skip
-            self._link(invoice, intent["id"])
+            self.attach_payment(invoice["id"], intent["id"])
         intent = self.find("payment_intent", payments[0]["payment"]["payment_intent"])
         invoice.update(attempt_count=invoice["attempt_count"] + 1, attempted=True)
         self._collect(intent, outcome)

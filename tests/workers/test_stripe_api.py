@@ -103,24 +103,26 @@ def test_objects_come_whole_whatever_the_pages(fake: FakeStripe, api: StripeApi)
     invoice = fake.find("subscription", subscription)["latest_invoice"]
     dispute = fake.dispute(session["id"])
     refund = fake.refund(invoice, 200)
-    for kind, id, name in (
-        ("checkout.session", session["id"], "line_items"),
-        ("subscription", subscription, "items"),
-        ("invoice", invoice, "lines"),
-        ("refund", refund["id"], None),
-        ("dispute", dispute["id"], None),
-        ("payment_intent", refund["payment_intent"], None),
+    others = [fake.attach_payment(invoice, f"pi_{number}")["id"] for number in range(4)]
+    for kind, id, lists in (
+        ("checkout.session", session["id"], ("line_items",)),
+        ("subscription", subscription, ("items",)),
+        ("invoice", invoice, ("lines", "payments")),
+        ("refund", refund["id"], ()),
+        ("dispute", dispute["id"], ()),
+        ("payment_intent", refund["payment_intent"], ()),
     ):
         before = len(fake.requests)
         fetched = api.fetch(kind, id)
         assert fetched == fake.fetch(kind, id)
         assert is_plain(fetched)
-        pages = 1 if name is None else -(-len(fetched[name]["data"]) // 2)
-        assert len(fake.requests) - before == pages
+        pages = [-(-len(fetched[name]["data"]) // 2) for name in lists]
+        assert len(fake.requests) - before == 1 + sum(pages) - len(pages)  # the first ones come with the object
     assert [line["price"]["id"] for line in api.fetch("checkout.session", session["id"])["line_items"]["data"]] == [
         f"price_{number}" for number in range(5)
     ]
-    assert api.fetch("invoice", invoice)["payments"]["data"][0]["payment"]["payment_intent"] == refund["payment_intent"]
+    *attached, first = api.fetch("invoice", invoice)["payments"]["data"]
+    assert (ids(attached), first["payment"]["payment_intent"]) == (others[::-1], refund["payment_intent"])
 
 
 def test_a_list_within_an_object_is_read_up_to_a_length(
