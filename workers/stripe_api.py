@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple, TypeGuard
 from urllib.parse import quote
 
@@ -33,6 +33,19 @@ MAX_PAGES = 20
 
 MAX_LISTED_PAGES = 1000
 """The most pages of a list to reconcile by."""
+
+SESSION_DAYS = 21
+"""How long after a checkout began it may still be paid: a day until it is gone through, and a debit takes two weeks of
+banking days."""
+
+INVOICE_DAYS = 60
+"""How long after an invoice was made it may still be paid: the longest that Stripe tries."""
+
+REFUND_DAYS = 35
+"""How long after a refund was made its state may change."""
+
+DISPUTE_DAYS = 180
+"""How long after a dispute was opened its state may change."""
 
 _AWAY = frozenset({401, 403, 409, 429})
 """Answers below 500 that say nothing of what was asked: a key that is not let in, a lock, too many requests."""
@@ -154,33 +167,35 @@ class StripeApi:
             raise ParkedError("truncated", f"{object['id']} has more than {MAX_PAGES * PAGE} {name}") from None
         held["has_more"] = False
 
-    # Lists to reconcile by, the newest first. ``since`` is when an object was made, which may be long before it was
-    # paid or changed: how far to reach back is the caller's to say.
+    # Lists to reconcile by, the newest first. Stripe lists by when an object was made, so these reach back as far
+    # before ``since`` as it may have been made. What is made while a list is read may be missing from it.
 
     def undelivered_events(self, since: datetime) -> Iterator[Json]:
         """Events since then that a webhook has not taken; Stripe keeps 30 days of them."""
-        return self._since("/v1/events", since, delivery_success="false")
+        return self._since("/v1/events", since, 0, delivery_success="false")
 
     def paid_sessions(self, since: datetime) -> Iterator[Json]:
-        """Checkouts since then that are paid, or had nothing to be paid."""
-        sessions = self._since("/v1/checkout/sessions", since, status="complete")
+        """Checkouts that are paid, or had nothing to be paid, of those that may have come to it since then."""
+        sessions = self._since("/v1/checkout/sessions", since, SESSION_DAYS, status="complete")
         return (session for session in sessions if session["payment_status"] in _PAID)
 
     def paid_invoices(self, since: datetime) -> Iterator[Json]:
-        """Invoices since then that are paid."""
-        return self._since("/v1/invoices", since, status="paid")
+        """Invoices that were paid since then."""
+        least = int(since.timestamp())
+        invoices = self._since("/v1/invoices", since, INVOICE_DAYS, status="paid")
+        return (invoice for invoice in invoices if (invoice["status_transitions"]["paid_at"] or least) >= least)
 
     def refunds(self, since: datetime) -> Iterator[Json]:
-        """Refunds since then, in whatever state."""
-        return self._since("/v1/refunds", since)
+        """Refunds, in whatever state, of those that may have changed since then."""
+        return self._since("/v1/refunds", since, REFUND_DAYS)
 
     def disputes(self, since: datetime) -> Iterator[Json]:
-        """Disputes since then, in whatever state."""
-        return self._since("/v1/disputes", since)
+        """Disputes, in whatever state, of those that may have changed since then."""
+        return self._since("/v1/disputes", since, DISPUTE_DAYS)
 
     def subscriptions(self, since: datetime) -> Iterator[Json]:
         """Subscriptions that began since then, in whatever state."""
-        return self._since("/v1/subscriptions", since, status="all")
+        return self._since("/v1/subscriptions", since, 0, status="all")
 
     def live_subscriptions(self) -> Iterator[Json]:
         """Every subscription that has not ended, however old; another one that is held to be live has ended."""
@@ -190,8 +205,9 @@ class StripeApi:
         """The invoices of a subscription, in whatever state."""
         return self._listed("/v1/invoices", {"subscription": subscription}, MAX_LISTED_PAGES)
 
-    def _since(self, path: str, since: datetime, **parameters: str) -> Iterator[Json]:
-        return self._listed(path, {"created": {"gte": int(since.timestamp())}, **parameters}, MAX_LISTED_PAGES)
+    def _since(self, path: str, since: datetime, days: int, **parameters: str) -> Iterator[Json]:
+        least = int((since - timedelta(days=days)).timestamp())
+        return self._listed(path, {"created": {"gte": least}, **parameters}, MAX_LISTED_PAGES)
 
     def _listed(self, path: str, parameters: Mapping[str, Any], pages: int, after: str | None = None) -> Iterator[Json]:
         """The objects of a list, page by page.

@@ -289,27 +289,33 @@ def test_lists_to_reconcile_by(fake: FakeStripe, api: StripeApi, clock: Clock) -
     fake.open_session([("price_pack", 1)], mode="payment")
     debit = fake.complete(fake.open_session([("price_pack", 1)], mode="payment")["id"], "pending")["id"]
     assert ids(api.paid_sessions(START)) == early[::-1]
-    fake.settle(debit)
-    assert ids(api.paid_sessions(START)) == [debit, *early[::-1]]
-
     subscription, ended = subscribed(fake), subscribed(fake)
     fake.cancel(ended)
-    first, other = (fake.find("subscription", id)["latest_invoice"] for id in (subscription, ended))
     refunds = [fake.refund(id, 100)["id"] for id in early]
     dispute = fake.dispute(early[0])["id"]
-    clock.move(days=31)
+    assert ids(api.subscriptions(START)) == [ended, subscription]
+
+    # What was made before may be paid, or change, after that time.
+    clock.move(days=stripe_api.SESSION_DAYS)
+    fake.settle(debit)
+    assert debit in ids(api.paid_sessions(clock()))
+    assert ids(api.refunds(clock())) == refunds[::-1]
+    clock.move(days=10)
+    assert ids(api.paid_sessions(clock())) == []
     fake.renew(subscription, "failed")
-    failed = fake.find("subscription", subscription)["latest_invoice"]
-    late = subscribed(fake)
-    assert ids(api.paid_invoices(START))[1:] == [other, first]
-    assert len(ids(api.paid_invoices(clock()))) == 1
+    first, failed = ids(api.invoices_of(subscription))[::-1]
+    assert failed not in ids(api.paid_invoices(START))
+    assert first in ids(api.paid_invoices(START))
+    assert ids(api.paid_invoices(START + timedelta(seconds=1))) == []
+    clock.move(days=stripe_api.INVOICE_DAYS)
     fake.pay(failed)
-    assert ids(api.paid_invoices(clock()))[1:] == [failed]
-    assert ids(api.invoices_of(subscription)) == [failed, first]
-    assert ids(api.refunds(START)) == refunds[::-1]
-    assert ids(api.disputes(START)) == [dispute]
-    assert [*api.refunds(clock()), *api.disputes(clock())] == []
-    assert ids(api.subscriptions(START)) == [late, ended, subscription]
+    assert ids(api.paid_invoices(clock())) == [failed]
+    assert ids(api.refunds(clock())) == []
+    assert ids(api.disputes(clock())) == [dispute]
+    clock.move(days=stripe_api.DISPUTE_DAYS)
+    assert ids(api.disputes(clock())) == []
+
+    late = subscribed(fake)
     assert ids(api.subscriptions(clock())) == [late]
     assert ids(api.live_subscriptions()) == [late, subscription]
 
