@@ -266,6 +266,13 @@ def test_out_of_reach_and_no_secret_in_what_is_told(
     assert KEY not in everything
 
 
+def test_a_refusal_that_is_not_stripes_is_none(receiver: Receiver) -> None:
+    receiver.status = 404
+    with pytest.raises(UnavailableError) as error:
+        StripeApi(KEY, False, receiver.url.partition("/hook")[0]).create_customer({"email": "ann@example.org"}, "once")
+    assert error.value.code == "http_404"
+
+
 def test_bodies_are_not_logged(fake: FakeStripe, api: StripeApi, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     api.create_customer({"email": "ann@example.org"}, "once")
