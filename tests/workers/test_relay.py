@@ -27,7 +27,7 @@ from hypothesis import settings as sampled
 from hypothesis import strategies as st
 
 from creditlane.client import PAYMENTS, task_message
-from creditlane.sending import make_sender
+from creditlane.sending import Outgoing, make_sender
 from models.settings import Settings, settings
 from scripts.embedded import HOST, Stack, free_port
 from tests.broker import Broker, on_both_brokers
@@ -383,20 +383,27 @@ def test_whatever_comes_is_no_error_of_ours_and_is_not_stored(relay: Served, dat
 # --- What is away ---
 
 
-def test_without_the_database_the_provider_comes_again(
-    relay: Served, database: str, stack: Stack, broker: Broker
-) -> None:
-    assert relay.deliver().status == 200
+@contextmanager
+def shut(stack: Stack, database: str) -> Iterator[None]:
+    """The database lets nobody in, and puts those out who were."""
     name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
     execute(stack.database_url, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
     try:
         execute(stack.database_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+        yield
+    finally:
+        execute(stack.database_url, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+
+def test_without_the_database_the_provider_comes_again(
+    relay: Served, database: str, stack: Stack, broker: Broker
+) -> None:
+    assert relay.deliver().status == 200
+    with shut(stack, database):
         for answer in (relay.deliver(changed()), relay.send(None, path="/healthz", method="GET")):
             assert (answer.status, answer.code) == (503, "unavailable")
             assert int(answer.headers["retry-after"]) > 0
         assert relay.send(RAW, {}).status == 400  # what is wrong is wrong all the same
-    finally:
-        execute(stack.database_url, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
     eventually(lambda: relay.send(None, path="/healthz", method="GET").status == 200)
     assert relay.deliver(changed(id="evt_2")).status == 200
     assert [event for _, event, _ in stored(database)] == ["evt_made_1", "evt_2"]
@@ -546,6 +553,23 @@ def test_a_delivery_by_task_that_proves_nothing_is_refused(receiving: None, data
     assert stored(database) == []
 
 
+def test_a_delivery_by_task_is_tried_until_the_database_is_there(
+    database: str, broker: Broker, spawn: Spawn, stack: Stack
+) -> None:
+    worker = spawn("general", "general", CREDITLANE_STRIPE_WEBHOOK_SECRETS=SECRET, CREDITLANE_PAYMENTS_LIVEMODE="false")
+    with shut(stack, database), closing(make_sender(broker.url)) as producer:
+        producer.send([delivery(RAW)])
+        eventually(lambda: "by task, again in 1 s" in worker.logged())
+    eventually(lambda: stored(database) == [("stripe", "evt_made_1", RAW)])
+    assert "nobody-logs" not in worker.logged()
+
+
+def delivery(raw: bytes) -> Outgoing:
+    """A webhook as another party's relay sends it."""
+    arguments = {"provider": "stripe", "body": raw.decode(), "headers": now_signed(raw)}
+    return task_message("payments.receive", "one-of-theirs", PAYMENTS, msgspec.json.encode(arguments), "stripe")
+
+
 @on_both_brokers
 def test_the_general_worker_hears_of_webhooks_and_takes_those_of_others(
     database: str, broker: Broker, spawn: Spawn
@@ -557,9 +581,7 @@ def test_the_general_worker_hears_of_webhooks_and_takes_those_of_others(
     first = value(database, "SELECT id FROM payment_events")
     eventually(lambda: f"payment-event-{first}" in worker.logged())
     theirs = changed(id="evt_theirs")
-    arguments = {"provider": "stripe", "body": theirs.decode(), "headers": now_signed(theirs)}
     with closing(make_sender(broker.url)) as producer:
-        message = task_message("payments.receive", "one-of-theirs", PAYMENTS, msgspec.json.encode(arguments), "stripe")
-        producer.send([message])
+        producer.send([delivery(theirs)])
     eventually(lambda: value(database, "SELECT count(*) FROM payment_events WHERE source = 'receive'") == 1)
-    assert {raw for _, _, raw in stored(database)} == {RAW, changed(id="evt_theirs")}
+    assert {raw for _, _, raw in stored(database)} == {RAW, theirs}
