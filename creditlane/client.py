@@ -752,7 +752,7 @@ def checked(name: str, id: str, arguments: dict[str, Any]) -> bytes:
         )
     if name in INTERNAL:
         raise ContractError(
-            Code.UNKNOWN_OPERATION, f"{name} is sent by the ledger itself, as what follows from a transfer"
+            Code.UNKNOWN_OPERATION, f"{name} is sent by the ledger itself, as what follows from a transfer or a payment"
         )
     try:
         if None in arguments.values():

@@ -246,6 +246,26 @@ class Revoke(Message):
             _positive(self.amount, "amount")
 
 
+class ClawBack(Message):
+    """``credits.claw_back``: so much of what was paid for a purchase is away from the seller.
+
+    It says what is so, not what changed: of a purchase that of the highest step holds, whatever came before or comes
+    after. The ledger sends it itself.
+    """
+
+    operation: ClassVar[str] = "credits.claw_back"
+
+    purchase: Name
+    paid_minor: Annotated[int, msgspec.Meta(ge=0, le=10**15)]
+    """What was paid for all of it, in minor units."""
+    returned_minor: Annotated[int, msgspec.Meta(ge=0, le=10**15)]
+    """What of it refunds returned and disputes hold back; may be more than was paid."""
+    step: Annotated[int, msgspec.Meta(ge=1, le=10**15)]
+    frozen: bool = False
+    """Whether its credits cannot be used meanwhile, since it is disputed."""
+    currency: Annotated[str, msgspec.Meta(pattern=r"^[A-Z]{3}\Z")] | None = None
+
+
 class Settle(Message):
     """``credits.settle``: apply what is due by now, nothing else."""
 
@@ -332,6 +352,9 @@ def concluding_id(sender: str, transfer: str) -> str:
 RESERVED = RECEIVING, CONCLUDING = "transfer.receive:", "transfer.conclude:"
 """What the ids of the ledger's own operations begin with."""
 
+PAYMENT = "payment."
+"""What the ids of operations begin with that follow from a payment."""
+
 
 def check_reserved(name: str, operation_id: str, message: Message) -> None:
     """Keep the ids of the ledger's own operations for those operations.
@@ -345,6 +368,10 @@ def check_reserved(name: str, operation_id: str, message: Message) -> None:
         derived = operation_id == receiving_id(message.sender, message.transfer)
     elif isinstance(message, Confirm | Bounce):
         derived = operation_id == concluding_id(message.account, message.transfer)
+    elif isinstance(message, ClawBack):
+        if not operation_id.startswith(PAYMENT):
+            raise ContractError(Code.INVALID_MESSAGE, f"{name} under this id: it follows from a payment alone")
+        return
     else:
         derived = not operation_id.startswith(RESERVED)
     if not derived:
@@ -433,14 +460,15 @@ BATCH = "credits.batch"
 OPERATIONS: dict[str, type[Message]] = {
     kind.operation: kind
     for kind in (
-        Open, Grant, Consume, Hold, Capture, Release, Refund, Adjust, Revoke, Settle, Transfer, Receive, Confirm,
-        Bounce, Subscribe, ChangePlan, CancelPlan, RenewPlan, UndoRenewal,
+        Open, Grant, Consume, Hold, Capture, Release, Refund, Adjust, Revoke, ClawBack, Settle, Transfer, Receive,
+        Confirm, Bounce, Subscribe, ChangePlan, CancelPlan, RenewPlan, UndoRenewal,
     )
 }  # fmt: skip
 """Every operation of the ledger by its task name."""
 
-INTERNAL = frozenset(kind.operation for kind in (Receive, Confirm, Bounce))
-"""Operations that the ledger sends itself; they are refused under any id but the one that follows from the transfer."""
+INTERNAL = frozenset(kind.operation for kind in (Receive, Confirm, Bounce, ClawBack))
+"""Operations that the ledger sends itself; they are refused under any id but one of its own, see
+:func:`check_reserved`."""
 
 
 class Balance(msgspec.Struct, kw_only=True, frozen=True):
@@ -451,6 +479,8 @@ class Balance(msgspec.Struct, kw_only=True, frozen=True):
     debt: Decimal = Decimal(0)
     upcoming: Decimal = Decimal(0)
     """Credits of grants that take effect later; not part of ``available``."""
+    frozen: Decimal = Decimal(0)
+    """Credits of disputed purchases, which cannot be used for now; not part of ``available``, nor of ``upcoming``."""
     in_transit: Decimal = Decimal(0)
     """Credits on their way to another account; not part of ``available``."""
     by_source: dict[str, Decimal] = {}
@@ -509,7 +539,12 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     expired: Decimal | None = None
     """What ended by it."""
     taken_back: Decimal | None = None
+    """What was taken of lots; for ``credits.grant`` because its purchase was returned before."""
     restored: Decimal | None = None
+    """What came back of what had ended; for ``credits.claw_back`` of what had been taken, debts included."""
+    frozen: Decimal | None = None
+    """For ``credits.claw_back``: the credits that cannot be used any more; ``thawed``: those that can be used again."""
+    thawed: Decimal | None = None
     to: str | None = None
     """Who a transfer's credits are on their way to."""
     sender: str | None = None
@@ -665,6 +700,7 @@ __all__ = [
     "Bounce",
     "Capture",
     "Charge",
+    "ClawBack",
     "Confirm",
     "Consume",
     "ContractError",

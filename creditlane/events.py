@@ -41,6 +41,8 @@ BY_ENTRY = {
     "unexpired": "credits.unexpired",
     "debt_incurred": "credits.debt_incurred",
     "debt_paid": "credits.debt_paid",
+    "debt_cancelled": "credits.debt_cancelled",
+    "reinstated": "credits.reinstated",
 }
 """The type of event that each kind of ledger entry makes."""
 

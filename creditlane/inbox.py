@@ -38,6 +38,8 @@ class PackAdvice(msgspec.Struct, kw_only=True, frozen=True):
     """All of them together."""
     price: str
     """All of them together, as ``"9.98 EUR"``."""
+    offer: str | None = None
+    """The offer that has it at this price, where it is not the pack's own."""
 
 
 class PlanAdvice(msgspec.Struct, kw_only=True, frozen=True):

@@ -51,7 +51,7 @@ ORPHANS = " UNION ALL ".join(
     WHERE NOT EXISTS (SELECT FROM accounts a WHERE a.account = t.account) GROUP BY t.account"""
     for table, key in (
         ("entries", "seq"), ("operations", "number"), ("grants", "grant_id"), ("holds", "hold"),
-        ("receipts", "operation"), ("seal_leaves", "seal"),
+        ("receipts", "operation"), ("purchases", "purchase"), ("seal_leaves", "seal"),
     )
 )  # fmt: skip
 IN_TRANSIT = """

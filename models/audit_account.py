@@ -94,6 +94,7 @@ CHARGED_BY: dict[str, dict[str, int]] = {
     "credits.refund": {"restored": -1},
     "credits.adjust": {"revoked": 1},
     "credits.revoke": {"revoked": 1},
+    "credits.claw_back": {"revoked": 1, "reinstated": -1},
     "credits.transfer": {"transferred": 1},
     "credits.receive": {},
     "credits.confirm": {},

@@ -24,6 +24,7 @@ from models.audit_rows import (
     OPERATION_COLUMNS,
     OPERATIONS,
     OPERATIONS_SINCE,
+    PURCHASES,
     RECEIPTS,
     SUBSCRIPTIONS,
     Row,
@@ -53,6 +54,7 @@ class Replay(Protocol):
         holds: Sequence[Row],
         receipts: Sequence[Row],
         subscriptions: Sequence[Row],
+        purchases: Sequence[Row],
     ) -> None:
         """Compare what came out with the rows of the account."""
 
@@ -133,6 +135,8 @@ class PageAudit:
         }
         if self.cutoffs:
             queries["leaves"] = LEAVES
+        if self.replayer is not None:
+            queries["purchases"] = PURCHASES
         told = 0
         with ExitStack() as stack:
             streams = {
@@ -187,7 +191,7 @@ class PageAudit:
             return
         grants, holds = list(streams["grants"].of(account)), list(streams["holds"].of(account))
         check.finish(totals, grants, holds, subscriptions)
-        replay.finish(totals, grants, holds, receipts, subscriptions)
+        replay.finish(totals, grants, holds, receipts, subscriptions, list(streams["purchases"].of(account)))
 
     @staticmethod
     def _replay(replayer: Replayer, connection: Connection[Any], report: Report, totals: Totals) -> Replay:

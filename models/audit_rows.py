@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from psycopg import Connection
 
-from models.columns import SUBSCRIPTION_VALUES
+from models.columns import PURCHASE_VALUES, SUBSCRIPTION_VALUES
 from models.rules.state import COUNTERS
 
 Row = tuple[Any, ...]
@@ -85,6 +85,7 @@ OPERATIONS = "SELECT {columns} FROM operations o WHERE o." + PAGE + " ORDER BY o
 GRANTS = f"SELECT {GRANT_COLUMNS} FROM grants g WHERE g.{PAGE} ORDER BY g.account, g.grant_id"
 HOLDS = f"SELECT {HOLD_COLUMNS} FROM holds WHERE {PAGE} ORDER BY account, hold"
 SUBSCRIPTIONS = f"SELECT {SUBSCRIPTION_VALUES} FROM subscriptions WHERE {PAGE} ORDER BY account"
+PURCHASES = f"SELECT {PURCHASE_VALUES} FROM purchases p WHERE p.{PAGE} ORDER BY p.account, p.purchase"
 RECEIPTS = f"""
 SELECT account, operation, line, grant_id, taken_micro, returned_micro FROM receipts
 WHERE {PAGE} ORDER BY account, operation, line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from zoneinfo import ZoneInfo
@@ -10,7 +11,7 @@ from zoneinfo import ZoneInfo
 import msgspec
 
 from creditlane.amounts import Micro, parse_amount
-from models.rules.catalog import Catalog, Feature, Pack, Plan
+from models.rules.catalog import Catalog, Feature, Money, Offer, Pack, Plan
 
 Kind = TypeVar("Kind")
 
@@ -51,7 +52,7 @@ def parse_catalog(text: str, file: str) -> Catalog:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise CatalogError(f"{file}: not TOML: {error}") from None
-    for section, kind in (("features", Feature), ("packs", Pack), ("plans", Plan)):
+    for section, kind in (("features", Feature), ("packs", Pack), ("plans", Plan), ("offers", Offer)):
         entries = tables.get(section)
         for name, entry in entries.items() if isinstance(entries, dict) else ():
             _convert(entry, kind, file, f"{section}.{name}")
@@ -67,7 +68,39 @@ def parse_catalog(text: str, file: str) -> Catalog:
         for other in feature.alternatives:
             if other not in catalog.features:
                 raise CatalogError(f"{file}: features.{name}.alternatives: there is no feature {other!r}")
+    _check_selling(catalog, file)
     return catalog
+
+
+def _check_selling(catalog: Catalog, file: str) -> None:
+    """Check what of packs, plans and offers only the whole catalog can tell.
+
+    :raises CatalogError: with file, key and reason.
+    """
+    for name, pack in catalog.packs.items():
+        for number, grant in enumerate(pack.grants):
+            for feature in grant.features or ():
+                if feature not in catalog.features:
+                    raise CatalogError(
+                        f"{file}: packs.{name}.grants[{number}].features: there is no feature {feature!r}"
+                    )
+    for name, offer in catalog.offers.items():
+        offered = catalog.packs.get(offer.pack)
+        if offered is None or offered.price is None:
+            raise CatalogError(f"{file}: offers.{name}.pack: there is no pack {offer.pack!r} with a price")
+        if Money.parse(offer.price).currency != Money.parse(offered.price).currency:
+            raise CatalogError(f"{file}: offers.{name}.price: not in the currency of its pack")
+    known: dict[str, str] = {}
+    sections: tuple[tuple[str, Mapping[str, Pack | Plan | Offer]], ...] = (
+        ("packs", catalog.packs), ("plans", catalog.plans), ("offers", catalog.offers),
+    )  # fmt: skip
+    for section, entries in sections:
+        for name, entry in entries.items():
+            key = f"{section}.{name}.prices"
+            for price in entry.prices:
+                if price in known:
+                    raise CatalogError(f"{file}: {key}: {price!r} stands in {known[price]} already; it means one thing")
+                known[price] = key
 
 
 def _convert(value: Any, kind: type[Kind], file: str, key: str) -> Kind:

@@ -11,6 +11,17 @@ SUBSCRIPTION_COLUMNS = {
 }  # fmt: skip
 """In the order of :func:`models.rules.state.subscription_row`, the account first."""
 
+PURCHASE_COLUMNS = {
+    "account": "text", "purchase": "text", "step": "bigint", "paid_minor": "bigint", "returned_minor": "bigint",
+    "currency": "text", "is_frozen": "bool", "taken_micro": "bigint", "lots": "int[]", "takings": "json",
+}  # fmt: skip
+"""In the order of :func:`models.rules.state.purchase_row`, the account first."""
+
+PURCHASE_VALUES = ", ".join(
+    f"p.{column}::text" if kind == "json" else f"p.{column}" for column, kind in PURCHASE_COLUMNS.items()
+)
+"""What to select of ``purchases p``: JSON as its text."""
+
 SUBSCRIPTION_VALUES = ", ".join(
     f"{column}::text" if kind == "json" else column for column, kind in SUBSCRIPTION_COLUMNS.items()
 )

@@ -14,11 +14,11 @@ from psycopg import Connection
 
 from creditlane.amounts import format_amount
 from creditlane.codes import SENTENCES
-from models.columns import SUBSCRIPTION_VALUES
+from models.columns import PURCHASE_VALUES, SUBSCRIPTION_VALUES
 from models.rules.catalog import Catalog
 from models.rules.posting import FLOWS
 from models.rules.settling import settle
-from models.rules.state import COUNTERS, UNOPENED, Account, Grant, Hold, Line, subscription_of
+from models.rules.state import COUNTERS, UNOPENED, Account, Grant, Hold, Line, purchase_of, subscription_of
 
 MAX_PAGE = 1000
 """Rows of one page: operations of a history, messages of the quarantine."""
@@ -42,8 +42,15 @@ SUBSCRIPTION = f"SELECT {SUBSCRIPTION_VALUES} FROM subscriptions WHERE account =
 OPEN_GRANTS = f"""
 SELECT grant_id, source, priority, features, effective_at, expires_at, created_at, operation, purchase, price_minor,
        price_currency, price_per_micro, {BUCKETS}, clawed_back_micro, forgiven_micro, origin
-FROM grants WHERE account = %s AND is_open
+FROM grants
+WHERE account = %(account)s
+  AND (is_open OR grant_id = ANY(ARRAY(
+          SELECT g.grant_id FROM purchases p JOIN grants g ON g.account = p.account AND g.purchase = p.purchase
+          WHERE p.account = %(account)s
+          UNION SELECT unnest(p.lots) FROM purchases p WHERE p.account = %(account)s)))
 """
+"""Those with credits left, and all that claw-backs of the account are about."""
+PURCHASES = f"SELECT {PURCHASE_VALUES} FROM purchases p WHERE p.account = %s"
 OPEN_HOLDS = """
 SELECT hold, amount_micro, expires_at, created_at, feature, member
 FROM holds WHERE account = %s AND status = 'open'
@@ -70,6 +77,8 @@ class AccountBalance(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
     debt: str = "0"
     upcoming: str = "0"
     """Credits of grants that take effect later."""
+    frozen: str = "0"
+    """Credits of disputed purchases, which cannot be used for now."""
     by_source: dict[str, str] = {}
     """The spendable ones, in burn-down order of their grants."""
 
@@ -91,6 +100,8 @@ class GrantLine(msgspec.Struct, kw_only=True, frozen=True):
     created_at: datetime
     operation: str
     purchase: str | None
+    frozen: bool
+    """Whether its credits cannot be used for now: its purchase is disputed."""
 
 
 class HoldLine(msgspec.Struct, kw_only=True, frozen=True):
@@ -145,6 +156,7 @@ def account_summary(connection: Connection[Any], account: str, catalog: Catalog)
     state, now = loaded
     entries = state.seq
     settle(state, now, catalog)
+    frozen = state.frozen
     return AccountSummary(
         account=account,
         kind=state.kind,
@@ -159,7 +171,7 @@ def account_summary(connection: Connection[Any], account: str, catalog: Catalog)
         operations=state.operations,
         entries=entries,
         balance=_balance(state, now),
-        grants=[_grant_line(grant) for grant in state.order if grant.is_open],
+        grants=[_grant_line(grant, grant.purchase in frozen) for grant in state.order if grant.is_open],
         holds=[
             HoldLine(
                 hold=hold.id,
@@ -304,7 +316,8 @@ def load_account(connection: Connection[Any], account: str) -> tuple[Account, da
         # One snapshot: an operation that commits meanwhile is seen whole or not at all.
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         row = connection.execute(ACCOUNT, (account,))
-        grants = connection.execute(OPEN_GRANTS, (account,))
+        grants = connection.execute(OPEN_GRANTS, {"account": account})
+        purchases = connection.execute(PURCHASES, (account,))
         holds = connection.execute(OPEN_HOLDS, (account,))
         lines = connection.execute(OPEN_HOLD_LINES, {"account": account})
         subscription = connection.execute(SUBSCRIPTION, (account,)).fetchone()
@@ -317,6 +330,8 @@ def load_account(connection: Connection[Any], account: str) -> tuple[Account, da
         for grant_id, source, priority, features, *rest in grants:
             scope = None if features is None else frozenset(features)
             state.add_grant(Grant(grant_id, source, priority, scope, *rest))
+        for purchase in purchases:
+            state.purchases[purchase[1]] = purchase_of(purchase[1:])
         for hold in holds:
             state.holds[hold[0]] = Hold(*hold)
         for operation, grant_id, taken, returned in lines:
@@ -331,21 +346,26 @@ def load_account(connection: Connection[Any], account: str) -> tuple[Account, da
 
 def _balance(state: Account, now: datetime) -> AccountBalance:
     by_source: dict[str, int] = {}
-    upcoming = 0
+    upcoming = frozen = 0
+    disputed = state.frozen
     for grant in state.order:
-        if grant.available and grant.effective_at <= now:
+        if grant.purchase in disputed:
+            frozen += grant.available
+        elif grant.available and grant.effective_at <= now:
             by_source[grant.source] = by_source.get(grant.source, 0) + grant.available
         else:
             upcoming += grant.available
-    others = {"held": state.held, "in_transit": state.in_transit, "debt": state.debt, "upcoming": upcoming}
+    others = {
+        "held": state.held, "in_transit": state.in_transit, "debt": state.debt, "upcoming": upcoming, "frozen": frozen,
+    }  # fmt: skip
     return AccountBalance(
-        available=format_amount(state.available - upcoming),
+        available=format_amount(state.available - upcoming - frozen),
         **{name: format_amount(amount) for name, amount in others.items() if amount},
         by_source={source: format_amount(amount) for source, amount in by_source.items()},
     )
 
 
-def _grant_line(grant: Grant) -> GrantLine:
+def _grant_line(grant: Grant, is_frozen: bool) -> GrantLine:
     return GrantLine(
         grant=grant.id,
         source=grant.source,
@@ -359,6 +379,7 @@ def _grant_line(grant: Grant) -> GrantLine:
         created_at=grant.created_at,
         operation=grant.operation,
         purchase=grant.purchase,
+        frozen=is_frozen,
     )
 
 

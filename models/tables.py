@@ -145,6 +145,35 @@ class SubscriptionRow(Base):
     """When that other plan begins, at the earliest."""
 
 
+class PurchaseRow(Base):
+    """A purchase that was ever returned or disputed, as far as its story is told."""
+
+    __tablename__ = "purchases"
+    __table_args__ = (
+        CheckConstraint(
+            "step >= 1 AND paid_minor >= 0 AND returned_minor >= 0 AND taken_micro >= 0", name="purchases_not_negative"
+        ),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    purchase: Mapped[str] = mapped_column(primary_key=True)
+    step: Mapped[int] = mapped_column(BigInteger)
+    """What comes with a lower one, or the same, is old."""
+    paid_minor: Mapped[int] = mapped_column(BigInteger)
+    returned_minor: Mapped[int] = mapped_column(BigInteger)
+    """What of it is away from the seller."""
+    currency: Mapped[str | None]
+    is_frozen: Mapped[bool]
+    """Whether its credits cannot be used."""
+    taken_micro: Mapped[int] = mapped_column(BigInteger)
+    """What was taken because of it and not given back, debts and what was forgiven included."""
+    lots: Mapped[list[int]] = mapped_column(ARRAY(Integer))
+    """The grants that are named in ``takings``."""
+    takings: Mapped[str] = mapped_column(JSON)
+    """What was taken, in the order of taking: root, grant, kind and micro-credits of each part."""
+
+
 class NoticeRow(Base):
     """Something that an account is told of: its row is the in-app inbox."""
 
@@ -592,7 +621,9 @@ class PaymentFactRow(Base):
 
     __tablename__ = "payment_facts"
     __table_args__ = (
+        Index("payment_facts_by_key", "key"),
         Index("payment_facts_by_group", "group_id"),
+        Index("payment_facts_by_purchase", "purchase", postgresql_where=text("purchase IS NOT NULL")),
         Index("payment_facts_unsettled", "heard_at", postgresql_where=text("status IN ('waiting', 'parked')")),
         Index("payment_facts_by_time", "provider", "livemode", "occurred_at"),
         {"postgresql_with": {"fillfactor": "70"}},
@@ -605,6 +636,8 @@ class PaymentFactRow(Base):
     group_id: Mapped[int] = mapped_column(BigInteger)
     event: Mapped[int] = mapped_column(BigInteger)
     """The inbox row that it was last heard by."""
+    purchase: Mapped[str | None]
+    """Of what was paid, what the ledger calls it."""
     fact: Mapped[str] = mapped_column(JSON)
     occurred_at: Mapped[datetime]
     heard_at: Mapped[datetime]
@@ -619,7 +652,10 @@ class PaymentAliasRow(Base):
     """A provider's id of something, and the facts that it belongs to."""
 
     __tablename__ = "payment_aliases"
-    __table_args__ = (Index("payment_aliases_by_group", "group_id"),)
+    __table_args__ = (
+        Index("payment_aliases_by_id", "id"),
+        Index("payment_aliases_by_group", "group_id"),
+    )
 
     provider: Mapped[str] = mapped_column(primary_key=True)
     livemode: Mapped[bool] = mapped_column(primary_key=True)
@@ -649,11 +685,13 @@ class PaymentOperationRow(Base):
     __tablename__ = "payment_operations"
     __table_args__ = (
         UniqueConstraint("provider", "livemode", "effect", name="payment_operations_once"),
-        Index("payment_operations_by_group", "group_id"),
+        Index("payment_operations_by_group", "group_id", "number"),
         Index("payment_operations_by_purchase", "account", "purchase"),
         Index("payment_operations_by_time", "created_at"),
     )
 
+    number: Mapped[int] = mapped_column(BigInteger, Identity())
+    """In the order of sending."""
     operation: Mapped[str] = mapped_column(primary_key=True)
     """Its id, which nobody can guess: made before it is sent."""
     provider: Mapped[str]

@@ -169,7 +169,7 @@ def _balance_words(result: Result) -> str:
     balance = result.balance
     assert balance is not None
     words = [f"[bold]{to_wire(balance.available)}[/] available"]
-    for name in ("held", "in_transit", "debt", "upcoming"):
+    for name in ("held", "in_transit", "debt", "upcoming", "frozen"):
         amount = getattr(balance, name)
         if amount:
             words.append(f"{to_wire(amount)} {name.replace('_', ' ')}")
@@ -204,6 +204,7 @@ def summary_lines(summary: AccountSummary) -> RenderableType:
     ]
     others = {
         "held": balance.held, "in transit": balance.in_transit, "debt": balance.debt, "upcoming": balance.upcoming,
+        "frozen": balance.frozen,
     }  # fmt: skip
     for name, amount in others.items():
         if amount != "0":
@@ -268,8 +269,8 @@ def _grants_table(summary: AccountSummary) -> Table:
             instant(grant.effective_at)[:16],
             "never" if grant.expires_at is None else instant(grant.expires_at)[:16],
         ]
-        cells += [said(grant.purchase or "")] if some_priced else []
-        table.add_row(*cells, style="dim" if upcoming else None)
+        cells += [said(grant.purchase or "") + (" [red](frozen)[/]" if grant.frozen else "")] if some_priced else []
+        table.add_row(*cells, style="dim" if upcoming or grant.frozen else None)
     return table
 
 

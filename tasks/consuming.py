@@ -101,7 +101,7 @@ def shortage(account: Account, context: Context, required: int, missing: int) ->
     }
     subscription = account.subscription
     rank = subscription.terms.rank if subscription is not None and subscription.is_active else (False, 0)
-    offer = context.catalog.cheapest_offer(missing, rank)
+    offer = context.catalog.cheapest_offer(missing, rank, context.now)
     if offer is not None:
         fields["offer"] = offer
     return fields

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import timedelta
 
 from creditlane.amounts import format_amount
 from creditlane.codes import Code
 from creditlane.contract import Adjust, Grant, Revoke
-from models.rules.burning import Plan, burn, came_in, check_room, new_grant, pay_debt, plan_burn
+from models.rules.burning import burn, came_in, check_room, new_grant, plan_burn
+from models.rules.claw_back import TakenBack, bought_with, come_due, families_of, take_back, worth_of
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import MAX_OPEN_GRANTS, Account
@@ -97,7 +97,12 @@ def revoke(account: Account, message: Revoke, context: Context) -> Outcome:
     held becomes debt, or is forgiven, as the catalog says; what expired is gone and owes nothing. Refusals:
     ``unknown_grant``, ``exceeds_original``. (ledger rules: claw-back)
     """
-    families = _families(account, message)
+    if message.grant is not None:
+        named = account.grants.get(message.grant)
+        families = families_of(account, [] if named is None else [account.grants[named.family]])
+    else:
+        assert message.purchase is not None
+        families = bought_with(account, message.purchase)
     if not families:
         raise RefusedError(Code.UNKNOWN_GRANT)
     revocable = sum(worth_of(*family) for family in families)
@@ -106,84 +111,13 @@ def revoke(account: Account, message: Revoke, context: Context) -> Outcome:
         raise RefusedError(
             Code.EXCEEDS_ORIGINAL, f"at most {format_amount(revocable)} credits can be taken back from it"
         )
-    taken, details = take_back(account, families, wanted, context)
-    return Outcome(charged=sum(amount for _, amount in taken), uses=taken, details=details)
+    taken = take_back(account, families, wanted, context.now, context.operation, context.catalog)
+    return Outcome(charged=sum(amount for _, amount in taken.plan), uses=taken.plan, details=told(taken))
 
 
-Family = tuple[Lot, list[Lot]]
-"""A lot, and with it the lots that continue it because it had expired when its credits came back."""
-
-
-def _families(account: Account, message: Revoke) -> list[Family]:
-    """The lots that a revocation names, by family, the oldest first."""
-    if message.grant is not None:
-        named = account.grants.get(message.grant)
-        roots = [] if named is None else [account.grants[named.family]]
-    else:
-        roots = [lot for lot in account.grants.values() if lot.purchase == message.purchase and lot.family == lot.id]
-    roots.sort(key=lambda lot: lot.id)
-    return [(root, [lot for lot in account.grants.values() if lot.family == root.id]) for root in roots]
-
-
-def worth_of(root: Lot, lots: list[Lot]) -> int:
-    """What of a family can still be taken back: not what expired unspent, nor what was taken back before."""
-    came_in = sum(lot.granted + lot.received - lot.expired for lot in lots)
-    return max(0, came_in - _carried(lots) - root.clawed_back)
-
-
-def _carried(lots: list[Lot]) -> int:
-    """What a family's lots carried to one another: it left one as it came into another."""
-    return sum(lot.received for lot in lots if lot.origin is not None)
-
-
-def take_back(
-    account: Account, families: Sequence[Family], wanted: int, context: Context
-) -> tuple[Plan, dict[str, str]]:
-    """Take so many micro-credits out of families of lots, last burnt first; what is not there is owed, or forgiven.
-
-    :param wanted: not more than they are worth together.
-    :returns: which lots gave how many, and the fields of a result that tell of the rest.
-    """
-    worth = {root.id: worth_of(root, lots) for root, lots in families}
-    taken: Plan = []
-    by_burning = [(lot, root) for root, lots in families for lot in lots]
-    for lot, root in sorted(by_burning, key=lambda pair: pair[0].key, reverse=True):
-        amount = min(lot.available, worth[root.id], wanted)
-        if amount:
-            post(account, lot, "revoked", amount, context.now, context.operation)
-            root.clawed_back += amount
-            root.is_dirty = True
-            worth[root.id] -= amount
-            wanted -= amount
-            taken.append((lot, amount))
-    return taken, _owe(account, families, worth, wanted, context) if wanted else {}
-
-
-def _owe(
-    account: Account, families: Sequence[Family], worth: dict[int, int], wanted: int, context: Context
-) -> dict[str, str]:
-    """Book what was spent, or is set aside, as debt, or forgive it: on the families whose credits those are."""
-    forgive = context.catalog.clawback.on_spent == "forgive"
-    told = {"forgiven" if forgive else "owed": format_amount(wanted)}
-    shares = dict.fromkeys(worth, 0)
-    for root, lots in families:
-        out = sum(lot.consumed + lot.held + lot.in_transit + lot.sent - lot.restored for lot in lots)
-        away = out - _carried(lots) - root.forgiven
-        shares[root.id] = min(max(0, away), worth[root.id], wanted)
-        wanted -= shares[root.id]
-    for root, _ in families:
-        more = min(worth[root.id] - shares[root.id], wanted)
-        wanted -= more
-        share = shares[root.id] + more
-        if not share:
-            continue
-        root.clawed_back += share
-        root.is_dirty = account.is_dirty = True
-        if forgive:
-            root.forgiven += share
-        else:
-            post(account, root, "debt_incurred", share, context.now, context.operation)
-    return told
+def told(taken: TakenBack) -> dict[str, str]:
+    """The fields of a result that tell what became of that which was not there to be taken."""
+    return {taken.kind: format_amount(taken.away_micro)} if taken.away_micro else {}
 
 
 def check_grant_limit(account: Account) -> None:
@@ -193,8 +127,9 @@ def check_grant_limit(account: Account) -> None:
 
 
 def credit(account: Account, lot: Lot, amount_micro: int, context: Context) -> Outcome:
-    """Post new credits to a new lot, and pay the account's debt out of it."""
+    """Post new credits to a new lot; what is to be away of its purchase is taken, and the account's debt paid."""
     post(account, lot, "granted", amount_micro, context.now, context.operation)
-    pay_debt(account, lot, amount_micro, context.now, context.operation)
+    taken = come_due(account, lot, context.now, context.operation, context.catalog)
     came_in(account, context.now)
-    return Outcome(uses=[(lot, amount_micro)], details={"grant": lot.id})
+    details = {"grant": lot.id} | ({"taken_back": format_amount(taken)} if taken else {})
+    return Outcome(uses=[(lot, amount_micro)], details=details)

@@ -180,16 +180,19 @@ _decode_refusal = msgspec.json.Decoder(_Refusal).decode
 
 
 def balance_of(account: Account, now: datetime) -> dict[str, Any]:
-    """The balance as a result tells it: spendable now, by source, held, in transit, owed, upcoming; in credits."""
+    """The balance as a result tells it: spendable now, by source, and what else there is or is owed; in credits."""
     by_source: dict[str, int] = {}
-    upcoming = 0
+    upcoming = frozen = 0
+    disputed = account.frozen
     for grant in account.order:
         if grant.available:
-            if _is_active(grant, now):
+            if disputed and grant.purchase in disputed:
+                frozen += grant.available
+            elif _is_active(grant, now):
                 by_source[grant.source] = by_source.get(grant.source, 0) + grant.available
             else:
                 upcoming += grant.available
-    balance: dict[str, Any] = {"available": format_amount(account.available - upcoming)}
+    balance: dict[str, Any] = {"available": format_amount(account.available - upcoming - frozen)}
     if account.held:
         balance["held"] = format_amount(account.held)
     if account.in_transit:
@@ -198,6 +201,8 @@ def balance_of(account: Account, now: datetime) -> dict[str, Any]:
         balance["debt"] = format_amount(account.debt)
     if upcoming:
         balance["upcoming"] = format_amount(upcoming)
+    if frozen:
+        balance["frozen"] = format_amount(frozen)
     if by_source:
         balance["by_source"] = {source: format_amount(amount) for source, amount in by_source.items()}
     return balance

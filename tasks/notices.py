@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
-from creditlane.amounts import format_amount
-from creditlane.contract import CancelPlan, ChangePlan, Grant, Message, Receive, Refund
+from creditlane.amounts import format_amount, parse_amount
+from creditlane.contract import CancelPlan, ChangePlan, ClawBack, Grant, Message, Receive, Refund
 from models.rules.catalog import Catalog
 from models.rules.state import Account, Entry, Notice
 from tasks.operation import Outcome
@@ -75,12 +75,27 @@ class Told:
         elif isinstance(message, Refund):
             self._tell("refunded", f"refunded:{operation}", now, amount=format_amount(-outcome.charged),
                        charge=message.charge)  # fmt: skip
+        elif isinstance(message, ClawBack):
+            self._clawed_back(message.purchase, operation, outcome)
         elif subscription is not None and subscription.is_active and not self._had_plan:
             self._tell("plan_started", f"plan_started:{operation}", now, **plan)
         elif isinstance(message, ChangePlan):
             self._tell("plan_changed", f"plan_changed:{operation}", now, **plan)
         elif isinstance(message, CancelPlan):
             self._tell("plan_cancelled", f"plan_cancelled:{operation}", now, **plan)
+
+    def _clawed_back(self, purchase: str, operation: str, outcome: Outcome) -> None:
+        """What was taken with a refund, what is owed of it included; and that a dispute began or ended."""
+        details = outcome.details or {}
+        taken = max(0, outcome.charged) + parse_amount(details.get("owed", "0"))
+        if taken:
+            owed = {"owed": details["owed"]} if "owed" in details else {}
+            self._tell("refunded", f"refunded:{operation}", self._now, amount=format_amount(taken), purchase=purchase,
+                       **owed)  # fmt: skip
+        for state in ("frozen", "thawed"):
+            if state in details:
+                self._tell(f"purchase_{state}", f"purchase_{state}:{operation}", self._now, amount=details[state],
+                           purchase=purchase)  # fmt: skip
 
     def _renewed(self) -> None:
         """Periods that began since the last call."""

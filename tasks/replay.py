@@ -19,7 +19,7 @@ from models.audit_rows import Row, Totals
 from models.report import Report
 from models.rules.catalog import Catalog
 from models.rules.settling import settle
-from models.rules.state import COUNTERS, Account, Grant, Hold, subscription_row
+from models.rules.state import COUNTERS, Account, Grant, Hold, purchase_row, subscription_row
 from tasks.ledger import apply
 from tasks.operation import Need
 from tasks.registry import OPERATIONS
@@ -173,14 +173,19 @@ class Replay:
             if key in self._closed:
                 account.holds[key] = self._closed.pop(key)
             return
-        if need.kind in ("grant", "purchase", "subscription"):
+        if need.kind in ("grant", "subscription"):
             return  # all lots are known; what is taken back of one does not depend on their order
-        known = account.known.get(key)
+        if need.kind == "purchase":
+            purchase = account.purchases.get(key)  # what was taken of its lots may come back to them
+            named = [taking.grant for taking in purchase.takings] if purchase is not None else []
+        else:
+            known = account.known.get(key)
+            named = [line.grant for line in (known.lines if known is not None else None) or ()]
         at_hand = {lot.id for lot in account.order}
-        for line in (known.lines if known is not None else None) or ():
-            if line.grant not in at_hand:
-                at_hand.add(line.grant)
-                account.add_grant(account.grants[line.grant])
+        for grant in named:
+            if grant not in at_hand:
+                at_hand.add(grant)
+                account.add_grant(account.grants[grant])
 
     def _put_aside(self) -> None:
         """Lots and holds with nothing left stay known, but out of the way of the rules, which go over all at hand."""
@@ -217,8 +222,9 @@ class Replay:
         holds: Sequence[Row],
         receipts: Sequence[Row],
         subscriptions: Sequence[Row],
+        purchases: Sequence[Row],
     ) -> None:
-        """Compare the account, its grants, holds, receipts and subscription with what came out."""
+        """Compare the account, its grants, holds, receipts, subscription and purchases with what came out."""
         if self._over:
             return
         account = self.account
@@ -253,6 +259,8 @@ class Replay:
         subscription = account.subscription
         made = [] if subscription is None else [(account.account, subscription_row(subscription))]
         self._same("subscriptions", "subscription of", {row[0]: row[1:] for row in subscriptions}, made)
+        returned = ((name, purchase_row(purchase)) for name, purchase in account.purchases.items())
+        self._same("purchases", "purchase", {row[1]: row[1:] for row in purchases}, returned)
 
     def _finish_receipts(self, holds: Sequence[Hold], receipts: Sequence[Row]) -> None:
         written = {(operation, line): tuple(rest) for _, operation, line, *rest in receipts}

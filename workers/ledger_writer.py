@@ -20,7 +20,7 @@ from creditlane.client import NOTICES
 from creditlane.codes import Code
 from creditlane.contract import Message
 from creditlane.events import EXCHANGE
-from models.columns import SUBSCRIPTION_COLUMNS, SUBSCRIPTION_VALUES
+from models.columns import PURCHASE_COLUMNS, PURCHASE_VALUES, SUBSCRIPTION_COLUMNS, SUBSCRIPTION_VALUES
 from models.rules.catalog import Catalog
 from models.rules.state import (
     ACCOUNT_FIELDS,
@@ -31,6 +31,8 @@ from models.rules.state import (
     Known,
     Line,
     Notice,
+    purchase_of,
+    purchase_row,
     subscription_of,
     subscription_row,
 )
@@ -127,6 +129,18 @@ ORIGIN = -1
 
 PURCHASED_GRANTS = f"SELECT {GRANT_COLUMNS} FROM {PAIRS} JOIN grants g ON g.account = k.account AND g.purchase = k.key"
 
+PURCHASES = f"SELECT {PURCHASE_VALUES} FROM purchases p WHERE p.account = ANY(%s::text[])"
+RETURNED_GRANTS = (
+    f"SELECT {GRANT_COLUMNS} FROM purchases p JOIN grants g ON g.account = p.account AND g.purchase = p.purchase"
+    " WHERE p.account = ANY(%s::text[])"
+)
+TAKEN_GRANTS = f"""
+SELECT {GRANT_COLUMNS} FROM purchases p CROSS JOIN LATERAL unnest(p.lots) AS named(grant_id)
+JOIN grants g ON g.account = p.account AND g.grant_id = named.grant_id
+WHERE p.account = ANY(%s::text[])
+"""
+"""Lots that paid a debt of a returned purchase may be of others."""
+
 SUBSCRIPTIONS = f"SELECT {SUBSCRIPTION_VALUES} FROM subscriptions WHERE account = ANY(%s::text[])"
 SUBSCRIBED_GRANTS = f"""
 SELECT {GRANT_COLUMNS}
@@ -134,14 +148,21 @@ FROM subscriptions s CROSS JOIN LATERAL unnest(s.lots || s.renewal_lots) AS name
 JOIN grants g ON g.account = s.account AND g.grant_id = named.grant_id
 WHERE s.account = ANY(%s::text[])
 """
-UPSERT_SUBSCRIPTIONS = (
-    f"INSERT INTO subscriptions ({', '.join(SUBSCRIPTION_COLUMNS)})"
-    f" SELECT {', '.join(f'u.{column}::{kind}' for column, kind in SUBSCRIPTION_COLUMNS.items())}"
-    f" FROM (SELECT {', '.join(f'unnest(%s::text[]) AS {column}' for column in SUBSCRIPTION_COLUMNS)}) u"
-    " ON CONFLICT (account) DO UPDATE SET "
-    + ", ".join(f"{column} = excluded.{column}" for column in SUBSCRIPTION_COLUMNS if column != "account")
-)
-"""All values travel as text: an array of arrays would come out flat."""
+
+
+def _upsert(table: str, columns: dict[str, str], key: Sequence[str]) -> str:
+    """A statement that writes whole rows. All values travel as text: an array of arrays would come out flat."""
+    return (
+        f"INSERT INTO {table} ({', '.join(columns)})"
+        f" SELECT {', '.join(f'u.{column}::{kind}' for column, kind in columns.items())}"
+        f" FROM (SELECT {', '.join(f'unnest(%s::text[]) AS {column}' for column in columns)}) u"
+        f" ON CONFLICT ({', '.join(key)}) DO UPDATE SET "
+        + ", ".join(f"{column} = excluded.{column}" for column in columns if column not in key)
+    )
+
+
+UPSERT_SUBSCRIPTIONS = _upsert("subscriptions", SUBSCRIPTION_COLUMNS, ("account",))
+UPSERT_PURCHASES = _upsert("purchases", PURCHASE_COLUMNS, ("account", "purchase"))
 
 INSERT_NOTICES = """
 INSERT INTO notices (account, key, kind, at, created_at, details, channels, delivered_at)
@@ -479,9 +500,17 @@ class LedgerWriter:
             for account in accounts
             if account.subscription is not None and account.subscription.is_dirty
         ]
-        if subscriptions:
-            columns = zip(*subscriptions, strict=True)
-            cursor.execute(UPSERT_SUBSCRIPTIONS, [texts(map(_text_of, column)) for column in columns])
+        purchases = [
+            (account.account, *purchase_row(purchase))
+            for account in accounts
+            if account.purchases
+            for purchase in account.purchases.values()
+            if purchase.is_dirty
+        ]
+        for statement, whole in ((UPSERT_SUBSCRIPTIONS, subscriptions), (UPSERT_PURCHASES, purchases)):
+            if whole:
+                columns = zip(*whole, strict=True)
+                cursor.execute(statement, [texts(map(_text_of, column)) for column in columns])
         receipts = list(_receipts(accounts))
         if receipts:
             holders, operations, *numbers = zip(*receipts, strict=True)
@@ -507,6 +536,7 @@ class Loaded:
             grants = [connection.execute(OPEN_GRANTS, ids, binary=True)]
             holds: list[Cursor[Any]] = []
             hold_lines = None
+            purchases = connection.execute(PURCHASES, ids)
             known = connection.execute(KNOWN, keys)
             charges = connection.execute(CHARGES, needs["charge"]) if "charge" in needs else None
             transfers = connection.execute(TRANSFERS, needs["transfer"]) if "transfer" in needs else None
@@ -533,6 +563,11 @@ class Loaded:
                 holds.append(connection.execute(OPEN_HOLDS, (texts(due),)))
                 hold_lines = connection.execute(OPEN_HOLD_LINES, (texts(due),))
                 subscriptions.append(connection.execute(SUBSCRIPTIONS, (texts(due),)))
+            self._purchases = _by_account([purchases])
+            if self._purchases:
+                returned = (texts(self._purchases),)
+                grants.append(connection.execute(RETURNED_GRANTS, returned))
+                grants.append(connection.execute(TAKEN_GRANTS, returned))
             self._grants = _by_account(grants)
             missing = self._missing_roots()
             if missing:
@@ -577,6 +612,8 @@ class Loaded:
                 account.add_grant(Grant(grant_id, source, priority, scope, *rest))
         for subscription in self._subscriptions.get(name, ()):
             account.subscription = subscription_of(subscription)
+        for purchase in self._purchases.get(name, ()):
+            account.purchases[purchase[0]] = purchase_of(purchase)
         for hold in self._holds.get(name, ()):
             account.holds[hold[0]] = Hold(*hold)
         for operation, grant_id, taken, returned in self._hold_lines.get(name, ()):

@@ -59,25 +59,27 @@ def advise(use: Use, now: datetime, catalog: Catalog) -> Advice:
         until=until,
         runs_out_at=runs_out_at,
         missing=_credits(missing),
-        pack=_cheapest_packs(missing, until - now, catalog) if missing else None,
+        pack=_cheapest_packs(missing, now, until, catalog) if missing else None,
         plan=_cheaper_plan(use, catalog),
         alternatives=_alternatives(use.features, catalog),
     )
 
 
-def _cheapest_packs(missing: int, lasting: timedelta, catalog: Catalog) -> PackAdvice | None:
+def _cheapest_packs(missing: int, now: datetime, until: datetime, catalog: Catalog) -> PackAdvice | None:
     found: list[tuple[int, int, PackAdvice]] = []
-    for name, pack in catalog.packs.items():
-        if pack.price is None or (pack.expires_days is not None and timedelta(days=pack.expires_days) < lasting):
+    for name, offered, pack, price in catalog.on_sale(now):
+        credits = pack.general_micro(until - now)
+        if not credits:
             continue
-        count = -(-missing // int(pack.credits))
-        price = Money.parse(pack.price)
-        total = Money(price.minor * count, price.currency)
+        count = -(-missing // credits)
+        money = Money.parse(price)
+        total = Money(money.minor * count, money.currency)
         offer = PackAdvice(
             pack=name,
-            title=pack.title or name,
+            title=(catalog.offers[offered].title if offered is not None else "") or pack.title or name,
+            offer=offered,
             count=count,
-            credits=_credits(int(pack.credits) * count),
+            credits=_credits(credits * count),
             price=str(total),
         )
         found.append((total.minor, count, offer))

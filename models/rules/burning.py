@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from creditlane.codes import Code
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
-from models.rules.state import MAX_TOTAL_MICRO, Account, Grant, Line
+from models.rules.state import FORGIVEN, MAX_TOTAL_MICRO, OWED, REVOKED, Account, Grant, Line, Taking
 
 Plan = list[tuple[Grant, int]]
 """Which grants give how many micro-credits, in the order of taking."""
@@ -23,18 +23,19 @@ def plan_burn(
 ) -> tuple[Plan, int]:
     """Choose the grants that pay, in burn-down order (ledger rules: burn-down order).
 
-    Only grants that are active at ``now`` and whose scope allows ``feature`` pay; a charge without a
-    feature is paid by unscoped grants alone.
+    Only grants that are active at ``now``, whose scope allows ``feature`` and whose purchase is not frozen pay; a
+    charge without a feature is paid by unscoped grants alone.
 
     :param transferable: which sources may pay, where not all may: a transfer's.
     :returns: the plan, and what it falls short of ``amount_micro`` (0 when covered).
     """
     plan: Plan = []
     missing = amount_micro
+    frozen = account.frozen
     for grant in account.order:
         if not missing:
             break
-        if not is_spendable(grant, feature, now):
+        if not is_spendable(grant, feature, now) or (frozen and grant.purchase in frozen):
             continue
         if transferable is not None and not transferable(grant.source):
             continue
@@ -101,9 +102,43 @@ def pay_debt(
         post(account, grant, "revoked", taken, now, operation, at=at)
         root.forgiven -= taken
         root.is_dirty = True
-    payment = min(account.debt, came_in_micro - taken)
-    if payment:
+        _make_good(account, FORGIVEN, grant, taken, root.id)
+    pay_with(account, grant, came_in_micro - taken, now, operation, at)
+
+
+def pay_with(
+    account: Account, grant: Grant, most_micro: int, now: datetime, operation: str | None, at: datetime | None = None
+) -> None:
+    """Pay the account's debt out of a lot, with so much of it at the most; a lot that is frozen pays none."""
+    payment = min(account.debt, most_micro)
+    if payment and grant.purchase not in account.frozen:
         post(account, grant, "debt_paid", payment, now, operation, at=at)
+        _make_good(account, OWED, grant, payment)
+
+
+def _make_good(account: Account, kind: str, grant: Grant, amount_micro: int, root: int | None = None) -> None:
+    """Note that credits of a lot were taken now for what a claw-back could not take: undone, they go back to it.
+
+    :param kind: ``owed`` or ``forgiven``; what is so of the oldest lots is made good first.
+    :param root: the lot whose family it is of, where not any's will do.
+    """
+    missing = sorted(
+        (taking.root, name, place)
+        for name, purchase in account.purchases.items()
+        for place, taking in enumerate(purchase.takings)
+        if taking.kind == kind and root in (None, taking.root)
+    )
+    named = [(account.purchases[name], account.purchases[name].takings[place]) for _, name, place in missing]
+    for purchase, taking in named:
+        amount = min(taking.amount_micro, amount_micro)
+        if not amount:
+            break
+        amount_micro -= amount
+        taking.amount_micro -= amount
+        place = next(place for place, each in enumerate(purchase.takings) if each is taking)
+        purchase.note(Taking(taking.root, grant.id, REVOKED, amount), place)
+        if not taking.amount_micro:
+            purchase.takings.remove(taking)
 
 
 def came_in(account: Account, now: datetime) -> None:

@@ -7,12 +7,15 @@ key. Amounts are micro-credits once read.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from datetime import datetime, timedelta
 from operator import itemgetter
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from creditlane.amounts import MAX_MICRO, MICRO, Micro, format_amount, parse_amount
+from creditlane.contract import MAX_FEATURES, Name
 
 DEFAULT_PRIORITY = 100
 """The burn-down priority of a source that the catalog does not name."""
@@ -24,12 +27,19 @@ MINOR_DIGITS = {"BIF": 0, "CLP": 0, "DJF": 0, "GNF": 0, "ISK": 0, "JPY": 0, "KMF
 
 NOTICE_KINDS = (
     "depleted", "credits_expired", "period_renewed", "pack_bought", "payment_failed", "plan_started", "plan_changed",
-    "plan_cancelled", "plan_ended", "gift_received", "referral_bonus", "refunded", "member_limit",
+    "plan_cancelled", "plan_ended", "gift_received", "referral_bonus", "refunded", "member_limit", "purchase_frozen",
+    "purchase_thawed", "quote_ready",
 )  # fmt: skip
 """What a notice may be of, beside ``low_balance`` and ``expiring``, which have settings of their own."""
 
 PROMOTIONAL = frozenset({"signup", "lead", "bonus", "referral", "promotion"})
 """Sources of credits that nobody paid for: not to be given away unless the catalog says so."""
+
+PriceId = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9._:-]+\Z")]
+"""What a payment provider calls a price: a payment names it, and it says what was bought."""
+
+Days = Annotated[int, msgspec.Meta(ge=1, le=36_600)]
+Priority = Annotated[int, msgspec.Meta(ge=0, le=1000)]
 
 _MONEY = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,3}))? ([A-Z]{3})\Z", re.ASCII)
 
@@ -81,7 +91,7 @@ class Welcome(Section, frozen=True):
 
     credits: Micro = Micro(0)
     source: str = "signup"
-    expires_days: Annotated[int, msgspec.Meta(ge=1, le=36_600)] | None = None
+    expires_days: Days | None = None
 
     def __post_init__(self) -> None:
         if self.credits < 0:
@@ -108,21 +118,130 @@ class Feature(Section, frozen=True):
             raise ValueError("per must be more than 0")
 
 
+class PackGrant(Section, frozen=True, kw_only=True):
+    """``[[packs.NAME.grants]]``: one of the lots that a bundle is made of."""
+
+    credits: Micro
+    features: Annotated[list[Name], msgspec.Meta(min_length=1, max_length=MAX_FEATURES)] | None = None
+    """What they may be spent on; everything unless given."""
+    source: Name | None = None
+    """That of the pack unless given."""
+    expires_days: Days | None = None
+    priority: Priority | None = None
+    """In the burn-down order; that of the source unless given."""
+
+    def __post_init__(self) -> None:
+        if self.credits <= 0:
+            raise ValueError("credits must be more than 0")
+
+
 class Pack(Section, frozen=True):
-    """``[packs.NAME]``: so many credits for so much money; ``credits`` of 0 and no price is by quote."""
+    """``[packs.NAME]``: so many credits, or so many lots of them, for so much money; or a quantity by quote."""
 
     credits: Micro = Micro(0)
     price: str | None = None
     """Money, as ``"4.99 EUR"``."""
     title: str = ""
     quote_above: Micro | None = None
-    expires_days: Annotated[int, msgspec.Meta(ge=1, le=36_600)] | None = None
+    """Sold by an administrator's quote, for more credits than these."""
+    expires_days: Days | None = None
+    prices: list[PriceId] = []
+    """The prices of payment providers that stand for it; a checkout asks for the first."""
+    source: Name = "pack"
+    grants: list[PackGrant] = []
+    """What it gives in place of ``credits``: several lots, each with an end and a scope of its own."""
 
     def __post_init__(self) -> None:
         if self.price is not None:
             Money.parse(self.price)
-        if self.quote_above is None and (self.price is None or self.credits <= 0):
+        if self.credits < 0:
+            raise ValueError("credits must not be negative")
+        if self.credits and self.grants:
+            raise ValueError("a pack has credits or grants, not both")
+        if self.grants and self.expires_days is not None:
+            raise ValueError("of a pack with grants each says its own expires_days")
+        is_for_sale = self.price is not None and bool(self.credits or self.grants)
+        if self.quote_above is None and not is_for_sale:
             raise ValueError("a pack needs credits and a price, or quote_above where it is sold by quote")
+        if self.quote_above is not None and (self.price is not None or self.credits or self.grants):
+            raise ValueError("what is sold by quote has its credits and its price from the quote")
+        if self.prices and not is_for_sale:
+            raise ValueError("prices go with price: a quote has its own")
+
+    @property
+    def lots(self) -> tuple[SoldGrant, ...]:
+        """What one of it gives."""
+        if self.credits:
+            return (SoldGrant(int(self.credits), self.source, None, self.expires_days, None),)
+        return tuple(
+            SoldGrant(
+                int(each.credits),
+                each.source or self.source,
+                None if each.features is None else tuple(each.features),
+                each.expires_days,
+                each.priority,
+            )
+            for each in self.grants
+        )
+
+    def general_micro(self, lasting: timedelta = timedelta()) -> int:
+        """What it gives that may be spent on everything, and lives as long.
+
+        :returns: micro-credits.
+        """
+        return sum(
+            lot.credits_micro
+            for lot in self.lots
+            if lot.features is None and (lot.expires_days is None or timedelta(days=lot.expires_days) >= lasting)
+        )
+
+
+class Offer(Section, frozen=True, kw_only=True):
+    """``[offers.NAME]``: a pack at another price, for a time or so many times an account."""
+
+    pack: str
+    price: str
+    """Money, as ``"3.99 EUR"``."""
+    prices: list[PriceId] = []
+    """As those of a pack. Who paid one gets the pack, were the offer over by then or not."""
+    title: str = ""
+    begins_at: Annotated[datetime, msgspec.Meta(tz=True)] | None = msgspec.field(name="from", default=None)
+    ends_at: Annotated[datetime, msgspec.Meta(tz=True)] | None = msgspec.field(name="until", default=None)
+    """The first instant at which it is over."""
+    per_account: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
+    """How many an account may buy; as many as it likes unless given."""
+
+    def __post_init__(self) -> None:
+        Money.parse(self.price)
+        if self.begins_at is not None and self.ends_at is not None and self.ends_at <= self.begins_at:
+            raise ValueError("until is not after from")
+
+    def runs_at(self, now: datetime) -> bool:
+        """Whether it can be bought at an instant."""
+        return (self.begins_at is None or self.begins_at <= now) and (self.ends_at is None or now < self.ends_at)
+
+
+class SoldGrant(msgspec.Struct, frozen=True):
+    """A lot of credits as it is bought."""
+
+    credits_micro: int
+    source: str
+    features: tuple[str, ...] | None
+    expires_days: int | None
+    """From when it is given."""
+    priority: int | None
+    """None: that of its source."""
+
+
+class Sold(msgspec.Struct, frozen=True, kw_only=True):
+    """What a price stands for."""
+
+    kind: Literal["pack", "plan"]
+    name: str
+    offer: str | None = None
+    """The offer that it was bought by."""
+    grants: tuple[SoldGrant, ...] = ()
+    """What one of a pack gives. A plan gives by its terms."""
 
 
 class Plan(Section, frozen=True, kw_only=True):
@@ -159,6 +278,12 @@ class Plan(Section, frozen=True, kw_only=True):
     upgrade: Literal["difference", "prorated", "full"] = "difference"
     """What a change to it from a smaller plan gives for the period under way: the difference of monthly credits, the
     part of it that fits the time left, or its whole allotment in place of what is left of the old one."""
+    prices: list[PriceId] = []
+    """The prices of payment providers that stand for it; a checkout asks for the first."""
+    trial_days: Annotated[int, msgspec.Meta(ge=1, le=730)] | None = None
+    """How long a new subscriber may try it before the first payment."""
+    trial_credits: Micro = Micro(0)
+    """What there is for the time of a trial."""
 
     def __post_init__(self) -> None:
         if self.price is not None:
@@ -174,6 +299,12 @@ class Plan(Section, frozen=True, kw_only=True):
             raise ValueError('rollover_cap, balance_cap and rollover_months go with mode = "rollover"')
         for cap in caps:
             cap_micro(cap, self.monthly_credits)
+        if self.price is None and (self.prices or self.trial_days is not None):
+            raise ValueError("prices and trial_days go with price")
+        if self.trial_credits < 0:
+            raise ValueError("trial_credits must not be negative")
+        if self.trial_credits and self.trial_days is None:
+            raise ValueError("trial_credits go with trial_days")
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
@@ -288,11 +419,12 @@ class Catalog(Section, frozen=True):
     catalog: About
     signup: Welcome = Welcome()
     lead: Welcome = Welcome(source="lead")
-    priorities: dict[str, Annotated[int, msgspec.Meta(ge=0, le=1000)]] = {}
+    priorities: dict[str, Priority] = {}
     sources: dict[str, Source] = {}
     features: dict[str, Feature] = {}
     packs: dict[str, Pack] = {}
     plans: dict[str, Plan] = {}
+    offers: dict[str, Offer] = {}
     notify: Notify = Notify()
     clawback: Clawback = Clawback()
     refunds: Refunds = Refunds()
@@ -350,21 +482,70 @@ class Catalog(Section, frozen=True):
             upgrade=plan.upgrade,
         )
 
-    def cheapest_offer(self, shortfall: int, above: tuple[bool, int] = (False, 0)) -> dict[str, Any] | None:
+    def sold_by(self, price: str) -> Sold | None:
+        """What a payment provider's price stands for, or None when nothing has it.
+
+        That of an offer does after its end as well: the money was taken.
+        """
+        for name, pack in self.packs.items():
+            if price in pack.prices:
+                return Sold(kind="pack", name=name, grants=pack.lots)
+        for name, offer in self.offers.items():
+            if price in offer.prices:
+                return Sold(kind="pack", name=offer.pack, offer=name, grants=self.packs[offer.pack].lots)
+        for name, plan in self.plans.items():
+            if price in plan.prices:
+                return Sold(kind="plan", name=name)
+        return None
+
+    def sold_by_quote(self, name: str, credits_micro: int) -> Sold | None:
+        """So many credits of a pack that is sold by quote, or None when there is no such pack."""
+        pack = self.packs.get(name)
+        if pack is None or pack.quote_above is None:
+            return None
+        return Sold(kind="pack", name=name, grants=(
+            SoldGrant(credits_micro, pack.source, None, pack.expires_days, None),
+        ))  # fmt: skip
+
+    def offers_at(self, now: datetime) -> dict[str, Offer]:
+        """The offers that can be bought at an instant."""
+        return {name: offer for name, offer in self.offers.items() if offer.runs_at(now)}
+
+    def on_sale(self, now: datetime | None = None) -> Iterator[tuple[str, str | None, Pack, str]]:
+        """What anybody may buy as often as they like, first the packs at their own price.
+
+        :param now: for which offers to include those that run then; none unless given.
+        :returns: a pack's name, the offer's or None, the pack and the price.
+        """
+        for name, pack in self.packs.items():
+            if pack.price is not None:
+                yield name, None, pack, pack.price
+        if now is not None:
+            for offered, offer in self.offers_at(now).items():
+                if offer.per_account is None:
+                    yield offer.pack, offered, self.packs[offer.pack], offer.price
+
+    def cheapest_offer(
+        self, shortfall: int, above: tuple[bool, int] = (False, 0), now: datetime | None = None
+    ) -> dict[str, Any] | None:
         """The pack or plan of least price that covers so much; of equals, the one with more credits.
 
-        Of those that are alike, the first by name.
+        Of those that are alike, the first by name. Of a bundle counts what may be spent on everything.
         Minor units are compared as they are: a catalog sells in one currency.
 
         :param shortfall: in micro-credits.
         :param above: the rank of the plan that there is: a lower one is no offer.
+        :param now: for which packs may be named at the price of an offer that runs then.
         :returns: its name under ``pack`` or ``plan``, with what it gives and its price.
         """
         found: list[tuple[int, int, str, dict[str, Any]]] = []
-        for name, pack in self.packs.items():
-            if pack.price is not None and pack.credits >= shortfall:
-                offer: dict[str, Any] = {"pack": name, "credits": format_amount(pack.credits), "price": pack.price}
-                found.append((Money.parse(pack.price).minor, -pack.credits, name, offer))
+        for name, offered, pack, price in self.on_sale(now):
+            credits = pack.general_micro()
+            if credits >= shortfall:
+                offer: dict[str, Any] = {"pack": name, "credits": format_amount(credits), "price": price}
+                if offered is not None:
+                    offer["offer"] = offered
+                found.append((Money.parse(price).minor, -credits, name, offer))
         for name, plan in self.plans.items():
             rank = (plan.unlimited, int(plan.monthly_credits))
             if plan.price is None or rank <= above or rank < (False, shortfall):

@@ -43,6 +43,8 @@ FLOWS: dict[str, Flow] = {
     "unexpired": Flow("expired", "available"),
     "debt_incurred": Flow(None, None, None, +1),
     "debt_paid": Flow("available", "revoked", None, -1),
+    "debt_cancelled": Flow(None, None, None, -1),
+    "reinstated": Flow("revoked", "available"),
 }
 """Every kind of entry and what it does to the buckets of its grant and of the account."""
 

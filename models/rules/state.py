@@ -323,7 +323,85 @@ class Subscription:
         return self.period_end if self.cancels or self.renews_by_itself else self.grace_ends
 
 
+REVOKED, OWED, FORGIVEN = "revoked", "owed", "forgiven"
+
+
+class Taking(msgspec.Struct, gc=False, array_like=True):
+    """A part of what claw-backs took of a purchase, and could give back."""
+
+    root: int
+    """The lot on whose family it is booked."""
+    grant: int
+    """The lot whose credits were taken; the root itself where none were there to be taken."""
+    kind: str
+    """``revoked`` out of that lot, ``owed`` as a debt that is not paid yet, or ``forgiven``."""
+    amount_micro: int
+
+
+class Purchase:
+    """What is known of a purchase that was ever returned or disputed (ledger rules: claw-back)."""
+
+    __slots__ = (
+        "currency", "is_dirty", "is_frozen", "paid_minor", "purchase", "returned_minor", "step", "takings",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        purchase: str,
+        step: int,
+        paid_minor: int,
+        returned_minor: int,
+        currency: str | None,
+        is_frozen: bool,
+        takings: list[Taking] | None = None,
+    ) -> None:
+        self.purchase = purchase
+        self.step = step
+        """How far its story is told: what comes with a lower one, or the same, is old."""
+        self.paid_minor = paid_minor
+        self.returned_minor = returned_minor
+        self.currency = currency
+        self.is_frozen = is_frozen
+        """Whether its credits cannot be used, since it is disputed."""
+        self.takings = [] if takings is None else takings
+        """What was taken because of it and not given back, in the order of taking: the last goes back first."""
+        self.is_dirty = False
+
+    @property
+    def taken_micro(self) -> int:
+        """What was taken because of it and not given back, in micro-credits."""
+        return sum(taking.amount_micro for taking in self.takings)
+
+    def note(self, taking: Taking, place: int | None = None) -> None:
+        """Add what was taken: as the last, or below what stands at a place; like and like are one."""
+        at = len(self.takings) if place is None else place
+        below = self.takings[at - 1] if at else None
+        if below is not None and (below.root, below.grant, below.kind) == (taking.root, taking.grant, taking.kind):
+            below.amount_micro += taking.amount_micro
+        else:
+            self.takings.insert(at, taking)
+        self.is_dirty = True
+
+
 _encode = msgspec.json.Encoder().encode
+_decode_takings = msgspec.json.Decoder(list[Taking]).decode
+
+
+def purchase_row(purchase: Purchase) -> tuple[Any, ...]:
+    """What is kept of a purchase, in the order of the columns of its table, its account apart."""
+    return (
+        purchase.purchase, purchase.step, purchase.paid_minor, purchase.returned_minor, purchase.currency,
+        purchase.is_frozen, purchase.taken_micro, sorted({taking.grant for taking in purchase.takings}),
+        _encode(purchase.takings).decode(),
+    )  # fmt: skip
+
+
+def purchase_of(row: Sequence[Any]) -> Purchase:
+    """A purchase of what :func:`purchase_row` gave."""
+    purchase, step, paid_minor, returned_minor, currency, is_frozen, _taken_micro, _lots, takings = row
+    return Purchase(purchase, step, paid_minor, returned_minor, currency, is_frozen, _decode_takings(takings))
+
+
 _decode_terms = msgspec.json.Decoder(Terms).decode
 _decode_renewal = msgspec.json.Decoder(Renewal).decode
 
@@ -457,6 +535,7 @@ class Account:
         "opened_at",
         "operations",
         "order",
+        "purchases",
         "received",
         "reference",
         "renewals",
@@ -501,6 +580,8 @@ class Account:
         self.known: dict[str, Known] = {}
         self.subscription: Subscription | None = None
         """Loaded where something is due some day, or the operation is about it; one that has ended may not be."""
+        self.purchases: dict[str, Purchase] = {}
+        """Those that were ever returned or disputed, nearly always none; all their lots are at hand."""
         self.entries: list[Entry] = []
         self.renewals: list[Renewal] = []
         """Those of the operation under way."""
@@ -513,6 +594,13 @@ class Account:
         """Whether it is charged nothing: its plan has no limit."""
         subscription = self.subscription
         return subscription is not None and subscription.terms.unlimited and subscription.is_active
+
+    @property
+    def frozen(self) -> set[str | None]:
+        """The purchases whose credits cannot be used."""
+        if not self.purchases:
+            return set()
+        return {name for name, purchase in self.purchases.items() if purchase.is_frozen}
 
     def end_grant(self, grant: Grant, at: datetime) -> None:
         """Have a lot end earlier than it was to: what comes back to it from then on lapses."""
@@ -538,7 +626,12 @@ class Account:
 
     def spendable(self, now: datetime) -> int:
         """Micro-credits that are there to be spent, what has ended since the account was last settled included."""
-        return sum(grant.available for grant in self.order if grant.available and grant.effective_at <= now)
+        frozen = self.frozen
+        return sum(
+            grant.available
+            for grant in self.order
+            if grant.available and grant.effective_at <= now and not (frozen and grant.purchase in frozen)
+        )
 
     def due_at(self) -> datetime | None:
         """The next instant at which time alone changes this account: a hold's time-out, a grant's expiry, a renewal."""

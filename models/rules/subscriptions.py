@@ -9,9 +9,10 @@ from __future__ import annotations
 from datetime import datetime
 from operator import attrgetter
 
-from models.rules.burning import came_in, new_grant, pay_debt, room_of
+from models.rules.burning import came_in, new_grant, room_of
 from models.rules.calendar import add_months, months_passed
 from models.rules.catalog import Catalog, Terms
+from models.rules.claw_back import come_due
 from models.rules.posting import post
 from models.rules.state import (
     ENDED,
@@ -230,7 +231,7 @@ def allot(
     if expires_at is not None:
         subscription.lots = [*subscription.lots, lot.id]
     post(account, lot, "granted", amount, now, operation, at=at)
-    pay_debt(account, lot, amount, now, operation, at)
+    come_due(account, lot, now, operation, catalog, at)
     came_in(account, at)
     return amount
 

@@ -29,6 +29,13 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "credits.refund": {"account": "user_42", "operation": "order-991"},
     "credits.adjust": {"account": "user_42", "amount": "-2", "actor": "anna", "reason": "goodwill"},
     "credits.revoke": {"account": "user_42", "grant": 1},
+    "credits.claw_back": {
+        "account": "user_42",
+        "purchase": "pi_1",
+        "paid_minor": 499,
+        "returned_minor": 0,
+        "step": 1,
+    },
     "credits.settle": {"account": "user_42"},
     "credits.transfer": {"account": "user_42", "to": "user_43", "amount": "5"},
     "credits.receive": {
@@ -87,6 +94,15 @@ FULL: dict[str, dict[str, Any]] = {
     "credits.refund": {"account": "user_42", "operation": "order-991", "amount": "1", "reason": "broken"},
     "credits.adjust": {"account": "user_42", "amount": 5, "actor": "anna", "reason": "goodwill"},
     "credits.revoke": {"account": "user_42", "purchase": "pi_1", "amount": "1", "reason": "dispute"},
+    "credits.claw_back": {
+        "account": "user_42",
+        "purchase": "pi_1",
+        "paid_minor": 499,
+        "returned_minor": 500,
+        "step": 3,
+        "frozen": True,
+        "currency": "EUR",
+    },
     "credits.settle": {"account": "user_42"},
     "credits.transfer": {"account": "user_42", "to": "user_43", "amount": "5", "message": "for you"},
     "credits.receive": {

@@ -24,7 +24,7 @@ def test_every_kind_of_entry_has_its_event() -> None:
         ("balance.changed", {"balance.changed"}),
         ("balance.*", {"balance.changed", "balance.depleted", "balance.low"}),
         ("credits.held, credits.re*ed", {f"credits.{each}" for each in (
-            "held", "released", "refunded", "revoked", "received")}),
+            "held", "released", "refunded", "revoked", "received", "reinstated")}),
         ("*", set(TYPES)),
         ("balance.changed,credits.*", {"balance.changed", *BY_ENTRY.values()}),
     ],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from models.catalog import SHIPPED, CatalogError, load_catalog, parse_catalog
-from models.rules.catalog import Money
+from models.rules.catalog import Money, Sold, SoldGrant
 
 HEAD = '[catalog]\nname = "mine"\n'
 
@@ -149,6 +150,79 @@ def test_a_catalog_without_its_own_section_is_refused() -> None:
         ("[clawback]\non_spent = 'shrug'\n", "clawback.on_spent", "shrug"),
         ("[refunds]\nrefund_days = 0\n", "refunds.refund_days", ">= 1"),
         ("[refunds]\nrefund_days = 3661\n", "refunds.refund_days", "<= 3660"),
+        (
+            "[packs.small]\ncredits = 25\nprice = '1 EUR'\n[[packs.small.grants]]\ncredits = 1\n",
+            "packs.small",
+            "credits or grants",
+        ),
+        ("[packs.small]\ncredits = -1\nquote_above = 5\n", "packs.small", "negative"),
+        ("[packs.small]\n[[packs.small.grants]]\ncredits = 1\n", "packs.small", "and a price"),
+        (
+            "[packs.small]\nprice = '1 EUR'\nexpires_days = 9\n[[packs.small.grants]]\ncredits = 1\n",
+            "packs.small",
+            "each says its own expires_days",
+        ),
+        (
+            "[packs.small]\nprice = '1 EUR'\n[[packs.small.grants]]\ncredits = 0\n",
+            "packs.small.grants[0]",
+            "more than 0",
+        ),
+        (
+            "[packs.small]\nprice = '1 EUR'\n[[packs.small.grants]]\ncredits = 1\nfeatures = []\n",
+            "packs.small.grants[0].features",
+            ">= 1",
+        ),
+        (
+            "[packs.small]\nprice = '1 EUR'\n[[packs.small.grants]]\ncredits = 1\n"
+            "[[packs.small.grants]]\ncredits = 1\nfeatures = ['imgae']\n",
+            "packs.small.grants[1].features",
+            "no feature 'imgae'",
+        ),
+        ("[packs.small]\nquote_above = 5\nprices = ['p']\n", "packs.small", "prices go with price"),
+        ("[packs.small]\nquote_above = 5\nprice = '1 EUR'\n", "packs.small", "from the quote"),
+        ("[packs.small]\nquote_above = 5\ncredits = 5\n", "packs.small", "from the quote"),
+        ("[packs.small]\ncredits = 5\nprice = '1 EUR'\nprices = ['']\n", "packs.small.prices[0]", ">= 1"),
+        ("[packs.small]\ncredits = 5\nprice = '1 EUR'\nprices = ['a b']\n", "packs.small.prices[0]", "regex"),
+        ("[packs.small]\ncredits = 5\nprice = '1 EUR'\nsource = ''\n", "packs.small.source", ">= 1"),
+        ("[packs.a]\ncredits = 5\nprice = '1 EUR'\nprices = ['p', 'p']\n", "packs.a.prices", "'p' stands in packs.a"),
+        (
+            "[packs.a]\ncredits = 5\nprice = '1 EUR'\nprices = ['p']\n"
+            "[plans.b]\nmonthly_credits = 5\nprice = '1 EUR'\nprices = ['q', 'p']\n",
+            "plans.b.prices",
+            "'p' stands in packs.a.prices already",
+        ),
+        (
+            "[packs.a]\ncredits = 5\nprice = '1 EUR'\n[plans.b]\nmonthly_credits = 5\nprice = '1 EUR'\nprices = ['q']\n"
+            "[offers.c]\npack = 'a'\nprice = '0.5 EUR'\nprices = ['q']\n",
+            "offers.c.prices",
+            "'q' stands in plans.b.prices already",
+        ),
+        ("[plans.b]\nmonthly_credits = 5\nprices = ['q']\n", "plans.b", "go with price"),
+        ("[plans.b]\nmonthly_credits = 5\ntrial_days = 7\n", "plans.b", "go with price"),
+        ("[plans.b]\nmonthly_credits = 5\nprice = '1 EUR'\ntrial_credits = 7\n", "plans.b", "go with trial_days"),
+        (
+            "[plans.b]\nmonthly_credits = 5\nprice = '1 EUR'\ntrial_days = 7\ntrial_credits = -1\n",
+            "plans.b",
+            "negative",
+        ),
+        ("[plans.b]\nmonthly_credits = 5\nprice = '1 EUR'\ntrial_days = 731\n", "plans.b.trial_days", "<= 730"),
+        ("[offers.c]\npack = 'a'\nprice = '1 EUR'\n", "offers.c.pack", "no pack 'a' with a price"),
+        ("[packs.a]\nquote_above = 5\n[offers.c]\npack = 'a'\nprice = '1 EUR'\n", "offers.c.pack", "with a price"),
+        ("[offers.c]\npack = 'a'\n", "offers.c", "`price`"),
+        ("[offers.c]\npack = 'a'\nprice = '1'\n", "offers.c", "money is written as"),
+        (
+            "[packs.a]\ncredits = 5\nprice = '1 EUR'\n[offers.c]\npack = 'a'\nprice = '1 USD'\n",
+            "offers.c.price",
+            "currency of its pack",
+        ),
+        ("[offers.c]\npack = 'a'\nprice = '1 EUR'\nper_account = 0\n", "offers.c.per_account", ">= 1"),
+        ("[offers.c]\npack = 'a'\nprice = '1 EUR'\nfrom = 2026-11-27T00:00:00\n", "offers.c.from", "timezone"),
+        ("[offers.c]\npack = 'a'\nprice = '1 EUR'\nuntil = 2026-11-27\n", "offers.c.until", "date"),
+        (
+            "[offers.c]\npack = 'a'\nprice = '1 EUR'\nfrom = 2026-11-27T00:00:00Z\nuntil = 2026-11-27T00:00:00Z\n",
+            "offers.c",
+            "until is not after from",
+        ),
         ("[retention]\nnotices_days = 0\n", "retention.notices_days", ">= 1"),
         ("[retention]\nholds_days = 9\n", "retention", "holds_days"),
         ("[retention]\nnotices_days = 30\n[notify]\nexpiry_days = [7, 30]\n", "retention.notices_days", "more than"),
@@ -238,3 +312,118 @@ def test_the_offer_of_packs_that_are_alike_is_the_first_by_name_wherever_it_stan
     offer = parse_catalog(alike, "mine.toml").cheapest_offer(1)
     assert offer is not None
     assert offer["pack"] == "a"
+
+
+BLACK_FRIDAY = datetime(2026, 11, 27, tzinfo=UTC)
+
+SELLING = (
+    HEAD
+    + """
+[features.image]
+price = 1
+[packs.plain]
+credits = 10
+price = "2.00 EUR"
+prices = ["price_plain", "price_plain_old"]
+source = "purchased"
+expires_days = 90
+[packs.bundle]
+price = "5.00 EUR"
+prices = ["price_bundle"]
+[[packs.bundle.grants]]
+credits = 20
+expires_days = 30
+[[packs.bundle.grants]]
+credits = 100
+features = ["image"]
+source = "images"
+priority = 3
+[packs.quoted]
+quote_above = 500
+source = "bespoke"
+[plans.monthly]
+monthly_credits = 30
+price = "9.00 EUR"
+prices = ["price_monthly"]
+trial_days = 14
+trial_credits = 5
+[offers.black_friday]
+title = "Black Friday"
+pack = "bundle"
+price = "3.00 EUR"
+prices = ["price_black"]
+from = 2026-11-27T00:00:00Z
+until = 2026-11-30T00:00:00+01:00
+[offers.first]
+pack = "plain"
+price = "1.00 EUR"
+prices = ["price_first"]
+per_account = 1
+"""
+)
+
+
+def test_a_price_stands_for_what_was_bought() -> None:
+    catalog = parse_catalog(SELLING, "mine.toml")
+    plain = (SoldGrant(10_000_000, "purchased", None, 90, None),)
+    bundle = (SoldGrant(20_000_000, "pack", None, 30, None), SoldGrant(100_000_000, "images", ("image",), None, 3))
+    assert catalog.sold_by("price_plain") == Sold(kind="pack", name="plain", grants=plain)
+    assert catalog.sold_by("price_plain_old") == catalog.sold_by("price_plain")
+    assert catalog.sold_by("price_bundle") == Sold(kind="pack", name="bundle", grants=bundle)
+    assert catalog.sold_by("price_black") == Sold(kind="pack", name="bundle", offer="black_friday", grants=bundle)
+    assert catalog.sold_by("price_first") == Sold(kind="pack", name="plain", offer="first", grants=plain)
+    assert catalog.sold_by("price_monthly") == Sold(kind="plan", name="monthly")
+    assert catalog.sold_by("plain") is None
+    assert catalog.sold_by("") is None
+
+
+def test_what_is_sold_by_quote_has_its_credits_from_the_quote() -> None:
+    catalog = parse_catalog(SELLING, "mine.toml")
+    quoted = catalog.sold_by_quote("quoted", 700_000_000)
+    assert quoted == Sold(kind="pack", name="quoted", grants=(SoldGrant(700_000_000, "bespoke", None, None, None),))
+    assert catalog.sold_by_quote("plain", 1) is None
+    assert catalog.sold_by_quote("nonesuch", 1) is None
+
+
+def test_an_offer_runs_from_its_first_instant_to_before_its_last() -> None:
+    catalog = parse_catalog(SELLING, "mine.toml")
+    end, instant = datetime(2026, 11, 29, 23, tzinfo=UTC), timedelta(microseconds=1)
+    for at, runs in (
+        (BLACK_FRIDAY - instant, False), (BLACK_FRIDAY, True), (end - instant, True), (end, False),
+    ):  # fmt: skip
+        assert ("black_friday" in catalog.offers_at(at)) is runs, at
+        assert "first" in catalog.offers_at(at)
+
+
+def test_what_is_short_is_offered_at_the_price_of_an_offer_while_it_runs_and_of_none_that_may_be_used_up() -> None:
+    catalog = parse_catalog(SELLING, "mine.toml")
+    sale = {"pack": "bundle", "offer": "black_friday", "credits": "20", "price": "3.00 EUR"}
+    assert catalog.cheapest_offer(15_000_000, now=BLACK_FRIDAY) == sale
+    plain = {"pack": "plain", "credits": "10", "price": "2.00 EUR"}
+    assert catalog.cheapest_offer(5_000_000, now=BLACK_FRIDAY) == plain
+    bundle = {"pack": "bundle", "credits": "20", "price": "5.00 EUR"}
+    assert catalog.cheapest_offer(15_000_000, now=BLACK_FRIDAY - timedelta(days=1)) == bundle
+    assert catalog.cheapest_offer(15_000_000) == bundle
+
+
+def test_what_a_bundle_gives_for_some_features_alone_is_no_help_for_all() -> None:
+    catalog = parse_catalog(SELLING, "mine.toml")
+    assert catalog.packs["bundle"].general_micro() == 20_000_000
+    assert catalog.packs["bundle"].general_micro(timedelta(days=31)) == 0
+    offer = catalog.cheapest_offer(21_000_000)
+    assert offer is not None
+    assert offer["plan"] == "monthly"
+
+
+@pytest.mark.parametrize("name", SHIPPED_NAMES)
+def test_everything_with_a_price_in_the_shipped_catalogs_can_be_bought_and_burns_where_its_source_says(
+    name: str,
+) -> None:
+    catalog = load_catalog(name)
+    for sold, pack in catalog.packs.items():
+        if pack.price is not None:
+            assert pack.prices, sold
+        if catalog.priorities:
+            assert pack.source in catalog.priorities, sold
+    for sold, plan in catalog.plans.items():
+        assert bool(plan.prices) is (plan.price is not None), sold

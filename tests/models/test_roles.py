@@ -32,7 +32,7 @@ PASSWORDS = {WORKER: secrets.token_urlsafe(16), READER: secrets.token_urlsafe(16
 LEDGER = ("operations", "entries")
 ONCE = (*LEDGER, "seals", "seal_leaves", "audits")
 STATE = ("accounts", "grants", "holds", "receipts", "checkpoints", "checkpoint_grants", "subscriptions",
-         "schedules")  # fmt: skip
+         "purchases", "schedules")  # fmt: skip
 PASSING = ("outbox", "notices", "deliveries", "quarantine", "usage_days", "usage_watermark")
 
 

@@ -29,6 +29,7 @@ DETAILS: dict[str, Any] = {
     "amount": "1234.5", "available": "1234.5", "reference": "2000", "expires_at": "2026-12-03T09:30:00Z",
     "plan": "starter", "plan_next": "pro", "period_end": "2026-12-21T16:00:00Z", "allotted": "100",
     "rolled_over": "70", "expired": "3", "purchase": "p-1", "charge": "c-1", "sender": "bob", "member": "zoe",
+    "credits": "700", "price": "99.00 EUR", "order": "order.1", "next_attempt_at": "2026-11-24T10:00:00Z",
 }  # fmt: skip
 
 
@@ -91,6 +92,29 @@ def test_every_kind_can_be_said_with_all_that_is_known_of_it_and_with_nothing(ki
         assert worded.subject == " ".join(worded.subject.split())
         for page in (worded.subject, worded.text, worded.html):
             assert not any(mark in page for mark in ("{{", "{%", "None", "Undefined"))
+
+
+def test_a_refunded_purchase_and_a_charge_that_was_taken_back_are_told_apart() -> None:
+    bought = word(told("refunded", details={"purchase": "stripe:cs_1", "amount": "25"}), CATALOG)
+    assert bought.subject == "Your purchase has been refunded"
+    assert "−25 credits" in bought.text.replace("\xa0", " ")
+    nothing = word(told("refunded", details={"purchase": "stripe:cs_1", "amount": "0"}), CATALOG)
+    assert "0 credits" not in nothing.text.replace("\xa0", " ")
+    charged = word(told("refunded", details={"charge": "c-1", "amount": "25"}), CATALOG)
+    assert charged.subject.replace("\xa0", " ") == "25 credits given back"
+    assert "+25 credits" in charged.html.replace("\xa0", " ")
+
+
+@pytest.mark.parametrize(
+    ("details", "said"),
+    [
+        ({"plan": "starter", "price": "9.99 USD"}, "The payment of $9.99 for your plan Starter did not go through."),
+        ({"price": "9.99 USD"}, "A payment of yours of $9.99 did not go through."),
+        ({"action_required": True}, "A payment of yours waits for your bank's confirmation."),
+    ],
+)
+def test_a_payment_that_failed_is_told_with_what_is_known(details: dict[str, Any], said: str) -> None:
+    assert said in " ".join(word(told("payment_failed", details=details), CATALOG).text.split())
 
 
 def test_both_languages_say_the_same() -> None:

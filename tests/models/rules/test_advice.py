@@ -136,3 +136,46 @@ def test_cheaper_or_free_alternatives_of_what_is_used_most() -> None:
     # An image costs less than a video, and a sketch nothing; for an image there is only what costs more.
     assert (found.feature, found.alternative, found.alternative_title) == ("video", "sketch", "Sketch")
     assert found.free
+
+
+def test_the_packs_of_an_offer_are_advised_while_it_runs_and_a_bundles_lots_that_live_as_long() -> None:
+    catalog = parse_catalog(
+        """
+[catalog]
+name = "selling"
+[features.image]
+price = 1
+[packs.bundle]
+title = "Bundle"
+price = "2.00 EUR"
+[[packs.bundle.grants]]
+credits = 10
+[[packs.bundle.grants]]
+credits = 100
+expires_days = 7
+[[packs.bundle.grants]]
+credits = 100
+features = ["image"]
+[packs.images]
+price = "0.50 EUR"
+[[packs.images.grants]]
+credits = 100
+features = ["image"]
+[offers.sale]
+title = "Sale"
+pack = "bundle"
+price = "1.00 EUR"
+until = 2026-11-22T00:00:00Z
+[offers.once]
+pack = "bundle"
+price = "0.10 EUR"
+per_account = 1
+""",
+        "selling.toml",
+    )
+    sale = advise(use(), NOW, catalog).pack
+    assert sale is not None
+    assert (sale.pack, sale.offer, sale.title, sale.count, sale.price) == ("bundle", "sale", "Sale", 3, "3.00 EUR")
+    after = advise(use(), NOW + timedelta(days=1), catalog).pack
+    assert after is not None
+    assert (after.pack, after.offer, after.title, after.count, after.price) == ("bundle", None, "Bundle", 3, "6.00 EUR")
