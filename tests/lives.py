@@ -18,6 +18,7 @@ from scripts.fake_stripe import FakeStripe, Json, RefusedError
 from tests.support import Ledger, rows
 from workers.outbox import OutboxRow
 from workers.payments import Processor
+from workers.providers.base import Fetch
 from workers.providers.stripe import Stripe
 from workers.reconciling import Reconciler, Report
 from workers.stripe_api import StripeApi
@@ -168,7 +169,7 @@ class Applying:
     """Takes what is published, and has the ledger apply it in this process, in its order."""
 
     def __init__(self, ledger: Ledger, database: str) -> None:
-        self._ledger = ledger
+        self.ledger = ledger
         self._database = database
 
     def publish(self, sent: Sequence[OutboxRow]) -> None:
@@ -177,7 +178,7 @@ class Applying:
             for row in sent:
                 if not row.exchange:
                     arguments = json.loads(row.arguments)
-                    self._ledger.apply(row.task, row.operation, **arguments)
+                    self.ledger.apply(row.task, row.operation, **arguments)
                 connection.execute("DELETE FROM outbox WHERE id = %s", (row.id,))
 
 
@@ -188,17 +189,33 @@ class Books:
         self.connection = connection
         self.life = life
         self.adapter = Stripe([life.stripe.secret], livemode=False)
-        self.catalog: Catalog = ledger.catalog
-        outbox: Any = Applying(ledger, database)
-        self.processor = Processor(
-            connection, {"stripe": self.adapter}, {"stripe": life.stripe.fetch}, ledger.catalog, outbox
+        self.applying = Applying(ledger, database)
+        self.processor = self.make(ledger.catalog)
+
+    def make(
+        self,
+        catalog: Catalog,
+        fetch: Fetch | None = None,
+        connection: psycopg.Connection[Any] | None = None,
+        outbox: Any = None,
+    ) -> Processor:
+        """What reads events; by another catalog, connection or way to the ledger, where that is asked for."""
+        return Processor(
+            connection or self.connection,
+            {"stripe": self.adapter},
+            {"stripe": fetch or self.life.stripe.fetch},
+            catalog,
+            outbox or self.applying,
         )
+
+    def keep(self, event: Json) -> int:
+        """Put an event into the inbox as the relay does; gives its row."""
+        body, headers = self.life.stripe.signed(event)
+        return store(self.connection, self.adapter.verify(body, headers, self.life.now), body, "webhook").id
 
     def deliver(self, event: Json) -> None:
         """Take an event as the relay does, and apply it."""
-        body, headers = self.life.stripe.signed(event)
-        read = self.adapter.verify(body, headers, self.life.now)
-        self.processor.apply(store(self.connection, read, body, "webhook").id)
+        self.processor.apply(self.keep(event))
 
     def reconcile(self) -> Report:
         """Compare with the provider over HTTP."""
