@@ -44,10 +44,10 @@ logger = logging.getLogger(__name__)
 HEADERS_SECONDS = 10.0
 """How long a client may take until its headers are there."""
 
-BODY_SECONDS = 15.0
+BODY_SECONDS = 10.0
 """How long it may take for the body."""
 
-WORK_SECONDS = 15.0
+WORK_SECONDS = 10.0
 """How long verifying, storing and telling may take in all; then the provider is asked to come again."""
 
 HEALTH_SECONDS = 5.0
@@ -61,8 +61,8 @@ BROKER_SECONDS = 2.0
 REST_SECONDS = 10.0
 """How long nobody is told of anything after the broker did not confirm."""
 
-GRACE_SECONDS = 20
-"""How long it goes on with what it has in hand when it is asked to stop."""
+GRACE_SECONDS = 25
+"""How long it goes on with what it has in hand when it is asked to stop: longer than a webhook may take in all."""
 
 RETRY_AFTER_SECONDS = 30
 DISCARDED_BYTES = 4 * MAX_BODY_BYTES
