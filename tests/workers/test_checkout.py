@@ -13,6 +13,7 @@ import pytest
 from psycopg import Connection
 
 from creditlane.client import CreditClient
+from creditlane.errors import BrokerUnavailableError
 from creditlane.selling import Page, SaleCode
 from models import orders
 from models.catalog import load_catalog
@@ -21,9 +22,10 @@ from models.payments import PAY_ORDER
 from models.rules.catalog import Money
 from models.settings import settings
 from scripts.fake_stripe import FakeStripe
+from tests.broker import Broker, on_both_brokers
 from tests.conftest import Spawn
 from tests.lives import Books, Life
-from tests.support import Ledger, execute, rows, travel
+from tests.support import Ledger, eventually, execute, rows, travel
 from workers.checkout import ask, checkout, portal
 from workers.ledger_writer import LedgerWriter
 from workers.ledger_writer import connect as connect_writer
@@ -582,11 +584,20 @@ def test_the_language_of_the_providers_pages(locale: str | None, shown: str) -> 
 # Through a worker
 
 
+@on_both_brokers
 def test_a_shop_sells_through_the_broker(
-    selling: str, shop: dict[str, str], client: CreditClient, spawn: Spawn, stripe: FakeStripe
+    selling: str, shop: dict[str, str], client: CreditClient, spawn: Spawn, broker: Broker
 ) -> None:
     spawn("general", kind="general", **shop)
-    page = client.checkout("alice", pack="small", request="r-1", wait=60, **HERE)
+    eventually(lambda: broker.has_queue("payments"))
+
+    def ask_for_it() -> Page | None:
+        try:
+            return client.checkout("alice", pack="small", request="r-1", wait=60, **HERE)
+        except BrokerUnavailableError:
+            return None  # the worker has declared its queue and not bound it yet
+
+    page = eventually(ask_for_it)
     assert page == sell(pack="small")
     assert client.checkout("alice", pack="nonesuch", request="r-2", **HERE).code is SaleCode.UNKNOWN_PACK
     assert client.portal("alice", return_url="https://shop.example/").url
