@@ -609,6 +609,15 @@ class CreditClient(Operations):
         encoded = _encode({**{key: value for key, value in arguments.items() if value is not None}, "v": 1})
         return self._ask(f"payments.{name}", id, PAYMENTS, encoded, _shown(arguments), wait)
 
+    def query(self, name: str, queue: str, wait: float, **arguments: Any) -> Any:
+        """Send a task that is no operation, and wait for what it answers.
+
+        :param queue: where it goes, such as ``queries``.
+        :param wait: seconds.
+        :raises NoAnswerError: when it does not answer in time.
+        """
+        return self._ask(name, uuid4().hex, queue, _encode(arguments), _shown(arguments), wait)
+
     def _ask(self, name: str, id: str, queue: str, arguments: bytes, shown: str, wait: float) -> Any:
         """Send and wait; listens for the answer before sending, so that none is missed."""
         # Operation ids are unique per account only, and one id may be sent twice at a time: each sending is answered

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Any
 
-import msgspec
 import typer
 from rich.console import Group, RenderableType
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -27,6 +26,7 @@ from scripts.command_parts import (
     operator,
     show_json,
 )
+from scripts.payments_selling import selling_app
 from scripts.showing import console, credits, facts_table, instant, plain_table, said
 
 RECONCILE_SECONDS = 600.0
@@ -44,6 +44,8 @@ payments_app = typer.Typer(
         "creditlane payments reconcile",
     ),
 )
+
+payments_app.registered_commands += selling_app.registered_commands
 
 EventsArgument = Annotated[list[int], typer.Argument(metavar="EVENT…", help="Rows of the inbox.", show_default=False)]
 
@@ -111,7 +113,9 @@ def payments_show(
 @payments_app.command(
     "retry",
     epilog=examples(
-        "creditlane payments retry 17 18", "creditlane payments retry --waiting", "creditlane payments retry --waiting --of cs_1"
+        "creditlane payments retry 17 18",
+        "creditlane payments retry --waiting",
+        "creditlane payments retry --waiting --of cs_1",
     ),
 )
 def payments_retry(
@@ -137,7 +141,9 @@ def payments_retry(
     if as_json:
         show_json({"events": again, "groups": groups})
     else:
-        console().print(f"[green]to be looked at again[/] within a minute: {len(again)} events, {groups} groups of facts")
+        console().print(
+            f"[green]to be looked at again[/] within a minute: {len(again)} events, {groups} groups of facts"
+        )
 
 
 @payments_app.command("drop", epilog=examples("creditlane payments drop 17"))
@@ -268,13 +274,12 @@ def _reconciled(deep: bool, days: int, wait: float, *, quiet: bool) -> dict[str,
     where = deployment()
     shown = Progress(SpinnerColumn(), TextColumn("comparing with the provider"), TimeElapsedColumn(),
                      console=console(stderr=True), transient=True, disable=quiet)  # fmt: skip
-    arguments = msgspec.json.encode({"deep": deep, "days": days})
     with (
         CreditClient(where.broker_url, lanes=where.lanes, result_url=where.result_url, **where.tls_files) as client,
         shown,
     ):
         shown.add_task("")
-        report: dict[str, Any] = client.ask("payments.reconcile", PAYMENTS, arguments, f"deep={deep}", wait)
+        report: dict[str, Any] = client.query("payments.reconcile", PAYMENTS, wait, deep=deep, days=days)
     return report
 
 

@@ -59,7 +59,7 @@ UPDATE payment_events SET status = %(status)s, code = %(code)s, reason = %(reaso
        done_at = CASE WHEN %(status)s = 'received' THEN NULL ELSE ledger_now() END
 WHERE id = %(event)s AND status = 'received'
 """
-OLDER = "SELECT EXISTS (SELECT FROM outbox WHERE account = ANY(%s) AND id < %s)"
+OLDER = "SELECT EXISTS (SELECT FROM outbox WHERE exchange = '' AND account = ANY(%s) AND id < %s)"
 
 
 class End(msgspec.Struct, frozen=True):

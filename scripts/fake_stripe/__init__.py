@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Self
 from urllib.parse import parse_qsl, urlsplit
 
@@ -42,6 +42,7 @@ __all__ = [
     "KEY",
     "SECRET",
     "Answer",
+    "Clock",
     "Delivered",
     "FakeStripe",
     "Json",
@@ -52,8 +53,8 @@ __all__ = [
 ]
 
 HOST = "127.0.0.1"
-KEY = "sk_test_fake"
-SECRET = "whsec_fake"  # noqa: S105 - of nothing
+KEY = "sk_test_of_the_fake"
+SECRET = "whsec_of_the_fake_stripe"  # noqa: S105 - of nothing
 SEND_SECONDS = 30.0
 """How long a webhook's receiver may take to answer."""
 
@@ -74,6 +75,20 @@ class Delivered:
     def is_taken(self) -> bool:
         """Whether the receiver said that it has it."""
         return self.status is not None and 200 <= self.status < 300
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self, start: datetime) -> None:
+        self.at = start
+
+    def __call__(self) -> datetime:
+        return self.at
+
+    def move(self, **by: float) -> None:
+        """Move it on, by ``days``, ``hours`` or ``seconds``."""
+        self.at += timedelta(**by)
 
 
 def post(url: str, body: bytes, headers: Mapping[str, str]) -> int | None:
