@@ -616,7 +616,8 @@ class CreditClient(Operations):
         :param wait: seconds.
         :raises NoAnswerError: when it does not answer in time.
         """
-        return self._ask(name, uuid4().hex, queue, _encode(arguments), _shown(arguments), wait)
+        shown = ", ".join(f"{key}={value}" for key, value in arguments.items())[:SHOWN_CHARACTERS]
+        return self._ask(name, uuid4().hex, queue, _encode(arguments), shown, wait)
 
     def _ask(self, name: str, id: str, queue: str, arguments: bytes, shown: str, wait: float) -> Any:
         """Send and wait; listens for the answer before sending, so that none is missed."""

@@ -11,10 +11,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from creditlane.amounts import format_amount
 from creditlane.client import PAYMENTS, CreditClient
+from creditlane.errors import BrokerUnavailableError, CreditlaneError, NoAnswerError
 from models.payment_reading import Explanation, PaymentEvent, body, drop, events, explain, look_now, retry
 from models.reading import DEFAULT_PAGE
 from models.rules.catalog import Money
 from scripts.command_parts import (
+    AWAY,
     FAULTS,
     USAGE,
     JsonOption,
@@ -26,6 +28,7 @@ from scripts.command_parts import (
     operator,
     show_json,
 )
+from scripts.payments_demo import demo
 from scripts.payments_selling import selling_app
 from scripts.showing import console, credits, facts_table, instant, plain_table, said
 
@@ -46,6 +49,7 @@ payments_app = typer.Typer(
 )
 
 payments_app.registered_commands += selling_app.registered_commands
+payments_app.command("demo", epilog=examples("creditlane payments demo"))(demo)
 
 EventsArgument = Annotated[list[int], typer.Argument(metavar="EVENT…", help="Rows of the inbox.", show_default=False)]
 
@@ -279,7 +283,12 @@ def _reconciled(deep: bool, days: int, wait: float, *, quiet: bool) -> dict[str,
         shown,
     ):
         shown.add_task("")
-        report: dict[str, Any] = client.query("payments.reconcile", PAYMENTS, wait, deep=deep, days=days)
+        try:
+            report: dict[str, Any] = client.query("payments.reconcile", PAYMENTS, wait, deep=deep, days=days)
+        except (NoAnswerError, BrokerUnavailableError):
+            raise
+        except CreditlaneError as error:
+            fail(f"the worker could not compare: {error}; its log says more", AWAY)
     return report
 
 

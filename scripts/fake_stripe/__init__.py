@@ -114,15 +114,18 @@ class FakeStripe(Api):
     :param secret: of the webhook's endpoint.
     :param page: the most that stands in one page of any list.
     :param send: how webhooks are posted.
+    :param signing: the clock that they are signed by, where that is another: their receiver refuses old ones.
     """
 
     def __init__(self, now: Callable[[], datetime], rng: random.Random, *, key: str = KEY,
-                 secret: str = SECRET, livemode: bool = False, page: int = 100, send: Send = post) -> None:  # fmt: skip
+                 secret: str = SECRET, livemode: bool = False, page: int = 100, send: Send = post,
+                 signing: Callable[[], datetime] | None = None) -> None:  # fmt: skip
         super().__init__(now, rng, livemode=livemode, page=page)
         self.key = key
         self.secret = secret
         self.url = ""
         self.send = send
+        self._signing = signing
         self._rng = rng
         self._lost: set[str] = set()
         self._tried: set[str] = set()
@@ -179,7 +182,8 @@ class FakeStripe(Api):
     def signed(self, event: Json) -> tuple[bytes, dict[str, str]]:
         """An event as it is posted, body and headers, signed now."""
         body = json.dumps(event, indent=2)
-        signature = WebhookSignature.generate_signature_header(body, self.secret, self.now())
+        signed_at = self.now() if self._signing is None else int(self._signing().timestamp())
+        signature = WebhookSignature.generate_signature_header(body, self.secret, signed_at)
         return body.encode(), {
             "Content-Type": "application/json; charset=utf-8",
             "Stripe-Signature": signature,
