@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from creditlane.client import CreditClient
 from models import orders
 from models.catalog import SHIPPED, load_catalog
 from models.database import connect
-from scripts.payments_selling import selling_app
 from tests.conftest import Spawn
 from tests.scripts.test_command_line import Run, one, run, several
 from tests.support import Ledger, rows
 
 __all__ = ["run"]
 
-Sell = Callable[..., Result]
 PAGES = ("--success-url", "https://shop.example/thanks", "--cancel-url", "https://shop.example/")
 
 
 @pytest.fixture
-def sell(run: Run, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sell:
+def sell(run: Run, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run one of the commands; alice has an account, and the catalog tells of quotes."""
     catalog = tmp_path / "telling.toml"
     text = (SHIPPED / "packs.toml").read_text(encoding="utf-8")
     catalog.write_text(text + '\n[notify]\nkinds = ["quote_ready"]\nchannels = ["email"]\n', encoding="utf-8")
     monkeypatch.setenv("CREDITLANE_CATALOG", str(catalog))
     ledger.apply("credits.open", "open", account="alice")
-    runner = CliRunner()
-
-    def invoke(*arguments: str, code: int = 0) -> Result:
-        result = runner.invoke(selling_app, list(arguments))
-        assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
-        return result
-
-    return invoke
+    return partial(run, "payments")
 
 
 @pytest.fixture
-def inquiry(sell: Sell, database: str) -> str:
+def inquiry(sell: Run, database: str) -> str:
     """What alice has asked for; gives the order."""
     with connect(database, "test", read_only=False) as connection:
         return orders.inquire(
@@ -50,7 +40,7 @@ def inquiry(sell: Sell, database: str) -> str:
         ).id
 
 
-def test_an_inquiry_is_seen_answered_and_told(sell: Sell, inquiry: str, database: str, run: Run) -> None:
+def test_an_inquiry_is_seen_answered_and_told(sell: Run, inquiry: str, database: str, run: Run) -> None:
     shown = sell("inquiries").stdout
     assert all(each in shown for each in (inquiry, "alice", "inquiry", "sur_mesure", "700", "[red]by March"))
     assert "\x1b[2J" not in shown
@@ -76,7 +66,7 @@ def test_an_inquiry_is_seen_answered_and_told(sell: Sell, inquiry: str, database
     assert "cancelled" in sell("inquiries", "--account", "alice").stdout
 
 
-def test_a_quote_without_an_inquiry(sell: Sell) -> None:
+def test_a_quote_without_an_inquiry(sell: Run) -> None:
     terms = ("--price", "90.00 EUR", "--credits", "650.5", "--until", "2100-01-31")
     made = one(sell("quote", "--account", "alice", *terms, "--note", "as agreed", "--json"))
     assert (made["account"], made["credits"], made["price"], made["status"], made["note"]) == (
@@ -86,7 +76,7 @@ def test_a_quote_without_an_inquiry(sell: Sell) -> None:
     assert "unknown_account" in sell("quote", "--account", "nobody", *terms, code=3).stderr
 
 
-def test_what_makes_no_sense_changes_nothing(sell: Sell, inquiry: str, database: str) -> None:
+def test_what_makes_no_sense_changes_nothing(sell: Run, inquiry: str, database: str) -> None:
     for code, arguments in (
         (2, ("--price", "99.00 EUR")),
         (2, (inquiry, "--account", "alice", "--price", "99.00 EUR")),
@@ -108,7 +98,7 @@ def test_what_makes_no_sense_changes_nothing(sell: Sell, inquiry: str, database:
     assert rows(database, "SELECT FROM notices") == []
 
 
-def test_a_checkout_that_is_refused(sell: Sell, spawn: Spawn, client: CreditClient) -> None:
+def test_a_checkout_that_is_refused(sell: Run, spawn: Spawn, client: CreditClient) -> None:
     spawn("general", kind="general")
     assert client.portal("alice", return_url="https://shop.example/", wait=60).code == "not_configured"
     answer = sell("checkout", "alice", "--pack", "pro", *PAGES, code=3)
@@ -117,6 +107,6 @@ def test_a_checkout_that_is_refused(sell: Sell, spawn: Spawn, client: CreditClie
     assert one(shown)["code"] == "invalid"
 
 
-def test_a_checkout_that_nobody_answers_says_how_to_ask_again(sell: Sell) -> None:
+def test_a_checkout_that_nobody_answers_says_how_to_ask_again(sell: Run) -> None:
     answer = sell("checkout", "alice", "--pack", "pro", *PAGES, "--request", "r-7", "--wait", "0.1", code=5)
     assert "--request r-7" in answer.stderr
