@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from scripts.fake_stripe import objects
 from scripts.fake_stripe.forms import RefusedError
@@ -419,6 +419,8 @@ class Merchant:
 
     def _collect(self, intent: Json, outcome: Outcome) -> None:
         """Let an attempt come to something; one that was pending, or a new one."""
+        if outcome not in get_args(Outcome):
+            raise ValueError(f"a payment does not come to {outcome!r}")
         if outcome == "requires_action":
             intent.update(status="requires_action", next_action={"type": "use_stripe_sdk", "use_stripe_sdk": {}})
             self.emit("payment_intent.requires_action", intent)
@@ -634,6 +636,8 @@ class Merchant:
             old, amount = item["price"], item["price"]["unit_amount"] * item["quantity"]
             start, end, now = item["current_period_start"], item["current_period_end"], self.now()
             had, quantity = item["quantity"], item["quantity"] if quantity is None else quantity
+            if (price, quantity) == (old["id"], had):
+                return object  # no change
             share = max(0, end - now) / (end - start)
             objects.repriced(item, priced, quantity)
             rhythm = ("interval", "interval_count")

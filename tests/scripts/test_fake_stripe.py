@@ -140,6 +140,8 @@ def test_a_card_that_is_declined_leaves_the_checkout_open(fake: FakeStripe) -> N
     fake.complete(session)
     assert len(facts(fake, PackPaid)) == 1
     expired = fake.open_session([("pack", 1)], mode="payment")["id"]
+    with pytest.raises(ValueError, match="declined"):
+        fake.complete(expired, "declined")  # type: ignore[arg-type]
     fake.expire(expired)
     with pytest.raises(RefusedError):
         fake.complete(expired)
@@ -252,6 +254,13 @@ def test_a_better_plan_of_the_same_rhythm(fake: FakeStripe, clock: Clock, prorat
             "none": [("create", 3000, 3000), ("cycle", 6000, 6000)],
         }[proration]
     )
+
+
+def test_no_change_of_plan_is_none(fake: FakeStripe) -> None:
+    subscription = subscribe(fake)
+    before = types(fake)
+    fake.change_plan(subscription, "month")
+    assert types(fake) == before
 
 
 def test_what_a_lesser_plan_leaves_is_set_against_the_next_invoice(fake: FakeStripe, clock: Clock) -> None:

@@ -51,7 +51,7 @@ def acts() -> st.SearchStrategy[list[Act]]:
     other = st.one_of(
         st.tuples(st.just("pack"), st.sampled_from(["price_rollover_fifty", "price_rollover_two_hundred"])),
         st.tuples(st.sampled_from(["gift", "billed"])),
-        st.tuples(st.just("debit"), st.sampled_from(["succeeded", "declined"])),
+        st.tuples(st.just("debit"), st.sampled_from(["succeeded", "failed"])),
         st.tuples(st.just("change"), st.sampled_from(["price_rollover_pro", "price_rollover_starter"])),
         st.tuples(st.just("cancel"), st.booleans()),
         st.tuples(st.just("undo_cancel")),
@@ -61,7 +61,7 @@ def acts() -> st.SearchStrategy[list[Act]]:
         st.tuples(st.just("dispute"), which, st.booleans()),
         st.tuples(st.just("close"), which, st.sampled_from(["won", "lost", "warning_closed"])),
     )  # fmt: skip
-    later = st.sampled_from([("renew",), ("renew",), ("renew", "declined")])
+    later = st.sampled_from([("renew",), ("renew",), ("renew", "failed")])
     return st.tuples(first, st.lists(other, max_size=6), later, st.lists(other, max_size=4)).map(
         lambda parts: [parts[0], *parts[1], parts[2], *parts[3]]
     )
