@@ -382,7 +382,7 @@ PRICES: dict[str | None, dict[str, Any]] = {"p": PACK, "q": THIRDS}
 """What the purchases of random lives cost."""
 
 AMOUNTS = st.sampled_from(["0.000001", "0.5", "1", "2.25", "3", "7", "20"])
-WHO = st.sampled_from([0, 1, 2])
+WHO = st.sampled_from([0, 0, 0, 1, 2])
 LATELY = st.integers(0, 5)
 STEP = st.one_of(
     st.tuples(
@@ -395,8 +395,9 @@ STEP = st.one_of(
     st.tuples(st.just("refund"), LATELY, st.sampled_from([None, "0.5", "2"])),
     st.tuples(st.just("adjust"), WHO, st.sampled_from(["-1", "-0.3", "2"])),
     st.tuples(st.just("revoke"), WHO, st.sampled_from(["p", "q"]), st.sampled_from([None, "1", "0.4"])),
+    st.tuples(st.just("dispute"), WHO, st.sampled_from(["p", "p", "q"]), AMOUNTS, st.sampled_from([None, PACK])),
     st.tuples(
-        st.just("claw_back"), WHO, st.sampled_from(["p", "q"]), st.sampled_from([0, 40, 100]),
+        st.just("claw_back"), WHO, st.sampled_from(["p", "p", "q"]), st.sampled_from([0, 40, 100]),
         st.sampled_from([False, False, True]),
     ),
     st.tuples(st.just("transfer"), WHO, st.integers(0, 3), AMOUNTS),
@@ -468,6 +469,10 @@ class Life:
                 self.send("credits.adjust", account=account, amount=amount, actor="admin", reason="a test")
             case "revoke", (purchase, amount):
                 self.send("credits.revoke", account=account, purchase=purchase, amount=amount)
+            case "dispute", (purchase, amount, price):
+                self.step_of(account, "claw_back", purchase, 100, False)
+                self.step_of(account, "grant", amount, price, None, None)
+                self.step_of(account, "claw_back", purchase, 0, False)
             case "claw_back", (purchase, returned, frozen):
                 step = next(self.numbers)
                 message = job(
