@@ -102,7 +102,7 @@ class _Lot:
     """A lot's credits that are deferred, and their money."""
 
     __slots__ = (
-        "back_elsewhere", "book", "credits", "expected", "money", "offset", "on_way", "origin", "owed", "price",
+        "back_elsewhere", "book", "credits", "expected", "money", "on_way", "origin", "owed", "price",
         "purchase", "value", "whole",
     )  # fmt: skip
 
@@ -114,8 +114,6 @@ class _Lot:
         """What is left and not on the way to another account."""
         self.whole = self.value = 0
         """How many credits it was once, and what those were worth."""
-        self.offset = 0
-        """What the money is more than the credits' share, because something came back with the money it left with."""
         self.on_way: dict[str, Amount] = {}
         """By transfer, what is on the way to another account."""
         self.owed = 0
@@ -146,23 +144,20 @@ class _Lot:
             raise ShortError("takes more out of its lot than there is")
         money = self.money
         self.credits = left
-        if left:
-            self.money = max(0, self.share(left) + self.offset)
-        else:
-            self.money = self.offset = 0
+        # What came back from its way may have brought a unit more or less than its share.
+        self.money = min(money, self.share(left)) if left else 0
         return money - self.money
 
     def put(self, credits: int, money: int) -> None:
         """Credits come in with money of their own."""
         self.credits += credits
         self.money += money
-        self.whole, self.value, self.offset = self.credits, self.money, 0
+        self.whole, self.value = self.credits, self.money
 
     def put_back(self, credits: int, money: int) -> None:
         """Credits come back with the money that they left with."""
         self.credits += credits
         self.money += money
-        self.offset = self.money - self.share(self.credits)
 
     def come_back(self, credits: int, root: _Lot) -> int:
         """Credits come back out of use; gives their money.
@@ -174,7 +169,7 @@ class _Lot:
         if self.credits + credits <= self.whole:
             before = self.money
             self.credits += credits
-            self.money = max(0, self.share(self.credits) + self.offset)
+            self.money = max(before, self.share(self.credits))
             return self.money - before
         if not root.whole:
             raise ShortError("gives back to a lot that was never given anything")

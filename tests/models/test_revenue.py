@@ -278,6 +278,30 @@ def test_a_gift_carries_its_money_and_is_counted_once_while_it_is_under_way(ledg
     assert sum(summary.closing.minor for summary in accounts.values()) == 3
 
 
+def test_a_gift_that_comes_back_brings_the_money_it_left_with(ledger: Ledger) -> None:
+    freeze(ledger, START)
+    ledger.apply("credits.open", "o", account="a", kind="pool")
+    ledger.apply("credits.grant", "g", account="a", amount=8, source="pack", unit_price=THIRDS)
+    ledger.apply("credits.transfer", "nowhere", account="a", to="nobody", amount=2)  # one yen of three
+    ledger.apply("credits.consume", "c", account="a", amount=2)  # of six, none
+    while deliver(ledger):
+        pass
+    assert minor(made(ledger).totals()["JPY"]) == {"sold": 3, "closing": 3}
+    ledger.apply("credits.consume", "c-2", account="a", amount=1)  # five of eight credits are worth two
+    assert minor(made(ledger).totals()["JPY"]) == {"sold": 3, "earned": 1, "closing": 2}
+
+
+def test_what_is_given_back_bit_by_bit_after_its_lot_has_expired_is_worth_what_it_was(ledger: Ledger) -> None:
+    freeze(ledger, START)
+    ledger.apply("credits.open", "o", account="a", kind="pool")
+    ledger.apply("credits.grant", "g", account="a", amount=8, source="pack", unit_price=THIRDS, expires_in=60)
+    ledger.apply("credits.consume", "c", account="a", amount=8)
+    freeze(ledger, START + DAY)
+    for part in range(8):
+        ledger.apply("credits.refund", f"r-{part}", account="a", operation="c", amount=1)
+    assert minor(made(ledger).totals()["JPY"]) == {"sold": 3, "closing": 3}
+
+
 def test_gifts_in_a_circle_are_read_whoever_comes_first(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         revenue_reading, "ACCOUNTS", revenue_reading.ACCOUNTS.replace(f"LIMIT {revenue_reading.PAGE}", "LIMIT 2")
