@@ -112,13 +112,19 @@ class TooManyFactsError(Exception):
     """A group has more than :data:`MAX_FACTS` facts."""
 
 
+Message = tuple[str, str, str, str, bytes]
+"""For the outbox: account, exchange, task, operation id and arguments."""
+
+
 class Settled(msgspec.Struct, frozen=True):
     """What was made of a group of facts."""
 
     group: int
     resolution: Resolution
-    messages: list[tuple[str, str, str, str, bytes]]
-    """For the outbox: account, exchange, task, operation id and arguments."""
+    effects: list[Effect]
+    """Those that are sent now, in order."""
+    messages: list[Message]
+    """Theirs, in the same order."""
 
 
 @contextmanager
@@ -277,15 +283,16 @@ def settle(connection: Connection[Any], group: int, catalog: Catalog) -> Settled
         heard, issued, now, catalog, _orders(connection, heard), _bound(connection, provider, livemode, heard)
     )
     resolution = _within_account(connection, resolution)
-    messages = []
+    effects, messages = [], []
     for effect in resolution.effects:
         message = _add(connection, provider, livemode, group, effect, now)
         if message is not None:
+            effects.append(effect)
             messages.append(message)
     _judge(connection, provider, livemode, resolution.verdicts)
     look = next_look(heard, resolution.verdicts, now)
     connection.execute(LOOK_AGAIN, (look, group, look))
-    return Settled(group, resolution, messages)
+    return Settled(group, resolution, effects, messages)
 
 
 def _orders(connection: Connection[Any], heard: Sequence[Heard]) -> dict[str, Order]:
@@ -336,7 +343,7 @@ GIVING = frozenset({"PackPaid", "PeriodPaid", "SubscriptionChanged"})
 
 def _add(
     connection: Connection[Any], provider: str, livemode: bool, group: int, effect: Effect, now: datetime
-) -> tuple[str, str, str, str, bytes] | None:
+) -> Message | None:
     """Keep an operation under an id that nobody can guess, before it is sent."""
     operation = f"payment.{uuid4().hex}"
     account = str(effect.arguments["account"])

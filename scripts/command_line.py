@@ -96,6 +96,7 @@ from scripts.command_parts import (
 from scripts.due_command import DUE_EXAMPLES, show_due
 from scripts.lane_state import lane_states
 from scripts.notices_commands import notices_app
+from scripts.payments_commands import payments_app
 from scripts.plan_commands import plan_app, simulate_account
 from scripts.replay import EXPONENT
 from scripts.requeue import as_it_was, drop, mended, open_message, replay
@@ -145,6 +146,7 @@ app.add_typer(account_app, name="account")
 app.add_typer(quarantine_app, name="quarantine")
 app.add_typer(plan_app, name="plan")
 app.add_typer(notices_app, name="notices")
+app.add_typer(payments_app, name="payments")
 
 MONEY, STATE_PANEL = "Credits", "State"
 

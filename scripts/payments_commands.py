@@ -5,17 +5,18 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Any
 
-import msgspec
 import typer
 from rich.console import Group, RenderableType
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from creditlane.amounts import format_amount
 from creditlane.client import PAYMENTS, CreditClient
+from creditlane.errors import BrokerUnavailableError, CreditlaneError, NoAnswerError
 from models.payment_reading import Explanation, PaymentEvent, body, drop, events, explain, look_now, retry
 from models.reading import DEFAULT_PAGE
 from models.rules.catalog import Money
 from scripts.command_parts import (
+    AWAY,
     FAULTS,
     USAGE,
     JsonOption,
@@ -27,6 +28,8 @@ from scripts.command_parts import (
     operator,
     show_json,
 )
+from scripts.payments_demo import demo
+from scripts.payments_selling import selling_app
 from scripts.showing import console, credits, facts_table, instant, plain_table, said
 
 RECONCILE_SECONDS = 600.0
@@ -44,6 +47,9 @@ payments_app = typer.Typer(
         "creditlane payments reconcile",
     ),
 )
+
+payments_app.registered_commands += selling_app.registered_commands
+payments_app.command("demo", epilog=examples("creditlane payments demo"))(demo)
 
 EventsArgument = Annotated[list[int], typer.Argument(metavar="EVENT…", help="Rows of the inbox.", show_default=False)]
 
@@ -111,7 +117,9 @@ def payments_show(
 @payments_app.command(
     "retry",
     epilog=examples(
-        "creditlane payments retry 17 18", "creditlane payments retry --waiting", "creditlane payments retry --waiting --of cs_1"
+        "creditlane payments retry 17 18",
+        "creditlane payments retry --waiting",
+        "creditlane payments retry --waiting --of cs_1",
     ),
 )
 def payments_retry(
@@ -137,7 +145,9 @@ def payments_retry(
     if as_json:
         show_json({"events": again, "groups": groups})
     else:
-        console().print(f"[green]to be looked at again[/] within a minute: {len(again)} events, {groups} groups of facts")
+        console().print(
+            f"[green]to be looked at again[/] within a minute: {len(again)} events, {groups} groups of facts"
+        )
 
 
 @payments_app.command("drop", epilog=examples("creditlane payments drop 17"))
@@ -268,13 +278,17 @@ def _reconciled(deep: bool, days: int, wait: float, *, quiet: bool) -> dict[str,
     where = deployment()
     shown = Progress(SpinnerColumn(), TextColumn("comparing with the provider"), TimeElapsedColumn(),
                      console=console(stderr=True), transient=True, disable=quiet)  # fmt: skip
-    arguments = msgspec.json.encode({"deep": deep, "days": days})
     with (
         CreditClient(where.broker_url, lanes=where.lanes, result_url=where.result_url, **where.tls_files) as client,
         shown,
     ):
         shown.add_task("")
-        report: dict[str, Any] = client.ask("payments.reconcile", PAYMENTS, arguments, f"deep={deep}", wait)
+        try:
+            report: dict[str, Any] = client.query("payments.reconcile", PAYMENTS, wait, deep=deep, days=days)
+        except (NoAnswerError, BrokerUnavailableError):
+            raise
+        except CreditlaneError as error:
+            fail(f"the worker could not compare: {error}; its log says more", AWAY)
     return report
 
 

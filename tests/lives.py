@@ -224,13 +224,12 @@ def books(database: str, ledger: Ledger, life: Life) -> Iterator[Books]:
 
 
 def state(database: str, account: str) -> dict[str, Any]:
-    """What an account has come to: its lots, its debt, its plan; but for names and the instants of applying."""
+    """What an account has come to: its lots, its debt, its plan; but for names, and when it came to it."""
     lots = rows(
         database,
-        "SELECT source, expires_at, sum(granted_micro + received_micro + restored_micro), sum(available_micro),"
-        " sum(expired_micro), sum(revoked_micro), sum(sent_micro), sum(clawed_back_micro), price_minor,"
-        " price_per_micro FROM grants WHERE account = %s"
-        " GROUP BY source, expires_at, price_minor, price_per_micro ORDER BY 1, 2, 3, 4",
+        "SELECT source, sum(granted_micro + received_micro + restored_micro), sum(available_micro),"
+        " sum(expired_micro), sum(revoked_micro), sum(sent_micro), sum(clawed_back_micro), price_minor, price_per_micro"
+        " FROM grants WHERE account = %s GROUP BY source, is_open, price_minor, price_per_micro ORDER BY 1, 2, 3, 4",
         account,
     )
     (totals,) = rows(database, "SELECT available_micro, debt_micro FROM accounts WHERE account = %s", account)
@@ -241,6 +240,17 @@ def state(database: str, account: str) -> dict[str, Any]:
         account,
     )
     return {"lots": lots, "totals": totals, "plan": plan}
+
+
+def ends(database: str, account: str) -> list[float]:
+    """When the credits that are left expire, in seconds since 1970."""
+    found = rows(
+        database,
+        "SELECT extract(epoch FROM expires_at)::float8 FROM grants"
+        " WHERE account = %s AND is_open AND expires_at IS NOT NULL ORDER BY 1",
+        account,
+    )
+    return [each for (each,) in found]
 
 
 def refused(database: str) -> list[tuple[Any, ...]]:

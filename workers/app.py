@@ -88,6 +88,7 @@ if is_rabbitmq(app.conf.broker_url):
 flower_guard.install(app)
 app.conf.imports = (
     "tasks.queries",
+    "workers.checkout",
     "workers.inbox",
     "workers.notices",
     "workers.payments",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import NAMESPACE_OID, uuid5
 
@@ -21,11 +21,12 @@ from celery.utils.log import get_task_logger
 from psycopg import Connection
 
 from creditlane.client import NOTICES, PAYMENTS, SHOWN_CHARACTERS, task_message
+from creditlane.events import EXCHANGE, PAYMENT_SETTLED, matching
 from creditlane.sending import Outgoing
 from models.catalog import load_catalog
 from models.cutoff import BusyError, try_alone
 from models.database import connect
-from models.payments import Settled, TooManyFactsError, alone, now_of, record, settle
+from models.payments import Message, Settled, TooManyFactsError, alone, now_of, record, settle
 from models.rules.catalog import Catalog
 from models.rules.state import Notice
 from models.settings import settings
@@ -59,7 +60,8 @@ UPDATE payment_events SET status = %(status)s, code = %(code)s, reason = %(reaso
        done_at = CASE WHEN %(status)s = 'received' THEN NULL ELSE ledger_now() END
 WHERE id = %(event)s AND status = 'received'
 """
-OLDER = "SELECT EXISTS (SELECT FROM outbox WHERE account = ANY(%s) AND id < %s)"
+SEQ = "SELECT seq FROM accounts WHERE account = %s"
+OLDER = "SELECT EXISTS (SELECT FROM outbox WHERE exchange = '' AND account = ANY(%s) AND id < %s)"
 
 
 class End(msgspec.Struct, frozen=True):
@@ -93,7 +95,8 @@ class Processor:
 
     :param readers: the adapters, by the provider's name.
     :param fetches: how the objects of a provider are fetched again, where they can be.
-    :param outbox: sends what was committed; on a connection of its own.
+    :param outbox: sends what was committed.
+    :param events: the types of events to publish, see :func:`creditlane.events.matching`.
     """
 
     def __init__(
@@ -103,12 +106,14 @@ class Processor:
         fetches: Mapping[str, Fetch],
         catalog: Catalog,
         outbox: Outbox,
+        events: frozenset[str] = frozenset(),
     ) -> None:
         self._connection = connection
         self._readers = readers
         self._fetches = fetches
         self._catalog = catalog
         self._outbox = outbox
+        self._events = events
 
     def apply(self, event: int) -> Done:
         """Read an event of the inbox, and send what follows.
@@ -208,6 +213,8 @@ class Processor:
             if each.resolution.account is not None and told.kind in self._catalog.notify.kinds
         ]
         now = now_of(self._connection)
+        if PAYMENT_SETTLED in self._events:
+            messages += [message for each in settled for message in self._told(each, now)]
         with self._connection.cursor() as cursor:
             for account, notice in notices:
                 insert_notices(cursor, [(account, notice)], channels, now)
@@ -216,6 +223,19 @@ class Processor:
                     messages.append((account, NOTICES, DELIVER, notice.key, arguments))
             rows = insert_outbox(cursor, messages, now) if messages else []
         return settled, rows
+
+    def _told(self, settled: Settled, now: datetime) -> Iterator[Message]:
+        """The events of what was paid for."""
+        for (account, _, name, operation, arguments), effect in zip(settled.messages, settled.effects, strict=True):
+            if not effect.key.startswith(("grant:", "period:")):
+                continue
+            row = self._connection.execute(SEQ, (account,)).fetchone()
+            details = {"purchase": effect.purchase, "name": name, **msgspec.json.decode(arguments)}
+            event = {
+                "id": operation, "type": PAYMENT_SETTLED, "account": account, "seq": 0 if row is None else row[0],
+                "at": now, "operation": operation, "details": details,
+            }  # fmt: skip
+            yield account, EXCHANGE, PAYMENT_SETTLED, operation, msgspec.json.encode(event)
 
     def _publish(self, rows: Sequence[OutboxRow]) -> None:
         """Send what was committed, unless something for these accounts was left behind: then a sweep sends all."""
@@ -252,6 +272,7 @@ def working() -> Iterator[Working]:
             {} if api is None else {"stripe": api.fetch},
             load_catalog(config.catalog),
             Outbox(connection, sender(), config.lanes),
+            matching(config.events),
         )
         reconciler = None
         if api is not None:

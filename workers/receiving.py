@@ -87,8 +87,12 @@ def receive(
         return {"code": refused.code, "reason": refused.sentence}
     except (psycopg.OperationalError, CertificatesAwayError) as error:
         seconds = RETRY_SECONDS[min(self.request.retries, len(RETRY_SECONDS) - 1)]
+        logger.warning("a delivery of %s by task, again in %d s: %s", adapter.name, seconds, type(error).__name__)
         again = {"provider": provider, "body": body, "headers": headers, "received_at": at.isoformat()}
-        raise self.retry(args=(), kwargs=again, exc=error, countdown=seconds) from None
+        # Whoever watches is shown neither body nor headers.
+        raise self.retry(
+            args=(), kwargs=again, exc=error, countdown=seconds, argsrepr="()", kwargsrepr=adapter.name
+        ) from None
     if stored.is_new:
         try:
             send_all([applying(stored.id)])

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import msgspec
 from stripe import APIConnectionError, RequestsClient, StripeClient, StripeError
 
+from models.settings import Settings
 from workers.providers.base import ParkedError
 
 Json = dict[str, Any]
@@ -166,7 +167,8 @@ class StripeApi:
             raise ParkedError("truncated", f"{object['id']} has more than {MAX_PAGES * PAGE} {name}") from None
         held["has_more"] = False
 
-    # Lists to reconcile by, the newest first. What is made while one is read may be missing from it.
+    # Lists to reconcile by, the newest first. Stripe lists by when an object was made, so these reach back as far
+    # before ``since`` as it may have been made. What is made while a list is read may be missing from it.
 
     def undelivered_events(self, since: datetime) -> Iterator[Json]:
         """Events since then that a webhook has not taken; Stripe keeps 30 days of them."""
@@ -196,7 +198,7 @@ class StripeApi:
         return self._since("/v1/subscriptions", since, 0, status="all")
 
     def live_subscriptions(self) -> Iterator[Json]:
-        """Every subscription that has not ended; another one that is held to be live has."""
+        """Every subscription that has not ended, however old; another one that is held to be live has ended."""
         return self._listed("/v1/subscriptions", {}, MAX_LISTED_PAGES)
 
     def invoices_of(self, subscription: str) -> Iterator[Json]:
@@ -257,6 +259,14 @@ class StripeApi:
                 return answer
             problem = StripeRefusedError("other_mode", f"{asked}: an answer of another mode than ours")
         raise problem  # out here, where nothing is being handled that would be kept as its context
+
+
+def make_stripe_api(config: Settings) -> StripeApi | None:
+    """The client that the settings say; None without an API key."""
+    key = config.stripe_api_key
+    if key is None:
+        return None
+    return StripeApi(key.get_secret_value(), config.payments_livemode, config.stripe_api_base or None)
 
 
 def _problem(error: StripeError, asked: str) -> StripeApiError:

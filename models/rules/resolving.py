@@ -37,6 +37,8 @@ PATIENCE_SECONDS = 3600
 TELLS_FIRST = frozenset({"stripe"})
 """Providers that say which payment of a subscription is its first: of theirs, any other follows on one."""
 
+DAY_SECONDS = 86_400
+
 TRIAL = "trial"
 """The source of a trial's credits."""
 
@@ -284,11 +286,7 @@ class _Resolving:
         if amount_minor is not None and amount_minor >= 0:
             arguments["unit_price"] = _unit_price(amount_minor, paid.currency, credits)
         if grant.expires_days is not None:
-            # It lives from the payment on; where that is over before we heard of it, from now on: it was paid for.
-            expires_at = paid.occurred_at + timedelta(days=grant.expires_days)
-            if expires_at <= self.now + PAYMENT_SLACK:
-                expires_at = self.now + timedelta(days=grant.expires_days)
-            arguments["expires_at"] = expires_at.isoformat()
+            arguments["expires_in"] = grant.expires_days * DAY_SECONDS  # from when it is given: late news cost no time
         self._send(Effect(key=key, name="credits.grant", arguments=arguments, purchase=purchase, order=order))
 
     # --- Subscriptions -------------------------------------------------------------------------------

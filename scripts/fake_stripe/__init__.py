@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Self
 from urllib.parse import parse_qsl, urlsplit
 
@@ -42,6 +42,7 @@ __all__ = [
     "KEY",
     "SECRET",
     "Answer",
+    "Clock",
     "Delivered",
     "FakeStripe",
     "Json",
@@ -52,8 +53,8 @@ __all__ = [
 ]
 
 HOST = "127.0.0.1"
-KEY = "sk_test_fake"
-SECRET = "whsec_fake"  # noqa: S105 - of nothing
+KEY = "sk_test_of_the_fake"
+SECRET = "whsec_of_the_fake_stripe"  # noqa: S105 - of nothing
 SEND_SECONDS = 30.0
 """How long a webhook's receiver may take to answer."""
 
@@ -74,6 +75,20 @@ class Delivered:
     def is_taken(self) -> bool:
         """Whether the receiver said that it has it."""
         return self.status is not None and 200 <= self.status < 300
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self, start: datetime) -> None:
+        self.at = start
+
+    def __call__(self) -> datetime:
+        return self.at
+
+    def move(self, **by: float) -> None:
+        """Move it on, by ``days``, ``hours`` or ``seconds``."""
+        self.at += timedelta(**by)
 
 
 def post(url: str, body: bytes, headers: Mapping[str, str]) -> int | None:
@@ -99,15 +114,18 @@ class FakeStripe(Api):
     :param secret: of the webhook's endpoint.
     :param page: the most that stands in one page of any list.
     :param send: how webhooks are posted.
+    :param signing: the clock that they are signed by, where that is another: their receiver refuses old ones.
     """
 
     def __init__(self, now: Callable[[], datetime], rng: random.Random, *, key: str = KEY,
-                 secret: str = SECRET, livemode: bool = False, page: int = 100, send: Send = post) -> None:  # fmt: skip
+                 secret: str = SECRET, livemode: bool = False, page: int = 100, send: Send = post,
+                 signing: Callable[[], datetime] | None = None) -> None:  # fmt: skip
         super().__init__(now, rng, livemode=livemode, page=page)
         self.key = key
         self.secret = secret
         self.url = ""
         self.send = send
+        self._signing = signing
         self._rng = rng
         self._lost: set[str] = set()
         self._tried: set[str] = set()
@@ -164,7 +182,8 @@ class FakeStripe(Api):
     def signed(self, event: Json) -> tuple[bytes, dict[str, str]]:
         """An event as it is posted, body and headers, signed now."""
         body = json.dumps(event, indent=2)
-        signature = WebhookSignature.generate_signature_header(body, self.secret, self.now())
+        signed_at = self.now() if self._signing is None else int(self._signing().timestamp())
+        signature = WebhookSignature.generate_signature_header(body, self.secret, signed_at)
         return body.encode(), {
             "Content-Type": "application/json; charset=utf-8",
             "Stripe-Signature": signature,

@@ -108,7 +108,8 @@ class Api(Merchant):
             known = self._answers.get(idempotency_key)
             if known is None:
                 answer = self._answer(request)
-                self._answers[idempotency_key] = (request, answer)
+                if answer.status == 200:  # what was refused was never begun, and may be asked otherwise
+                    self._answers[idempotency_key] = (request, answer)
                 return answer
             if known[0] != request:
                 message = "Keys for idempotent requests can only be used with the same parameters."

@@ -23,7 +23,8 @@ DISPUTE_FEE = 1500
 RETRY_SECONDS = 3 * 86400
 """How long after a failed payment of an invoice the next attempt is announced for."""
 
-Outcome = Literal["succeeded", "pending", "failed"]
+Outcome = Literal["succeeded", "pending", "failed", "requires_action"]
+"""What comes of an attempt to collect a payment; the last one leaves it to the customer to confirm it."""
 
 _PREFIXES = {
     "balance_transaction": "txn_", "billing_portal.session": "bps_", "charge": "ch_", "checkout.session": "cs_test_",
@@ -97,7 +98,8 @@ class Merchant:
 
     def all_of(self, kind: str) -> list[Json]:
         """The objects of a kind, the newest first, as they are stored."""
-        return list(reversed(self._store.get(kind, {}).values()))
+        with self.lock:
+            return list(reversed(self._store.get(kind, {}).values()))
 
     def find(self, kind: str, id: str, param: str = "id", *, status: int = 404) -> Json:
         """An object, as it is stored.
@@ -135,10 +137,11 @@ class Merchant:
         :raises RefusedError: when there is none.
         """
         with self.lock:
-            whole = self.shown(self.find(kind, id))
             includable = _INCLUDABLE.get(kind)
-            for name, url in (*_LISTS.get(kind, ()), *([includable] if includable else [])):
-                whole[name] = objects.listed([self.shown(each) for each in self.within(id, name)], url.format(id=id))
+            whole = self.shown(self.find(kind, id), (includable[0],) if includable else ())
+            for name, value in whole.items():
+                if isinstance(value, dict) and value.get("object") == "list":
+                    value |= {"data": [self.shown(each) for each in self.within(id, name)], "has_more": False}
             return whole
 
     def _inlined(self, id: str, name: str, url: str, *, counted: bool = False) -> Json:
@@ -164,7 +167,7 @@ class Merchant:
         name, held = path[0], value.get(path[0])
         includable, url = _INCLUDABLE.get(value.get("object"), ("", ""))
         if name == includable and name not in value:
-            value[name] = self._inlined(value["id"], name, url)
+            value[name] = self._inlined(value["id"], name, url, counted=name == "refunds")
         elif isinstance(held, str) and held in self._by_id:
             value[name] = self.shown(self._by_id[held])
         elif name not in value or isinstance(held, str | int):
@@ -276,7 +279,8 @@ class Merchant:
     def complete(self, session: str, outcome: Outcome = "succeeded", *, email: str = "buyer@example.org") -> Json:
         """The customer goes through a checkout.
 
-        :param outcome: ``pending`` for a payment that is settled later, by :meth:`settle`.
+        :param outcome: ``pending`` for a payment that is settled later, by :meth:`settle`; with ``failed`` the session
+            stays open.
         :returns: the session.
         :raises RefusedError: when it is not open.
         """
@@ -284,6 +288,9 @@ class Merchant:
             object = self.find("checkout.session", session)
             if object["status"] != "open":
                 raise RefusedError(400, f"The session is {object['status']}.", code="payment_intent_unexpected_state")
+            if outcome == "failed":
+                self._collect(self._intend(object["amount_total"], object["currency"], object["customer"], {}), outcome)
+                return object
             object["customer_details"] = {"email": email, "name": None, "address": None, "phone": None,
                                           "business_name": None, "individual_name": None, "tax_exempt": "none",
                                           "tax_ids": []}  # fmt: skip
@@ -292,24 +299,26 @@ class Merchant:
                 object["customer"] = self.add_customer(email)["id"]
             subscription_data, payment_metadata = self._plans.pop(session)
             if object["mode"] == "subscription":
-                self._subscribe(object, subscription_data)
+                self._subscribe(object, subscription_data, outcome)
             else:
                 self._buy(object, payment_metadata, outcome)
             object.update(status="complete", url=None)
             self.emit("checkout.session.completed", object)
             return object
 
-    def settle(self, session: str, outcome: Outcome = "succeeded") -> Json:
+    def settle(self, session: str, outcome: Literal["succeeded", "failed"] = "succeeded") -> Json:
         """A payment that was on its way comes about, or fails."""
         with self.lock:
             object = self.find("checkout.session", session)
-            intent = self.find("payment_intent", object["payment_intent"])
-            self._collect(intent, outcome)
-            if outcome == "succeeded":
-                self._bought(object)
-                self.emit("checkout.session.async_payment_succeeded", object)
+            if object["mode"] == "subscription":
+                self._charge(self.find("invoice", object["invoice"]), outcome)
             else:
-                self.emit("checkout.session.async_payment_failed", object)
+                self._collect(self.find("payment_intent", object["payment_intent"]), outcome)
+            if outcome == "succeeded" and object["mode"] == "payment":
+                self._bought(object)
+            elif outcome == "succeeded":
+                object["payment_status"] = "paid"
+            self.emit(f"checkout.session.async_payment_{outcome}", object)
             return object
 
     def expire(self, session: str) -> Json:
@@ -345,10 +354,10 @@ class Merchant:
                        line["description"], invoice_item=self._new("invoice_item"))  # fmt: skip
         self._finalize(invoice)
         if session["payment_intent"]:
-            self._link(invoice, session["payment_intent"])
+            self.attach_payment(invoice["id"], session["payment_intent"])
         self._paid(invoice)
 
-    def _subscribe(self, session: Json, data: Mapping[str, Any]) -> None:
+    def _subscribe(self, session: Json, data: Mapping[str, Any], outcome: Outcome) -> None:
         start, trial_end = self.now(), data.get("trial_end")
         lines = self.within(session["id"], "line_items")
         made = self._keep(objects.subscription(
@@ -371,8 +380,9 @@ class Merchant:
         once = [line for line in lines if not line["price"]["recurring"]]
         invoice = self._bill(made, "subscription_create", (start, start), once=once)
         due = invoice["amount_due"]
-        session.update(invoice=invoice["id"], amount_total=due, payment_status="paid" if due else "no_payment_required")
-        self._charge(invoice, "succeeded")
+        status = "no_payment_required" if due == 0 else "paid" if outcome == "succeeded" else "unpaid"
+        session.update(invoice=invoice["id"], amount_total=due, payment_status=status)
+        self._charge(invoice, outcome)
         if not trial_end:
             self._change(made, status="active")
 
@@ -408,13 +418,19 @@ class Merchant:
         return intent
 
     def _collect(self, intent: Json, outcome: Outcome) -> None:
-        known = self._by_id.get(intent["latest_charge"] or "")
-        if known is not None and known["status"] == "pending":
-            charge, fresh = known, self._new_charge(intent, outcome)
-            charge.update({key: value for key, value in fresh.items() if key not in ("id", "created")})
-        else:
-            charge = self._keep(self._new_charge(intent, outcome))
-        intent["latest_charge"] = charge["id"]
+        """Let an attempt come to something; one that was pending, or a new one."""
+        if outcome == "requires_action":
+            intent.update(status="requires_action", next_action={"type": "use_stripe_sdk", "use_stripe_sdk": {}})
+            self.emit("payment_intent.requires_action", intent)
+            return
+        charge = self._by_id.get(intent["latest_charge"] or "")
+        if charge is None or charge["status"] != "pending":
+            charge = {"id": self._new("charge"), "created": self.now()}
+        moved = outcome == "succeeded" and self._move(intent["amount"], intent["currency"], charge["id"], "charge")
+        charge.update(objects.charge(charge["id"], intent, status=outcome, created=charge["created"],
+                                     transaction=moved["id"] if moved else None))  # fmt: skip
+        self._keep(charge)
+        intent.update(latest_charge=charge["id"], next_action=None)
         if outcome == "pending":
             intent["status"] = "processing"
             self.emit("charge.pending", charge)
@@ -429,12 +445,6 @@ class Merchant:
             intent.update(status="requires_payment_method", last_payment_error=error)
             self.emit("charge.failed", charge)
             self.emit("payment_intent.payment_failed", intent)
-
-    def _new_charge(self, intent: Json, outcome: Outcome) -> Json:
-        id = self._new("charge")
-        moved = outcome == "succeeded" and self._move(intent["amount"], intent["currency"], id, "charge")
-        transaction = moved["id"] if moved else None
-        return objects.charge(id, intent, status=outcome, created=self.now(), transaction=transaction)
 
     def _move(self, amount: int, currency: str, source: str, type: str, fee: int = 0) -> Json:
         return self._keep(objects.balance_transaction(
@@ -478,10 +488,13 @@ class Merchant:
         invoice["status_transitions"]["finalized_at"] = self.now()
         self.emit("invoice.finalized", invoice)
 
-    def _link(self, invoice: Json, intent: str) -> Json:
-        made = self._keep(objects.invoice_payment(self._new("invoice_payment"), invoice, intent, self.now()))
-        self.within(invoice["id"], "payments").append(made)
-        return made
+    def attach_payment(self, invoice: str, intent: str) -> Json:
+        """Let an invoice be paid by a payment; by the last one of several."""
+        with self.lock:
+            object = self.find("invoice", invoice)
+            made = self._keep(objects.invoice_payment(self._new("invoice_payment"), object, intent, self.now()))
+            self.within(invoice, "payments").insert(0, made)
+            return made
 
     def _paid(self, invoice: Json) -> None:
         invoice.update(status="paid", amount_paid=invoice["amount_due"], amount_remaining=0, attempted=True,
@@ -489,7 +502,7 @@ class Merchant:
         invoice["status_transitions"]["paid_at"] = self.now()
         self.emit("invoice.paid", invoice)
         self.emit("invoice.payment_succeeded", invoice)
-        for payment in self.within(invoice["id"], "payments"):
+        for payment in self.within(invoice["id"], "payments")[:1]:
             payment.update(status="paid", amount_paid=invoice["amount_paid"])
             payment["status_transitions"]["paid_at"] = self.now()
             self.emit("invoice_payment.paid", payment)
@@ -503,13 +516,15 @@ class Merchant:
         if not payments:
             intent = self._intend(invoice["amount_due"], invoice["currency"], invoice["customer"], {},
                                   "Subscription", invoice["id"])  # fmt: skip
-            self._link(invoice, intent["id"])
+            self.attach_payment(invoice["id"], intent["id"])
         intent = self.find("payment_intent", payments[0]["payment"]["payment_intent"])
         invoice.update(attempt_count=invoice["attempt_count"] + 1, attempted=True)
         self._collect(intent, outcome)
         if outcome == "succeeded":
             self._paid(invoice)
-        else:
+        elif outcome == "requires_action":
+            self.emit("invoice.payment_action_required", invoice)
+        elif outcome == "failed":
             invoice["next_payment_attempt"] = self.now() + RETRY_SECONDS
             self.emit("invoice.payment_failed", invoice)
 
@@ -596,9 +611,13 @@ class Merchant:
                     self.emit("invoice.voided", invoice)
                 return object
             self._charge(invoice, outcome)
-            if invoice["status"] == "open" and object["status"] == "active":
-                self._change(object, status="past_due")
+            self._fall_due(object, invoice, outcome)
             return object
+
+    def _fall_due(self, subscription: Json, invoice: Json, outcome: Outcome) -> None:
+        """Note that an invoice was not paid; one that is on its way is."""
+        if invoice["status"] == "open" and outcome != "pending" and subscription["status"] == "active":
+            self._change(subscription, status="past_due")
 
     def change_plan(self, subscription: str, price: str, *, quantity: int | None = None,
                     proration: Literal["always_invoice", "create_prorations", "none"] = "always_invoice",
@@ -644,8 +663,7 @@ class Merchant:
                 invoice = self._bill(object, "subscription_update", (start, now), items=not wanted,
                                      prorations=prorations)  # fmt: skip
                 self._charge(invoice, outcome)
-                if invoice["status"] == "open":
-                    self._change(object, status="past_due")
+                self._fall_due(object, invoice, outcome)
             elif wanted:
                 self._prorations.setdefault(subscription, []).extend(prorations)
             return object
@@ -660,6 +678,13 @@ class Merchant:
                 if lines:
                     return {"invoice": invoice["id"], "invoice_line_items": lines[-1:]}
         return None
+
+    def remind_of_trial(self, subscription: str) -> Json:
+        """Say that a trial ends soon, as three days before."""
+        with self.lock:
+            object = self.live(subscription)
+            self.emit("customer.subscription.trial_will_end", object)
+            return object
 
     def cancel(self, subscription: str, *, at_period_end: bool = False) -> Json:
         """Cancel a subscription, now or for the end of its period."""

@@ -108,6 +108,7 @@ def session(id: str, *, created: int, livemode: bool, expires_at: int, lines: Se
     subtotal = sum(line["amount_subtotal"] for line in lines)
     discount = sum(line["amount_discount"] for line in lines)
     invoice_data = _empty("account_tax_ids custom_fields description footer issuer rendering_options")
+    made = {"enabled": invoice_creation, "invoice_data": invoice_data | {"metadata": {}}}
     return _empty(
         "after_expiration allow_promotion_codes billing_address_collection cancel_url client_reference_id client_secret"
         " consent consent_collection currency_conversion customer customer_account customer_creation customer_email"
@@ -129,7 +130,7 @@ def session(id: str, *, created: int, livemode: bool, expires_at: int, lines: Se
         "customer_details": None,
         "discounts": [],
         "expires_at": expires_at,
-        "invoice_creation": {"enabled": invoice_creation, "invoice_data": invoice_data | {"metadata": {}}},
+        "invoice_creation": made if given["mode"] == "payment" else None,
         "livemode": livemode,
         "metadata": {},
         "payment_method_collection": "if_required",

@@ -830,6 +830,24 @@ def test_nothing_less_than_something_is_given(amount: str | int) -> None:
     )
 
 
+def test_a_claw_back_follows_from_a_payment_alone() -> None:
+    message = decode_message("credits.claw_back", encoded(FULL["credits.claw_back"]))
+    contract.check_reserved("credits.claw_back", "payment.1", message)
+    with pytest.raises(ContractError, match="follows from a payment alone") as refusal:
+        contract.check_reserved("credits.claw_back", "order-991", message)
+    assert refusal.value.code is Code.INVALID_MESSAGE
+    contract.check_reserved("credits.settle", "payment.1", decode_message("credits.settle", b'{"account":"a"}'))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("paid_minor", -1), ("returned_minor", -1), ("step", 0), ("paid_minor", 10**15 + 1), ("currency", "eur"),
+     ("frozen", 1)],
+)  # fmt: skip
+def test_a_claw_back_says_a_state_that_can_be(field: str, value: object) -> None:
+    assert field in str(refused("credits.claw_back", encoded({**FULL["credits.claw_back"], field: value})))
+
+
 def test_the_ids_of_what_follows_from_a_transfer() -> None:
     # Written down from: printf '4:anna6:gift-1' | sha256sum
     digest = "52a5b4ac5d3553f8e28362036c44ebe83205b16c35e4d001dbc2bd6271071d93"

@@ -163,6 +163,11 @@ class Script:
             do(some_day(), "credits.grant", amount=50, source="pack", expires_in=90 * 86_400, purchase=f"{account}-p")
         if random.random() < 0.3:
             do(some_day(), "credits.revoke", purchase=f"{account}-{random.choice([0, 1, 2, 'p'])}")
+        if random.random() < 0.3:
+            purchase = f"{account}-{random.choice([0, 0, 1, 'p'])}"
+            for step in range(1, random.randint(2, 5)):
+                do(some_day(), "credits.claw_back", purchase=purchase, paid_minor=100, step=step,
+                   returned_minor=random.choice([0, 30, 50, 100]), frozen=random.random() < 0.3)  # fmt: skip
         for _ in range(random.choice([0, 0, 1, 3])):
             do(some_day(), "plans.change", plan=random.choice(list(self.catalog.plans)))
         if random.random() < 0.2:
@@ -242,6 +247,7 @@ class Year:
                 "grants": "SELECT account, g::text FROM grants g ORDER BY account, grant_id",
                 "holds": "SELECT account, h::text FROM holds h ORDER BY account, hold",
                 "plans": "SELECT account, s::text FROM subscriptions s ORDER BY account",
+                "purchases": "SELECT account, p::text FROM purchases p ORDER BY account, purchase",
                 "balances": "SELECT account, (available_micro, held_micro, debt_micro, expired_micro, consumed_micro,"
                 " next_due_at)::text FROM accounts ORDER BY account",
                 "answers": "SELECT account, (operation, status, code, charged_micro, result::text)::text"

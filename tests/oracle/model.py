@@ -109,6 +109,7 @@ class Ledger:
         self.answers: dict[str, tuple[str, Row, Row]] = {}
         self.movements: list[Row] = []
         self.debt = 0
+        self.returned: dict[str, Row] = {}
 
     # The one way in.
 
@@ -129,7 +130,7 @@ class Ledger:
         try:
             if not self.opened and name != "credits.open":
                 raise Refusal("unknown_account")
-            if self.closed and name not in ("credits.confirm", "credits.bounce"):
+            if self.closed and name not in ("credits.confirm", "credits.bounce", "credits.claw_back"):
                 raise Refusal("account_closed")
             step: Callable[[Row, str, datetime], Row] = getattr(self, name.partition(".")[2] + "_")
             details = step(said, operation, now)
@@ -298,6 +299,18 @@ class Ledger:
         wanted = said.get("amount", revocable)
         if wanted == 0 or wanted > revocable:
             raise Refusal("exceeds_original")
+        return self.take_from(roots, wanted, operation, now, now)
+
+    def take_from(
+        self,
+        roots: list[Row],
+        wanted: int,
+        operation: str | None,
+        at: datetime,
+        now: datetime,
+        pile: list[Row] | None = None,
+    ) -> Row:
+        """Take so much of what lots gave, the last to burn first; each part is a slip on a pile, if there is one."""
         uses = []
         missing = wanted
         for lot in reversed(in_burn_down_order([lot for root in roots for lot in self.family_of(root)])):
@@ -305,17 +318,135 @@ class Ledger:
             # What is booked as taken is worth nothing from then on: the worth is looked up anew for every lot.
             taken = min(lot["available"], self.worth(root), missing)
             if taken:
-                self.move("revoked", lot, taken, now, operation)
+                self.move("revoked", lot, taken, now, operation, None, at)
                 root["clawed_back"] += taken
                 uses.append((lot["number"], taken))
                 missing -= taken
+                if pile is not None:
+                    pile.append({"root": root, "lot": lot, "what": "credits", "much": taken, "covers": []})
         details: Row = {"charged": wanted - missing, "uses": uses}
         if missing:
             details["forgiven" if self.policy["on_spent"] == "forgive" else "owed"] = missing
-            self.charge_what_is_away(roots, missing, operation, now)
+            self.charge_what_is_away(roots, missing, operation, at, now, pile)
         return details
 
-    def charge_what_is_away(self, roots: list[Row], wanted: int, operation: str, now: datetime) -> None:
+    def claw_back_(self, said: Row, operation: str, now: datetime) -> Row:
+        known = self.returned.get(said["purchase"])
+        if known is not None and known["step"] >= said["step"]:
+            return {}
+        was_frozen = known is not None and known["frozen"]
+        self.returned[said["purchase"]] = {
+            "step": said["step"],
+            "share": self.share_away(said["returned_minor"], said["paid_minor"]),
+            "frozen": said.get("frozen", False),
+            "pile": [] if known is None else known["pile"],
+        }
+        before = len(self.movements)
+        details = self.bring_to_its_share(said["purchase"], operation, now, now)
+        if not details:
+            details = self.put_back(said["purchase"], operation, now)
+        is_frozen = said.get("frozen", False)
+        own = [lot for lot in self.lots if lot["purchase"] == said["purchase"]]
+        if was_frozen and not is_frozen:
+            for lot in in_burn_down_order(own):
+                self.pay_debt_with(lot, lot["available"], now, now, operation)
+        if was_frozen != is_frozen:
+            details["frozen" if is_frozen else "thawed"] = sum(lot["available"] for lot in own)
+        written = self.movements[before:]
+        out = sum(line["amount"] for line in written if line["kind"] == "revoked")
+        back = sum(line["amount"] for line in written if line["kind"] == "reinstated")
+        return {**details, "charged": out - back}
+
+    def share_away(self, returned: int, paid: int) -> Fraction:
+        """Which part of what was paid is away: nothing of nothing."""
+        return min(Fraction(returned, paid), Fraction(1)) if paid else Fraction(0)
+
+    def should_be_away(self, purchase: str) -> int:
+        """What is to be taken of a purchase yet; below nothing, what was taken too much."""
+        roots = [lot for lot in self.lots if lot["purchase"] == purchase and lot["origin"] is None]
+        given = sum(lot["granted"] + lot["received"] for lot in roots)
+        share: Fraction = self.returned[purchase]["share"]
+        return int(share * given) - sum(int(root["clawed_back"]) for root in roots)
+
+    def bring_to_its_share(self, purchase: str | None, operation: str | None, at: datetime, now: datetime) -> Row:
+        """Take what is to be away of a purchase and is not; what lapsed is gone."""
+        if purchase not in self.returned:
+            return {}
+        roots = [lot for lot in self.lots if lot["purchase"] == purchase and lot["origin"] is None]
+        wanted = min(self.should_be_away(purchase), sum(self.worth(root) for root in roots))
+        if wanted <= 0:
+            return {}
+        return self.take_from(roots, wanted, operation, at, now, self.returned[purchase]["pile"])
+
+    def put_back(self, purchase: str, operation: str, now: datetime) -> Row:
+        """Go down the pile: what is open on a slip is let go, then what covered it goes back to where it came from."""
+        pile: list[Row] = self.returned[purchase]["pile"]
+        back = min(-self.should_be_away(purchase), sum(slip["much"] for slip in pile))
+        if back <= 0:
+            return {}
+        left = back
+        no_more_owed: dict[int, int] = {}
+        going: dict[int, int] = {}
+        while left:
+            slip = pile[-1]
+            root = slip["root"]
+            covered = sum(much for _, much in slip["covers"])
+            if slip["what"] == "credits":
+                much = min(left, slip["much"])
+                going[slip["lot"]["number"]] = going.get(slip["lot"]["number"], 0) + much
+            elif covered < slip["much"]:
+                much = min(left, slip["much"] - covered)
+                if slip["what"] == "forgiven":
+                    root["forgiven"] -= much
+                else:
+                    no_more_owed[root["number"]] = no_more_owed.get(root["number"], 0) + much
+            else:
+                last = slip["covers"][-1]
+                much = min(left, last[1])
+                last[1] -= much
+                if last[1] == 0:
+                    slip["covers"].pop()
+                going[last[0]["number"]] = going.get(last[0]["number"], 0) + much
+            slip["much"] -= much
+            root["clawed_back"] -= much
+            left -= much
+            if slip["much"] == 0:
+                pile.pop()
+        for number, much in no_more_owed.items():
+            self.move("debt_cancelled", self.lots[number - 1], much, now, operation)
+        uses = []
+        for number, much in going.items():
+            lot = self.lots[number - 1]
+            self.move("reinstated", lot, much, now, operation)
+            if lot["end"] is not None and lot["end"] <= now:
+                room = MOST - sum(each["granted"] + each["received"] + each["restored"] for each in self.lots)
+                carried = min(much, room)
+                if much > carried:
+                    self.move("expired", lot, much - carried, now, operation)
+                if carried:
+                    after = self.add_successor(lot, operation, now)
+                    self.move("rolled_out", lot, carried, now, operation)
+                    self.move("rolled_in", after, carried, now, operation)
+                    self.take_what_is_owed(after, carried, now, now, operation)
+                    lot = after
+            else:
+                self.take_what_is_owed(lot, much, now, now, operation)
+            uses.append((lot["number"], much))
+        return {"uses": uses, "restored": back}
+
+    def is_frozen(self, lot: Row) -> bool:
+        """Whether a lot's purchase is disputed: what it has is there, and cannot be used."""
+        return lot["purchase"] in self.returned and bool(self.returned[lot["purchase"]]["frozen"])
+
+    def charge_what_is_away(
+        self,
+        roots: list[Row],
+        wanted: int,
+        operation: str | None,
+        at: datetime,
+        now: datetime,
+        pile: list[Row] | None,
+    ) -> None:
         """Share what cannot be taken among the families: by what each has away, then by what each is worth."""
         shares: list[int] = []
         for root in roots:
@@ -333,8 +464,12 @@ class Ledger:
             root["clawed_back"] += share
             if self.policy["on_spent"] == "forgive":
                 root["forgiven"] += share
+                what = "forgiven"
             else:
-                self.move("debt_incurred", root, share, now, operation)
+                self.move("debt_incurred", root, share, now, operation, None, at)
+                what = "debt"
+            if pile is not None:
+                pile.append({"root": root, "lot": root, "what": what, "much": share, "covers": []})
 
     def settle_(self, said: Row, operation: str, now: datetime) -> Row:
         return {}
@@ -473,7 +608,7 @@ class Ledger:
         return cost
 
     def can_pay(self, lot: Row, feature: str | None, now: datetime) -> bool:
-        if lot["available"] == 0 or lot["start"] > now:
+        if lot["available"] == 0 or lot["start"] > now or self.is_frozen(lot):
             return False
         if lot["end"] is not None and lot["end"] <= now:
             return False
@@ -550,10 +685,30 @@ class Ledger:
         if taken:
             self.move("revoked", lot, taken, now, operation, None, at)
             root["forgiven"] -= taken
-        paid = min(came - taken, self.debt)
+            self.cover("forgiven", lot, taken, root)
+        return int(taken + self.pay_debt_with(lot, came - taken, at, now, operation))
+
+    def pay_debt_with(self, lot: Row, most: int, at: datetime, now: datetime, operation: str | None) -> int:
+        """A lot pays what is owed, unless it is frozen; gives how much."""
+        paid = 0 if self.is_frozen(lot) else min(most, self.debt)
         if paid:
             self.move("debt_paid", lot, paid, now, operation, None, at)
-        return int(taken + paid)
+            self.cover("debt", lot, paid)
+        return int(paid)
+
+    def cover(self, what: str, lot: Row, much: int, root: Row | None = None) -> None:
+        """Note which credits stood in for what could not be taken, on the slips of the oldest lots first."""
+        open_slips = [
+            slip
+            for known in self.returned.values()
+            for slip in known["pile"]
+            if slip["what"] == what and (root is None or slip["root"] is root)
+        ]
+        for slip in sorted(open_slips, key=lambda slip: int(slip["root"]["number"])):
+            part = min(much, slip["much"] - sum(each for _, each in slip["covers"]))
+            if part:
+                slip["covers"].append([lot, part])
+                much -= part
 
     def root_of(self, lot: Row) -> Row:
         """The lot that a lot goes on for; itself, if it was given as it is."""
@@ -576,8 +731,10 @@ class Ledger:
 
     def come_in(self, lot: Row, amount: int, operation: str, now: datetime) -> Row:
         self.move("granted", lot, amount, now, operation)
-        self.take_what_is_owed(lot, amount, now, now, operation)
-        return {"uses": [(lot["number"], amount)], "grant": lot["number"]}
+        taken = self.bring_to_its_share(lot["purchase"], operation, now, now).get("charged", 0)
+        self.take_what_is_owed(lot, lot["available"], now, now, operation)
+        details = {"uses": [(lot["number"], amount)], "grant": lot["number"]}
+        return {**details, "taken_back": taken} if taken else details
 
     def make_room(self, amount: int) -> None:
         """Refuse what would take all that ever came in over the most."""
@@ -690,10 +847,16 @@ class Ledger:
             lot["available"] -= amount
             lot["revoked"] += amount
             self.debt -= amount
+        elif kind == "debt_cancelled":
+            self.debt -= amount
+        elif kind == "reinstated":
+            lot["revoked"] -= amount
+            lot["available"] += amount
         else:
             assert kind == "debt_incurred"
             self.debt += amount
         assert lot["available"] >= 0
+        assert lot["revoked"] >= 0
         assert lot["held"] >= 0
         assert lot["in_transit"] >= 0
         assert self.debt >= 0
@@ -718,14 +881,16 @@ class Ledger:
 
     def balance(self, now: datetime) -> Row:
         """Spendable, by source, set aside, owed, and what takes effect later; in micro-credits."""
-        live = [lot for lot in self.lots if lot["available"] and lot["start"] <= now]
+        usable = [lot for lot in self.lots if not self.is_frozen(lot)]
+        live = [lot for lot in usable if lot["available"] and lot["start"] <= now]
         sources = {lot["source"] for lot in live}
         return {
             "available": sum(lot["available"] for lot in live),
             "held": sum(lot["held"] for lot in self.lots),
             "debt": self.debt,
             "in_transit": sum(lot["in_transit"] for lot in self.lots),
-            "upcoming": sum(lot["available"] for lot in self.lots if lot["start"] > now),
+            "upcoming": sum(lot["available"] for lot in usable if lot["start"] > now),
+            "frozen": sum(lot["available"] for lot in self.lots if self.is_frozen(lot)),
             "by_source": {
                 source: sum(lot["available"] for lot in live if lot["source"] == source) for source in sources
             },

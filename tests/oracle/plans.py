@@ -505,7 +505,8 @@ class PlanLedger(Ledger):
         if end is not None:
             plan["lots"].append(lot)
         self.move("granted", lot, amount, now, operation, None, at)
-        self.take_what_is_owed(lot, amount, at, now, operation)
+        self.bring_to_its_share(lot["purchase"], operation, at, now)
+        self.take_what_is_owed(lot, lot["available"], at, now, operation)
         return amount
 
     def finish(self, at: datetime, now: datetime, operation: str | None) -> int:

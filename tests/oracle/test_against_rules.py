@@ -205,6 +205,8 @@ MOVES: dict[str, dict[str, int]] = {
     "unexpired": {"expired": -1, "available": 1},
     "debt_incurred": {"debt": 1},
     "debt_paid": {"available": -1, "revoked": 1, "debt": -1},
+    "debt_cancelled": {"debt": -1},
+    "reinstated": {"revoked": -1, "available": 1},
 }
 
 
@@ -289,6 +291,7 @@ def read_answer(answer: Answer) -> Row:
     }
     for amount in (
         "required", "available", "shortfall", "owed", "forgiven", "allotted", "expired", "taken_back", "restored",
+        "frozen", "thawed",
     ):  # fmt: skip
         if amount in said:
             read[amount] = credits_of(said[amount])
@@ -305,7 +308,7 @@ def read_answer(answer: Answer) -> Row:
         read["balance"] = {
             **{
                 each: credits_of(balance.get(each, "0"))
-                for each in ("available", "held", "debt", "upcoming", "in_transit")
+                for each in ("available", "held", "debt", "upcoming", "in_transit", "frozen")
             },
             "by_source": {source: credits_of(each) for source, each in balance.get("by_source", {}).items()},
         }
@@ -478,7 +481,9 @@ def check_settling(entries: list[Entry]) -> None:
     """Time alone gives back what was held, takes what is owed of it, and lets credits lapse."""
     for entry in entries:
         assert entry.operation is None
-        assert entry.kind in ("released", "expired", "debt_paid", "revoked", "granted", "rolled_out", "rolled_in")
+        assert entry.kind in (
+            "released", "expired", "debt_paid", "revoked", "granted", "rolled_out", "rolled_in", "debt_incurred",
+        )  # fmt: skip
 
 
 def send(account: Account, name: str, operation: str, content: Row, now: datetime, catalog: Catalog) -> Answer:
@@ -590,6 +595,17 @@ def captures(draw: st.DrawFn, holds: list[str]) -> Row:
 
 
 some = st.sampled_from([None, None, "0.000001", "0.25", "1", 2, "5"])
+shares = st.sampled_from([0, 0, 1, 25, 50, 99, 100, 150])
+"""What is away of a hundred that was paid."""
+
+
+def returned(
+    purchase: str, share: int, step: int, frozen: bool | None = None, paid: int = 100, currency: str | None = None
+) -> Row:
+    """A purchase of which so much is away."""
+    return present(
+        purchase=purchase, paid_minor=paid, returned_minor=share, step=step, frozen=frozen, currency=currency
+    )
 
 
 class Operations(RuleBasedStateMachine):
@@ -708,6 +724,17 @@ class Operations(RuleBasedStateMachine):
         purchase = data.draw(st.sampled_from([*bought * 3, "purchase-3"]))
         self.send("credits.revoke", present(purchase=purchase, amount=amount))
 
+    @rule(
+        purchase=st.sampled_from(["purchase-1", "purchase-1", "purchase-2", "purchase-3"]),
+        share=shares,
+        frozen=st.sampled_from([None, None, False, True]),
+        behind=st.sampled_from([0, 0, 0, 0, 0, 3]),
+        paid=st.sampled_from([100, 100, 300, 0]),
+    )
+    def claw_back(self, purchase: str, share: int, frozen: bool | None, behind: int, paid: int) -> None:
+        step = max(1, len(self.both.sent) - behind)
+        self.send("credits.claw_back", returned(purchase, share, step, frozen, paid, "EUR" if behind else None))
+
     @precondition(lambda self: self.both.sent)
     @rule(data=st.data())
     def the_same_again(self, data: st.DataObject) -> None:
@@ -745,6 +772,7 @@ def sequences(draw: st.DrawFn) -> list[tuple[float, str, Row]]:
             f"operation-{at}" for at, step in enumerate(steps) if step[1] in ("credits.consume", "credits.capture")
         ]
         kinds = ["grant", "grant", "consume", "consume", "hold", "hold", "revoke", "revoke_grant", "adjust"]
+        kinds += ["claw_back", "claw_back"]
         kinds += ["capture", "release"] if holds else []
         kinds += ["refund", "refund"] if charged else []
         kind = draw(st.sampled_from(kinds))
@@ -763,6 +791,9 @@ def sequences(draw: st.DrawFn) -> list[tuple[float, str, Row]]:
         elif kind == "adjust":
             amount = draw(st.sampled_from(["1", "-1", "3", "-0.5"]))
             content = present(amount=amount, actor="admin", reason="a test")
+        elif kind == "claw_back":
+            purchase = draw(st.sampled_from(["purchase-1", "purchase-2"]))
+            content = returned(purchase, draw(shares), place, draw(st.sampled_from([None, True])))
         elif kind == "capture":
             content = draw(captures(holds))
         elif kind == "release":
@@ -782,7 +813,8 @@ def purchases(draw: st.DrawFn) -> list[tuple[float, str, Row]]:
     lots = 0
     for place in range(1, draw(st.integers(6, 25))):
         kinds = ["grant", "grant", "grant", "consume", "consume", "consume", "hold", "hold", "hold"]
-        kinds += ["revoke", "revoke", "revoke_grant", "adjust"] if lots else []
+        kinds += ["revoke", "revoke_grant", "adjust"] if lots else []
+        kinds += ["claw_back"] * 5
         kinds += ["release", "release", "capture"] if holds else []
         kinds += ["refund", "refund", "refund", "refund"] if charged else []
         kind = draw(st.sampled_from(kinds))
@@ -811,6 +843,10 @@ def purchases(draw: st.DrawFn) -> list[tuple[float, str, Row]]:
             else:
                 kind = "revoke"
                 content = present(grant=draw(st.integers(1, lots + 2)), amount=amount)
+        elif kind == "claw_back":
+            purchase = draw(st.sampled_from(["purchase-1", "purchase-1", "purchase-2"]))
+            step = draw(st.sampled_from([place, place, place, max(1, place - 2)]))
+            content = returned(purchase, draw(shares), step, draw(st.sampled_from([None, None, True])))
         elif kind == "adjust":
             content = present(amount=draw(st.sampled_from([1, -1, "-0.5", -2])), actor="admin", reason="a test")
         elif kind == "refund":
@@ -838,6 +874,90 @@ def test_purchases_that_are_spent_given_back_and_revoked_are_the_same_in_both_le
             both.do(name, f"operation-{place}", content)
         except Exception as error:
             raise AssertionError(reduced(both.catalog, both.script)) from error
+
+
+STORIES = st.lists(st.tuples(shares, st.booleans()), min_size=1, max_size=5)
+"""The states of a purchase, one after the other: what is away, and whether it is frozen."""
+
+
+def after(life: list[tuple[float, str, Row]], catalog: Catalog, *further: tuple[str, Row]) -> Account:
+    """An account that lived so, and had these operations at the end of it."""
+    account = Account(ACCOUNT)
+    now = START
+    for place, (wait, name, content) in enumerate(life):
+        now += timedelta(seconds=wait)
+        send(account, name, f"operation-{place}", content, now, catalog)
+    for place, (name, content) in enumerate(further):
+        send(account, name, f"further-{place}", content, now, catalog)
+    return account
+
+
+def standing(account: Account) -> Row:
+    """All that an account has and owes, lot by lot, and what can be used of it."""
+    return {
+        "lots": {number: (*each, account.grants[number].clawed_back, account.grants[number].forgiven)
+                 for number, each in buckets(account).items()},
+        "debt": account.debt,
+        "usable": account.spendable(START + timedelta(days=10_000)),
+        "purchases": {name: (each.step, each.is_frozen, each.taken_micro) for name, each in account.purchases.items()},
+    }  # fmt: skip
+
+
+@CLAWBACKS
+@given(life=purchases(), story=STORIES, on_spent=st.sampled_from(["debt", "forgive"]), data=st.data())
+def test_claw_backs_in_any_order_and_number_end_as_the_last_one_alone(
+    life: list[tuple[float, str, Row]], story: list[tuple[int, bool]], on_spent: str, data: st.DataObject
+) -> None:
+    """Where nothing else takes place in between, and where no other debt is: what comes back would pay that."""
+    catalog = CATALOGS[on_spent]
+    calm = [step for step in life if step[1] not in ("credits.revoke", "credits.claw_back")]
+    told = [returned("purchase-1", share, step, frozen) for step, (share, frozen) in enumerate(story, 1)]
+    heard = data.draw(st.permutations(told * 2)) if data.draw(st.booleans()) else told
+    alone = after(calm, catalog, ("credits.claw_back", told[-1]))
+    told_all = after(calm, catalog, *(("credits.claw_back", each) for each in heard))
+    assert standing(told_all) == standing(alone)
+
+
+@CLAWBACKS
+@given(life=purchases(), story=STORIES, on_spent=st.sampled_from(["debt", "forgive"]))
+def test_claw_backs_end_as_the_last_one_alone_whatever_else_is_owed(
+    life: list[tuple[float, str, Row]], story: list[tuple[int, bool]], on_spent: str
+) -> None:
+    """The debt that is left is as much less as the credits are, and what was forgiven likewise."""
+    catalog = CATALOGS[on_spent]
+    steps = [returned("purchase-1", share, 100 + step, frozen) for step, (share, frozen) in enumerate(story)]
+    ways = [
+        after(life, catalog, *(("credits.claw_back", each) for each in some_steps))
+        for some_steps in (steps, steps[-1:])
+    ]
+    nets = []
+    for account in ways:
+        lots = account.grants.values()
+        nets.append((account.available - account.debt - sum(lot.forgiven for lot in lots),
+                     sum(lot.clawed_back for lot in lots)))  # fmt: skip
+        assert account.purchases["purchase-1"].is_frozen is story[-1][1]
+    assert nets[0] == nets[1]
+
+
+@CLAWBACKS
+@given(
+    life=purchases(),
+    amount=st.sampled_from(["0.000001", 1, 3, 5]),
+    priority=st.sampled_from([None, 1]),
+    share=shares,
+    frozen=st.booleans(),
+)
+def test_a_grant_and_the_claw_back_of_its_purchase_come_to_the_same_in_either_order(
+    life: list[tuple[float, str, Row]], amount: str | int, priority: int | None, share: int, frozen: bool
+) -> None:
+    """A lot that was not frozen when it came paid what was owed; so in the end it is not frozen any more."""
+    grant = "credits.grant", present(amount=amount, source="pack", priority=priority, purchase="purchase-9")
+    refund = "credits.claw_back", returned("purchase-9", share, 1, frozen)
+    over = "credits.claw_back", returned("purchase-9", share, 2)
+    one, other = after(life, CATALOGS["debt"], grant, refund, over), after(life, CATALOGS["debt"], refund, grant, over)
+    first, second = standing(one), standing(other)
+    assert first.pop("purchases").keys() == second.pop("purchases").keys()
+    assert first == second
 
 
 def buckets(account: Account) -> dict[int, tuple[int, ...]]:
@@ -960,10 +1080,15 @@ def test_every_kind_of_entry_is_reached_by_the_sequences_of_this_file() -> None:
         ("credits.refund", present(operation="operation-2", amount="1")),
         ("credits.revoke", present(purchase="purchase-1")),
         ("credits.grant", present(amount=10, source="bonus")),
+        ("credits.grant", present(amount=10, source="pack", purchase="purchase-2")),
+        ("credits.consume", present(amount="15")),
+        ("credits.claw_back", returned("purchase-2", 100, 1)),
+        ("credits.claw_back", returned("purchase-2", 0, 2)),
+        ("credits.grant", present(amount=1, source="bonus", expires_in=60)),
     ):
         both.do(name, f"operation-{len(both.sent)}", content)
     both.now += timedelta(days=3)
-    both.do("credits.settle", "operation-8", present())
+    both.do("credits.settle", "operation-13", present())
     # What moves between accounts is in test_transfers.py, what a plan carries over in test_plans.py.
     between = {"transferred", "sent", "bounced", "received", "rolled_out", "rolled_in", "unexpired"}
     assert {entry.kind for entry in both.account.entries} == set(MOVES) - between

@@ -14,7 +14,18 @@ from models.catalog import parse_catalog
 from models.rules.catalog import Catalog
 from tests.oracle.model import Row
 from tests.oracle.plans import later
-from tests.oracle.test_against_rules import COMMON, MOVES, THOROUGH, Both, plain, present, reduced, written
+from tests.oracle.test_against_rules import (
+    COMMON,
+    MOVES,
+    THOROUGH,
+    Both,
+    plain,
+    present,
+    reduced,
+    returned,
+    shares,
+    written,
+)
 
 STEPS = settings(COMMON, max_examples=4000 if THOROUGH else 300, stateful_step_count=40)
 
@@ -233,6 +244,19 @@ class Plans(RuleBasedStateMachine):
     @rule(payment=payments, amount=some)
     def revoke_a_payment(self, payment: str | None, amount: str | None) -> None:
         self.send("credits.revoke", present(purchase=payment or "payment-4", amount=amount))
+
+    @rule(
+        payment=payments,
+        share=shares,
+        frozen=st.sampled_from([None, None, True]),
+        last=st.booleans(),
+        behind=st.sampled_from([0, 0, 0, 3]),
+    )
+    def claw_back(self, payment: str | None, share: int, frozen: bool | None, last: bool, behind: int) -> None:
+        plan = self.both.ledger.plan
+        purchase = plan["payment"] if last and plan is not None and plan["payment"] else payment or "payment-4"
+        step = max(1, len(self.both.sent) - behind)
+        self.send("credits.claw_back", returned(purchase, share, step, frozen))
 
     @rule(data=st.data(), amount=some)
     def revoke_a_lot(self, data: st.DataObject, amount: str | None) -> None:

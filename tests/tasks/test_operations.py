@@ -161,6 +161,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "refund": {"operation": "c"},
     "adjust": {"amount": "1", "actor": "anna", "reason": "goodwill"},
     "revoke": {"grant": 1},
+    "claw_back": {"purchase": "pi_1", "paid_minor": 100, "returned_minor": 100, "step": 1},
     "settle": {},
     "transfer": {"to": "user_43", "amount": "1"},
     "receive": {
@@ -171,8 +172,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "confirm": {"transfer": "gift"},
     "bounce": {"transfer": "gift", "refused": "unknown_account"},
 }
-CONCLUDING = ("confirm", "bounce")
-"""What ends a transfer that the account has begun: applied even when it was closed meanwhile."""
+CONCLUDING = ("confirm", "bounce", "claw_back")
+"""What ends something that the account has begun: applied even when it was closed meanwhile."""
 
 
 @pytest.mark.parametrize("name", list(EXAMPLES))

@@ -34,6 +34,8 @@ STEPS = st.one_of(
     st.tuples(st.just("refund"), EARLIER, st.one_of(st.none(), AMOUNTS)),
     st.tuples(st.just("adjust"), AMOUNTS, st.sampled_from(["", "-"])),
     st.tuples(st.just("revoke"), st.sampled_from(["p", "q", 1, 2, 3]), st.one_of(st.none(), AMOUNTS)),
+    st.tuples(st.just("claw_back"), st.sampled_from(["p", "p", "q"]), st.sampled_from([0, 0, 50, 99, 100]),
+              st.sampled_from([False, False, True])),
     st.tuples(st.just("settle")),
     st.tuples(st.just("again"), EARLIER),
     st.tuples(st.just("later"), st.sampled_from([0, 59, 60, 4000, 7200])),
@@ -94,6 +96,9 @@ class Life:
             case "revoke", (which, amount):
                 what = {"grant": which} if isinstance(which, int) else {"purchase": which}
                 self.send("credits.revoke", amount=amount, **what)
+            case "claw_back", (purchase, returned, frozen):
+                self.send("credits.claw_back", purchase=purchase, paid_minor=100, returned_minor=returned,
+                          step=len(self.sent), frozen=frozen)  # fmt: skip
             case "settle", ():
                 self.send("credits.settle")
             case "again", (back,):
