@@ -73,6 +73,7 @@ from scripts.command_parts import (
     AccountArgument,
     AmountOption,
     Commands,
+    CountProgress,
     Deployment,
     IdOption,
     JsonOption,
@@ -109,40 +110,6 @@ from scripts.showing import (
     summary_lines,
 )
 from tasks.replay import Replayer
-
-LINE_SECONDS = 10.0
-"""How often a long audit says how far it is where there is no terminal."""
-
-
-class AuditProgress:
-    """How far an audit is: a bar with the rate in a terminal, elsewhere a line now and then; on stderr."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._errors = console(stderr=True)
-        self._lines = not quiet and not self._errors.is_terminal
-        self._began = self._told = time.monotonic()
-        self._bar = Progress(
-            TextColumn("auditing"), BarColumn(), TextColumn("{task.fields[figures]}"), TimeElapsedColumn(),
-            console=self._errors, transient=True, disable=quiet or self._lines,
-        )  # fmt: skip
-        self._task = self._bar.add_task("audit", total=None, figures="")
-
-    def __enter__(self) -> AuditProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Tell how many operations are done, and how many there are."""
-        now = time.monotonic()
-        figures = f"{done:,} of {total:,} operations, {done / max(now - self._began, 0.001):,.0f}/s"
-        self._bar.update(self._task, completed=done, total=total, figures=figures)
-        if self._lines and now - self._told >= LINE_SECONDS:
-            self._told = now
-            self._errors.print(f"auditing: {figures}")
-
 
 # --- The commands ------------------------------------------------------------------------------------
 
@@ -833,7 +800,7 @@ def audit(
             if not account_exists(connection, account):
                 unknown_account(account)
         started = time.monotonic()
-        with AuditProgress(quiet=as_json) as progress:
+        with CountProgress("auditing", "operations", quiet=as_json) as progress:
             try:
                 if incremental:
                     report = audit_new(connection, progress)

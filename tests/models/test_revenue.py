@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from creditlane.contract import decode_message, receiving_id
-from models import audit_rows, revenue
+from models import audit_rows, revenue_reading
 from models.catalog import load_catalog
-from models.revenue import PARTS, Book, Revenue, Summary, decimal, month_bounds, rounded
+from models.revenue import CSV_COLUMNS, GROWS, PARTS, PLACES, Book, Revenue, Summary, decimal, month_bounds, write_csv
+from models.revenue_reading import revenue, rounded
 from models.rules.posting import FLOWS
 from tests.proof import freeze, job, named, tamper
 from tests.support import Ledger
 from workers.ledger_writer import Job
+
+THOROUGH = os.environ.get("CREDITLANE_HYPOTHESIS") == "thorough"
 
 START = datetime(2026, 1, 31, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -30,10 +37,19 @@ PACK = {"minor": 499, "currency": "EUR", "per": 25}
 THIRDS = {"minor": 1, "currency": "JPY", "per": 3}
 """A price at which no lot comes to what its parts come to when each is rounded by itself."""
 
+PLAN = """
+[catalog]
+name = "revenue"
+
+[plans.paid]
+monthly_credits = "10"
+price = "1.00 EUR"
+"""
+
 
 def made(ledger: Ledger, start: datetime = ALWAYS[0], end: datetime = ALWAYS[1], **options: Any) -> Revenue:
     """The report, and it holds."""
-    found = revenue.revenue(ledger.writer.connection, start, end, **options)
+    found = revenue(ledger.writer.connection, start, end, **options)
     assert found.report.faults == []
     return found
 
@@ -57,9 +73,9 @@ def deliver(ledger: Ledger) -> int:
 
 
 def test_every_kind_of_entry_has_a_place() -> None:
-    assert set(FLOWS) <= set(revenue.PLACES)
+    assert set(FLOWS) <= set(PLACES)
     for kind, flow in FLOWS.items():
-        grows = sum(sign * revenue.GROWS[part] for part, sign in revenue.PLACES[kind].parts)
+        grows = sum(sign * GROWS[part] for part, sign in PLACES[kind].parts)
         deferred = ("available", "held", "in_transit")
         assert grows == (flow.enters in deferred) - (flow.leaves in deferred), kind
 
@@ -133,6 +149,71 @@ def test_what_was_spent_of_a_returned_purchase_is_earned_no_more_until_other_cre
     assert minor(made(ledger).totals()["EUR"])["closing"] == 374 + 200
 
 
+def claw_back(ledger: Ledger, account: str, step: int, returned: int, **content: Any) -> None:
+    """So much of what was paid for the purchase ``p`` is away."""
+    content = {"account": account, "purchase": "p", "paid_minor": 499, "returned_minor": returned, **content}
+    ledger.apply("credits.claw_back", f"payment.{step:032x}", step=step, **content)
+
+
+@pytest.mark.parametrize("price", [None, {"minor": 1000, "currency": "EUR", "per": 20}])
+def test_a_dispute_that_is_won_leaves_what_was_earned_whatever_paid_its_debt_meanwhile(
+    ledger: Ledger, price: dict[str, Any] | None
+) -> None:
+    freeze(ledger, START)
+    ledger.apply("credits.open", "o", account="a", kind="pool")
+    ledger.apply("credits.grant", "g", account="a", amount=25, source="pack", purchase="p", unit_price=PACK)
+    ledger.apply("credits.consume", "c", account="a", amount=15)
+    before = minor(made(ledger).totals()["EUR"])
+    assert before == {"sold": 499, "earned": 299, "closing": 200}
+    claw_back(ledger, "a", 1, 499)
+    assert minor(made(ledger).totals()["EUR"]) == {"sold": 499, "returned": 499}
+    given = {} if price is None else {"unit_price": price}
+    ledger.apply("credits.grant", "g-2", account="a", amount=10, source="bonus", **given)
+    paid = 0 if price is None else 500  # all ten pay the debt, of which five are left
+    after = {"sold": 499 + paid, "earned": paid, "returned": 499}
+    assert minor(made(ledger).totals()["EUR"]) == {name: figure for name, figure in after.items() if figure}
+    claw_back(ledger, "a", 2, 0)
+    won = made(ledger)
+    assert minor(won.totals()["EUR"]) == {"sold": 499 + paid, "earned": 299, "closing": 200 + paid}
+    assert sum(summary.closing.credits_micro for summary in won.totals().values()) == 20_000_000
+
+
+def test_what_expired_and_comes_back_with_a_renewal_undone_is_no_breakage(ledger: Ledger, tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text(PLAN, encoding="utf-8")
+    catalog = load_catalog(str(file))
+    ledger.writer.catalog = lambda: catalog
+    freeze(ledger, START)
+    ledger.apply("credits.open", "o", account="a", kind="pool")
+    ledger.apply("plans.subscribe", "s", account="a", plan="paid", payment="one")
+    ledger.apply("credits.consume", "c", account="a", amount=3)
+    freeze(ledger, START + 28 * DAY)
+    ledger.apply("plans.renew", "r", account="a", payment="two", period_start=(START + 28 * DAY).isoformat())
+    renewed = {"sold": 200, "earned": 30, "breakage": 70, "closing": 100}
+    assert minor(made(ledger).totals()["EUR"]) == renewed
+    ledger.apply("plans.undo", "u", account="a", actor="admin", reason="a test")
+    found = made(ledger)
+    assert minor(found.totals()["EUR"]) == {"sold": 200, "earned": 30, "returned": 100, "closing": 70}
+    text = io.StringIO(newline="")
+    february = made(ledger, datetime(2026, 2, 1, tzinfo=UTC), datetime(2026, 3, 1, tzinfo=UTC))
+    assert write_csv(february, text) == 8
+    names, *read = csv.reader(text.getvalue().splitlines())
+    assert names == list(CSV_COLUMNS)
+    assert text.getvalue().count("\r\n") == len(read) + 1
+    month = ["2026-02-01T00:00:00+00:00", "2026-03-01T00:00:00+00:00", "", "EUR", "monthly"]
+    assert [row[:5] for row in read] == [month] * 8
+    assert [row[5:] for row in read] == [
+        ["opening", "", "7", "70", "0.70"],
+        ["sold", "granted", "10", "100", "1.00"],
+        ["moved_in", "rolled_in", "7", "70", "0.70"],
+        ["breakage", "expired", "7", "70", "0.70"],
+        ["breakage", "unexpired", "-7", "-70", "-0.70"],
+        ["returned", "revoked", "10", "100", "1.00"],
+        ["moved_out", "rolled_out", "7", "70", "0.70"],
+        ["closing", "", "7", "70", "0.70"],
+    ]
+
+
 def test_a_years_payment_comes_to_what_was_paid_over_its_twelve_months(ledger: Ledger) -> None:
     catalog = load_catalog("rollover")
     ledger.writer.catalog = lambda: catalog
@@ -197,8 +278,34 @@ def test_a_gift_carries_its_money_and_is_counted_once_while_it_is_under_way(ledg
     assert sum(summary.closing.minor for summary in accounts.values()) == 3
 
 
+def test_a_gift_that_comes_back_brings_the_money_it_left_with(ledger: Ledger) -> None:
+    freeze(ledger, START)
+    ledger.apply("credits.open", "o", account="a", kind="pool")
+    ledger.apply("credits.grant", "g", account="a", amount=8, source="pack", unit_price=THIRDS)
+    ledger.apply("credits.transfer", "nowhere", account="a", to="nobody", amount=2)  # one yen of three
+    ledger.apply("credits.consume", "c", account="a", amount=2)  # of six, none
+    while deliver(ledger):
+        pass
+    assert minor(made(ledger).totals()["JPY"]) == {"sold": 3, "closing": 3}
+    ledger.apply("credits.consume", "c-2", account="a", amount=1)  # five of eight credits are worth two
+    assert minor(made(ledger).totals()["JPY"]) == {"sold": 3, "earned": 1, "closing": 2}
+
+
+def test_what_is_given_back_bit_by_bit_after_its_lot_has_expired_is_worth_what_it_was(ledger: Ledger) -> None:
+    freeze(ledger, START)
+    ledger.apply("credits.open", "o", account="a", kind="pool")
+    ledger.apply("credits.grant", "g", account="a", amount=8, source="pack", unit_price=THIRDS, expires_in=60)
+    ledger.apply("credits.consume", "c", account="a", amount=8)
+    freeze(ledger, START + DAY)
+    for part in range(8):
+        ledger.apply("credits.refund", f"r-{part}", account="a", operation="c", amount=1)
+    assert minor(made(ledger).totals()["JPY"]) == {"sold": 3, "closing": 3}
+
+
 def test_gifts_in_a_circle_are_read_whoever_comes_first(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(revenue, "ACCOUNTS", revenue.ACCOUNTS.replace(f"LIMIT {revenue.PAGE}", "LIMIT 2"))
+    monkeypatch.setattr(
+        revenue_reading, "ACCOUNTS", revenue_reading.ACCOUNTS.replace(f"LIMIT {revenue_reading.PAGE}", "LIMIT 2")
+    )
     monkeypatch.setattr(audit_rows, "CHUNK", 3)
     freeze(ledger, START)
     names = ["f", "a", "e", "b", "d", "c"]
@@ -233,7 +340,10 @@ class Plain:
         connection = ledger.writer.connection
         self.entries = connection.execute(
             "SELECT e.account, g.source, g.price_currency, g.price_minor, g.price_per_micro, e.kind, e.amount_micro,"
-            " e.at FROM entries e JOIN grants g USING (account, grant_id) WHERE account = ANY(%s)",
+            " e.at, g.purchase, CASE WHEN e.kind = 'reinstated' THEN o.arguments ->> 'purchase' END"
+            " FROM entries e JOIN grants g USING (account, grant_id)"
+            " LEFT JOIN operations o ON o.account = e.account AND o.operation = e.operation"
+            " WHERE e.account = ANY(%s)",
             (accounts,),
         ).fetchall()
 
@@ -242,17 +352,24 @@ class Plain:
         credits: Counter[Any] = Counter()
         count: Counter[Any] = Counter()
         money: dict[Any, Fraction] = {}
-        for account, source, currency, price, per, kind, amount, at in self.entries:
+        for account, source, currency, price, per, kind, amount, at, purchase, undone in self.entries:
             if at >= end:
                 continue
-            for part, sign in self.meaning(kind):
+            meaning = [(part, sign, source, currency, price, per) for part, sign in self.meaning(kind)]
+            if undone not in (None, purchase):
+                # These had paid the debt of another purchase, which was earned after all.
+                worth = PRICES[undone]
+                meaning = [("earned", -1, source, currency, price, per)]
+                owed = ("pack", worth["currency"], worth["minor"], worth["per"] * 10**6)
+                meaning += [("earned", 1, *owed), ("returned", -1, *owed)]
+            for part, sign, of, money_of, paid, credits_of in meaning:
                 if at < start:
                     part, sign = "opening", sign * {"sold": 1, "moved_in": 1}.get(part, -1)
-                key = (account, currency or "", source, part)
+                key = (account, money_of or "", of, part)
                 credits[key] += sign * amount
                 count[key] += 1
-                worth = Fraction(price * amount, per) if currency else Fraction(0)
-                money[key] = money.get(key, Fraction(0)) + sign * worth
+                exact = Fraction(paid * amount, credits_of) if money_of else Fraction(0)
+                money[key] = money.get(key, Fraction(0)) + sign * exact
         return credits, money, count
 
     @staticmethod
@@ -274,19 +391,26 @@ class Plain:
                 return [("breakage", -1)]
             case "revoked":
                 return [("returned", 1)]
+            case "reinstated":
+                return [("returned", -1)]
             case "debt_incurred":
                 return [("returned", 1), ("earned", -1)]
+            case "debt_cancelled":
+                return [("returned", -1), ("earned", 1)]
             case _:
                 assert kind in ("held", "released", "transferred", "bounced"), kind
                 return []
 
 
+PRICES: dict[str | None, dict[str, Any]] = {"p": PACK, "q": THIRDS}
+"""What the purchases of random lives cost."""
+
 AMOUNTS = st.sampled_from(["0.000001", "0.5", "1", "2.25", "3", "7", "20"])
-WHO = st.sampled_from([0, 1, 2])
+WHO = st.sampled_from([0, 0, 0, 1, 2])
 LATELY = st.integers(0, 5)
 STEP = st.one_of(
     st.tuples(
-        st.just("grant"), WHO, AMOUNTS, st.sampled_from([None, PACK, PACK, THIRDS]),
+        st.just("grant"), WHO, AMOUNTS, st.sampled_from([None, PACK, THIRDS]),
         st.sampled_from([None, "p", "q"]), st.sampled_from([None, None, 60, 90_000]),
     ),
     st.tuples(st.just("consume"), WHO, AMOUNTS),
@@ -295,6 +419,11 @@ STEP = st.one_of(
     st.tuples(st.just("refund"), LATELY, st.sampled_from([None, "0.5", "2"])),
     st.tuples(st.just("adjust"), WHO, st.sampled_from(["-1", "-0.3", "2"])),
     st.tuples(st.just("revoke"), WHO, st.sampled_from(["p", "q"]), st.sampled_from([None, "1", "0.4"])),
+    st.tuples(st.just("dispute"), WHO, st.sampled_from(["p", "p", "q"]), AMOUNTS, st.sampled_from([None, PACK])),
+    st.tuples(
+        st.just("claw_back"), WHO, st.sampled_from(["p", "p", "q"]), st.sampled_from([0, 40, 100]),
+        st.sampled_from([False, False, True]),
+    ),
     st.tuples(st.just("transfer"), WHO, st.integers(0, 3), AMOUNTS),
     st.tuples(st.sampled_from(["subscribe", "undo", "undo", "end"]), WHO),
     st.tuples(st.just("deliver")),
@@ -352,7 +481,7 @@ class Life:
             case "grant", (amount, price, purchase, lives):
                 self.send(
                     "credits.grant", account=account, amount=amount, source="pack", purchase=purchase,
-                    unit_price=price, expires_in=lives,
+                    unit_price=PRICES.get(purchase, price), expires_in=lives,
                 )  # fmt: skip
             case "consume", (amount,):
                 operation = self.send("credits.consume", account=account, amount=amount, partial=True)
@@ -364,6 +493,17 @@ class Life:
                 self.send("credits.adjust", account=account, amount=amount, actor="admin", reason="a test")
             case "revoke", (purchase, amount):
                 self.send("credits.revoke", account=account, purchase=purchase, amount=amount)
+            case "dispute", (purchase, amount, price):
+                self.step_of(account, "claw_back", purchase, 100, False)
+                self.step_of(account, "grant", amount, price, None, None)
+                self.step_of(account, "claw_back", purchase, 0, False)
+            case "claw_back", (purchase, returned, frozen):
+                step = next(self.numbers)
+                message = job(
+                    "credits.claw_back", f"payment.{step:032x}", account=account, purchase=purchase, paid_minor=100,
+                    returned_minor=returned, frozen=frozen, step=step,
+                )  # fmt: skip
+                self.ledger.write(message)
             case "transfer", (to, amount):
                 if self.accounts[to] != account:
                     self.send("credits.transfer", account=account, to=self.accounts[to], amount=amount)
@@ -376,8 +516,12 @@ class Life:
                 self.send("plans.cancel", account=account, at="now")
 
 
+@pytest.mark.timeout(1800 if THOROUGH else 180)
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=400 if THOROUGH else 25,
+    derandomize=not THOROUGH,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(steps=st.lists(STEP, min_size=10, max_size=50), begin=st.integers(-1, 100), length=st.integers(1, 100))
 def test_random_lives_come_to_what_their_entries_come_to_one_by_one(
@@ -464,13 +608,13 @@ def test_what_was_tampered_with_is_named(what: str, tampered_ledger: Ledger) -> 
     begin(tampered_ledger)
     change, rows = TAMPERINGS[what]
     tamper(tampered_ledger, *([change] if isinstance(change, str) else change(tampered_ledger)))
-    found = revenue.revenue(tampered_ledger.writer.connection, *ALWAYS)
+    found = revenue(tampered_ledger.writer.connection, *ALWAYS)
     assert not found.report.holds
     assert rows <= named(found.report)
 
 
 def test_progress_is_told_and_accounts_and_entries_are_counted(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(revenue, "TICK", 4)
+    monkeypatch.setattr(revenue_reading, "TICK", 4)
     begin(ledger)
     told: list[tuple[int, int]] = []
     found = made(ledger, progress=lambda done, total: told.append((done, total)))
