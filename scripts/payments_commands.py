@@ -29,6 +29,7 @@ from scripts.command_parts import (
     show_json,
 )
 from scripts.payments_demo import demo
+from scripts.payments_revenue import REVENUE_EXAMPLES, revenue
 from scripts.payments_selling import selling_app
 from scripts.showing import console, credits, facts_table, instant, plain_table, said
 
@@ -49,6 +50,7 @@ payments_app = typer.Typer(
 )
 
 payments_app.registered_commands += selling_app.registered_commands
+payments_app.command("revenue", epilog=REVENUE_EXAMPLES)(revenue)
 payments_app.command("demo", epilog=examples("creditlane payments demo"))(demo)
 
 EventsArgument = Annotated[list[int], typer.Argument(metavar="EVENT…", help="Rows of the inbox.", show_default=False)]

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 
@@ -16,7 +16,7 @@ from models.rules.calendar import add_months
 from models.rules.catalog import Catalog
 from scripts.fake_stripe import FakeStripe, Json, RefusedError
 from tests.support import Ledger, rows
-from workers.outbox import OutboxRow
+from workers.outbox import Outbox, OutboxRow
 from workers.payments import Processor
 from workers.providers.base import Fetch
 from workers.providers.stripe import Stripe
@@ -170,6 +170,8 @@ class Applying:
 
     def __init__(self, ledger: Ledger, database: str) -> None:
         self.ledger = ledger
+        self.told: list[str] = []
+        """The keys of the notices that were to be delivered."""
         self._database = database
 
     def publish(self, sent: Sequence[OutboxRow]) -> None:
@@ -179,6 +181,8 @@ class Applying:
                 if not row.exchange:
                     arguments = json.loads(row.arguments)
                     self.ledger.apply(row.task, row.operation, **arguments)
+                else:
+                    self.told.append(row.operation)
                 connection.execute("DELETE FROM outbox WHERE id = %s", (row.id,))
 
 
@@ -205,7 +209,7 @@ class Books:
             {"stripe": self.adapter},
             {"stripe": fetch or self.life.stripe.fetch},
             catalog,
-            outbox or self.applying,
+            cast("Outbox", outbox or self.applying),
         )
 
     def keep(self, event: Json) -> int:
@@ -245,7 +249,7 @@ def state(database: str, account: str) -> dict[str, Any]:
     lots = rows(
         database,
         "SELECT source, sum(granted_micro + received_micro + restored_micro), sum(available_micro),"
-        " sum(expired_micro), sum(revoked_micro), sum(sent_micro), sum(clawed_back_micro), price_minor, price_per_micro"
+        " sum(expired_micro + revoked_micro), sum(sent_micro), price_minor, price_per_micro"
         " FROM grants WHERE account = %s GROUP BY source, is_open, price_minor, price_per_micro ORDER BY 1, 2, 3, 4",
         account,
     )
@@ -271,11 +275,12 @@ def ends(database: str, account: str) -> list[float]:
 
 
 def refused(database: str) -> list[tuple[Any, ...]]:
-    """Operations of payments that the ledger refused."""
+    """Operations of payments that the ledger refused; but for the end of a plan that has ended already."""
     return rows(
         database,
         "SELECT p.effect, o.code, o.result::text, p.arguments::text FROM payment_operations p"
-        " JOIN operations o ON o.account = p.account AND o.operation = p.operation WHERE o.status = 'rejected'",
+        " JOIN operations o ON o.account = p.account AND o.operation = p.operation WHERE o.status = 'rejected'"
+        " AND NOT (o.name = 'plans.cancel' AND o.code = 'no_subscription')",
     )
 
 

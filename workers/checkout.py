@@ -20,7 +20,7 @@ from models.database import connect
 from models.orders import NotSoldError, inquire
 from models.settings import settings
 from workers.selling import Order, Url, check_page, customer_of, open_checkout
-from workers.stripe_api import StripeApi, StripeRefusedError, UnavailableError
+from workers.stripe_api import StripeApi, StripeRefusedError, UnavailableError, make_stripe_api
 
 logger = get_task_logger(__name__)
 
@@ -160,12 +160,10 @@ def _read(kind: type[Body], **given: Any) -> Body:
 
 
 def _api() -> StripeApi:
-    config = settings()
-    if config.stripe_api_key is None:
+    api = make_stripe_api(settings())
+    if api is None:
         raise NotSoldError(SaleCode.NOT_CONFIGURED)
-    return StripeApi(
-        config.stripe_api_key.get_secret_value(), config.payments_livemode, base_address=config.stripe_api_base or None
-    )
+    return api
 
 
 def _database() -> Connection[Any]:

@@ -37,7 +37,7 @@ from workers.outbox import DELIVER, Outbox, OutboxRow
 from workers.providers.base import Adapter, Fetch, Parked, VerificationError, no_fetch
 from workers.receiving import APPLY, configured
 from workers.reconciling import Reconciler, Report, operations
-from workers.stripe_api import StripeApi, StripeApiError, UnavailableError
+from workers.stripe_api import StripeApiError, UnavailableError, make_stripe_api
 
 logger = get_task_logger(__name__)
 
@@ -261,10 +261,7 @@ def working() -> Iterator[Working]:
     """Work on payments, on a database connection of its own."""
     config = settings()
     readers = configured()
-    api = None
-    if config.stripe_api_key is not None and "stripe" in readers:
-        key = config.stripe_api_key.get_secret_value()
-        api = StripeApi(key, config.payments_livemode, config.stripe_api_base or None)
+    api = make_stripe_api(config) if "stripe" in readers else None
     with connect(config.database_url.get_secret_value(), "creditlane payments", read_only=False) as connection:
         processor = Processor(
             connection,

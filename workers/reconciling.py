@@ -108,8 +108,10 @@ UNDONE = """
 SELECT p.operation, p.provider, p.account, p.name, p.effect, p.created_at, o.status, o.code
 FROM payment_operations p LEFT JOIN operations o ON o.account = p.account AND o.operation = p.operation
 WHERE p.created_at >= %s AND (o.status = 'rejected' OR (o.operation IS NULL AND p.created_at < %s))
+  AND NOT (p.name = 'plans.cancel' AND o.code IS NOT DISTINCT FROM 'no_subscription')
 ORDER BY p.number
 """
+"""A plan that has ended already need not be cancelled."""
 UNSETTLED = """
 SELECT kind, key, provider, fact::jsonb ->> 'account', code, reason, heard_at FROM payment_facts
 WHERE status IN ('waiting', 'parked') AND heard_at >= %s ORDER BY heard_at
@@ -298,7 +300,7 @@ class Reconciler:
             name = key if sought.key else purchase
             known.setdefault(names.get(name, name), []).append(tuple(row))
         for id, object in found.items():
-            if kind == "invoice" and object.get("billing_reason") not in PERIOD_REASONS:
+            if not _gives(kind, object):
                 continue
             if id not in known:
                 report.add(
@@ -322,6 +324,13 @@ class Reconciler:
                             at=occurred_at, reason="the ledger has it, and the provider does not list it",
                         )
                     )  # fmt: skip
+
+
+def _gives(kind: str, object: Mapping[str, Any]) -> bool:
+    """Whether credits may follow from an object: those of a subscription follow from its invoices alone."""
+    if kind == "invoice":
+        return object.get("billing_reason") in PERIOD_REASONS
+    return kind != "session" or object.get("mode") == "payment"
 
 
 def _at(object: Mapping[str, Any]) -> datetime:

@@ -152,6 +152,17 @@ def _in_time(heard: Heard) -> tuple[datetime, Key]:
     return heard.fact.occurred_at, heard.key
 
 
+class _Ending(NamedTuple):
+    """What says whether a subscription goes on."""
+
+    state: Heard | None
+    changed: SubscriptionChanged | None
+    known: Sequence[PeriodPaid]
+    """Its periods that do not wait."""
+    held: Verdict | None
+    """Of the first that waits."""
+
+
 class _Resolving:
     def __init__(
         self,
@@ -193,14 +204,16 @@ class _Resolving:
         for heard in self.heard:
             if isinstance(heard.fact, PackPaid):
                 self.verdicts[heard.key] = self._pack(heard.fact)
-        for subscription in sorted({
+        subscriptions = {
             each.fact.subscription if isinstance(each.fact, PeriodPaid) else each.fact.key
             for each in self.heard
             if isinstance(each.fact, PeriodPaid | SubscriptionChanged)
-        }):  # fmt: skip
-            self._subscription(subscription, states)
+        }
+        endings = [self._subscription(subscription) for subscription in sorted(subscriptions)]
         for state in states.values():
             self._claw_back(state)
+        for ending in endings:  # what was returned is taken before anything ends
+            self._lifecycle(ending, states)
         return Resolution(self.account, self.effects, self.verdicts, self._notices(), self._missing())
 
     def _missing(self) -> tuple[str, ...]:
@@ -291,8 +304,8 @@ class _Resolving:
 
     # --- Subscriptions -------------------------------------------------------------------------------
 
-    def _subscription(self, subscription: str, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Its periods in the order of time, and then whether it goes on."""
+    def _subscription(self, subscription: str) -> _Ending:
+        """Its periods in the order of time; gives what says whether it goes on."""
         state = next(
             (
                 each
@@ -319,8 +332,7 @@ class _Resolving:
                 held = held or verdict
             else:
                 earlier.append(period)
-        if state is not None and changed is not None:
-            self.verdicts[state.key] = self._lifecycle(state, changed, earlier, held, states)
+        return _Ending(state, changed, earlier, held)
 
     def _wait(self, since: datetime, code: str, reason: str) -> Verdict | None:
         until = since + timedelta(seconds=PATIENCE_SECONDS)
@@ -401,7 +413,12 @@ class _Resolving:
             arguments["unit_price"] = _unit_price(period.amount_minor, period.currency, credits)
         return Effect(key=key, name="plans.renew", arguments=arguments, purchase=purchase)
 
-    def _lifecycle(
+    def _lifecycle(self, ending: _Ending, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Whether the plan ends with what is paid for, at once if that was returned, or goes on; gives no credits."""
+        if ending.state is not None and ending.changed is not None:
+            self.verdicts[ending.state.key] = self._end(ending.state, ending.changed, ending.known, ending.held, states)
+
+    def _end(
         self,
         state: Heard,
         changed: SubscriptionChanged,
@@ -409,7 +426,6 @@ class _Resolving:
         held: Verdict | None,
         states: Mapping[str, Mapping[str, Any]],
     ) -> Verdict:
-        """Whether the plan ends with what is paid for, at once if that was returned, or goes on; gives no credits."""
         sent = [key for key in self.issued if _is_of(key, changed.key)]
         paid = [period for period in known if _is_plan(self.issued.get(f"period:{period.key}"))]
         if held is not None:
@@ -424,7 +440,12 @@ class _Resolving:
                 self._send(self._resumed(changed, paid, len(sent)))
             return APPLIED
         unheard = any(
-            item.period_start is not None and not any(_covers(period, item.period_start) for period in known)
+            item.period_start is not None
+            and item.period_end is not None
+            and not any(
+                period.price in (None, item.price) and _overlaps(period, item.period_start, item.period_end)
+                for period in known
+            )
             for item in changed.items
         )
         if unheard:
@@ -556,6 +577,10 @@ def _follows(period: PeriodPaid, earlier: Sequence[PeriodPaid]) -> bool:
 def _covers(period: PeriodPaid, at: datetime) -> bool:
     end = start_of(period) if period.period_end is None else period.period_end
     return start_of(period) - PAYMENT_SLACK <= at <= end + PAYMENT_SLACK
+
+
+def _overlaps(period: PeriodPaid, start: datetime, end: datetime) -> bool:
+    return start_of(period) < end and (period.period_end is None or start < period.period_end)
 
 
 def _is_of(key: str, subscription: str) -> bool:

@@ -321,6 +321,17 @@ def test_a_subscription_that_ends_waits_for_its_last_period() -> None:
     assert unpaid.effects[-1].name == "plans.cancel"
 
 
+def test_a_subscription_that_ends_waits_for_its_last_change_of_plan() -> None:
+    paid = period(FEBRUARY, "in_1", reason="create")
+    change = period(FEBRUARY + timedelta(days=9), "in_2", "price_more", "update", prorated=True, period_end=MARCH)
+    item = Item(id="si_1", price="price_more", quantity=1, period_start=FEBRUARY, period_end=MARCH)
+    over = subscribed("canceled", items=(item,))
+    assert became(settle(paid, over), over) == ("waiting", "earlier_period")
+    assert [effect.name for effect in settle(paid, change, over).effects] == [
+        "plans.renew", "plans.change", "plans.cancel",
+    ]  # fmt: skip
+
+
 def test_a_subscription_may_be_cancelled_and_go_on_and_be_cancelled() -> None:
     paid = period(FEBRUARY, "in_1", reason="create")
     ending = subscribed(ends_at=MARCH)
@@ -349,12 +360,12 @@ def test_a_payment_that_comes_after_a_cancellation_leaves_it_cancelled() -> None
 def test_what_was_returned_in_full_ends_at_once() -> None:
     paid = period(FEBRUARY, "in_1", "price_yearly", "create", period_end=datetime(2028, 2, 1, tzinfo=UTC))
     back = refund(900, of="payment_intent:pi_in_1")
-    over = subscribed("canceled", ended_at=NOW)
+    over = subscribed("canceled", ended_at=NOW, items=())
     found = settle(paid, back, over)
-    assert [effect.name for effect in found.effects] == ["plans.renew", "plans.cancel", "credits.claw_back"]
-    assert found.effects[1].arguments["at"] == "now"
+    assert [effect.name for effect in found.effects] == ["plans.renew", "credits.claw_back", "plans.cancel"]
+    assert found.effects[-1].arguments["at"] == "now"
     part = settle(paid, refund(450, of="payment_intent:pi_in_1"), over)
-    assert part.effects[1].arguments["at"] == "period_end"
+    assert part.effects[-1].arguments["at"] == "period_end"
 
 
 @pytest.mark.parametrize("status", ["incomplete", "incomplete_expired", "canceled"])
