@@ -183,7 +183,7 @@ def balance_of(account: Account, now: datetime) -> dict[str, Any]:
     """The balance as a result tells it: spendable now, by source, and what else there is or is owed; in credits."""
     by_source: dict[str, int] = {}
     upcoming = frozen = 0
-    disputed = account.frozen
+    disputed = account.purchases and account.frozen
     for grant in account.order:
         if grant.available:
             if disputed and grant.purchase in disputed:

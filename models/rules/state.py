@@ -598,8 +598,6 @@ class Account:
     @property
     def frozen(self) -> set[str | None]:
         """The purchases whose credits cannot be used."""
-        if not self.purchases:
-            return set()
         return {name for name, purchase in self.purchases.items() if purchase.is_frozen}
 
     def end_grant(self, grant: Grant, at: datetime) -> None:
@@ -626,7 +624,7 @@ class Account:
 
     def spendable(self, now: datetime) -> int:
         """Micro-credits that are there to be spent, what has ended since the account was last settled included."""
-        frozen = self.frozen
+        frozen = self.purchases and self.frozen
         return sum(
             grant.available
             for grant in self.order

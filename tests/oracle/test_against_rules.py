@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -903,6 +903,7 @@ def standing(account: Account) -> Row:
     }  # fmt: skip
 
 
+@pytest.mark.timeout(1800 if THOROUGH else 180)
 @CLAWBACKS
 @given(life=purchases(), story=STORIES, on_spent=st.sampled_from(["debt", "forgive"]), data=st.data())
 def test_claw_backs_in_any_order_and_number_end_as_the_last_one_alone(
@@ -918,13 +919,21 @@ def test_claw_backs_in_any_order_and_number_end_as_the_last_one_alone(
     assert standing(told_all) == standing(alone)
 
 
+@pytest.mark.timeout(1800 if THOROUGH else 180)
 @CLAWBACKS
 @given(life=purchases(), story=STORIES, on_spent=st.sampled_from(["debt", "forgive"]))
 def test_claw_backs_end_as_the_last_one_alone_whatever_else_is_owed(
     life: list[tuple[float, str, Row]], story: list[tuple[int, bool]], on_spent: str
 ) -> None:
-    """The debt that is left is as much less as the credits are, and what was forgiven likewise."""
+    """The debt that is left is as much less as the credits are, and what was forgiven likewise.
+
+    Unless more was taken before than there is to take: what was paid for once, and lapsed when it was given back.
+    """
     catalog = CATALOGS[on_spent]
+    lots = after(life, catalog).grants.values()
+    for root in lots:
+        lapsed = sum(lot.expired for lot in lots if root.id in (lot.id, lot.origin))
+        assume(root.origin is not None or root.clawed_back <= max(root.granted - lapsed, 0))
     steps = [returned("purchase-1", share, 100 + step, frozen) for step, (share, frozen) in enumerate(story)]
     ways = [
         after(life, catalog, *(("credits.claw_back", each) for each in some_steps))
@@ -939,6 +948,7 @@ def test_claw_backs_end_as_the_last_one_alone_whatever_else_is_owed(
     assert nets[0] == nets[1]
 
 
+@pytest.mark.timeout(1800 if THOROUGH else 180)
 @CLAWBACKS
 @given(
     life=purchases(),

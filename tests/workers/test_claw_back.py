@@ -12,11 +12,18 @@ from typing import Any
 import msgspec
 import psycopg
 import pytest
+from rich.console import Console
 
 from creditlane.contract import decode_message
+from models.audit import audit
 from models.catalog import parse_catalog
-from models.rules.state import COUNTERS, Account
+from models.database import connect
+from models.reading import account_balance, account_summary
+from models.rules.state import COUNTERS, Account, purchase_row
+from scripts.showing import summary_lines
 from tasks.ledger import apply
+from tasks.replay import Replayer
+from tests.proof import named, tamper
 from tests.support import Ledger, travel
 
 CATALOG = """
@@ -24,6 +31,10 @@ CATALOG = """
 name = "clawing"
 [priorities]
 pack = 50
+[plans.yearly]
+monthly_credits = "12"
+price = "120 EUR"
+interval = "year"
 [clawback]
 on_spent = "{on_spent}"
 [refunds]
@@ -56,10 +67,10 @@ class Written:
         self.ledger.writer.catalog = lambda: catalog
 
     def __call__(self, name: str, id: str | None = None, /, **content: Any) -> dict[str, Any]:
-        """Write ``credits.<name>``, apply it in memory, and compare all that is known of the account."""
+        """Write ``credits.<name>``, or a task by its whole name, apply it in memory, and compare all that is known."""
         self.sent += 1
         identity = id or f"operation-{self.sent}"
-        job = self.ledger.job(f"credits.{name}", identity, account=OWNER, **content)
+        job = self.ledger.job(name if "." in name else f"credits.{name}", identity, account=OWNER, **content)
         (result,) = self.ledger.write(job)
         applied_at = self._one("SELECT applied_at FROM operations WHERE account = %s AND operation = %s", identity)
         message = decode_message(job.name, job.arguments)
@@ -96,6 +107,11 @@ class Written:
             )
             for _, lot in sorted(account.grants.items())
         ]
+        purchases = self._all(
+            "SELECT purchase, step, paid_minor, returned_minor, currency, is_frozen, taken_micro, lots, takings::text"
+            " FROM purchases WHERE account = %s ORDER BY purchase"
+        )
+        assert purchases == [purchase_row(each) for _, each in sorted(account.purchases.items())]
         totals = self._all(
             f"SELECT {', '.join(f'{counter}_micro' for counter in COUNTERS)}, debt_micro FROM accounts"
             " WHERE account = %s"
@@ -240,3 +256,103 @@ def test_a_tiny_hold_that_is_released_pays_no_more_than_itself_of_the_debt(ledge
     own("revoke", purchase="pi_1")
     assert own("release", hold="h")["balance"]["debt"] == "4.999999"
     assert own.state() == (8_999_999, 0, 4_999_999)
+
+
+def away(own: Written, returned: int, step: int, purchase: str = "pi_1", frozen: bool = False) -> dict[str, Any]:
+    """So much of a hundred that was paid is away."""
+    return own("claw_back", purchase=purchase, paid_minor=100, returned_minor=returned, step=step, frozen=frozen)
+
+
+def test_used_up_lots_that_paid_for_a_dispute_get_their_credits_back_when_it_is_won(
+    ledger: Ledger, database: str
+) -> None:
+    own = opened(ledger, database, BOUGHT)
+    own("consume", amount="5")
+    assert away(own, 100, 1)["owed"] == "5"
+    own("grant", amount="2", source="gift", expires_in=60)
+    own("grant", amount="1", source="gift", purchase="pi_2")
+    own.wait(seconds=60)
+    own("settle")
+    won = away(own, 0, 2)
+    assert uses(won) == [(3, "1"), (4, "2")]
+    assert own.state() == (3_000_000, 0, 0)
+    assert own.account.grants[4].origin == 2
+
+
+def test_a_claw_back_waits_for_its_lots_and_finds_them_in_the_same_batch_and_in_later_ones(
+    ledger: Ledger, database: str
+) -> None:
+    own = opened(ledger, database)
+    away(own, 50, 1, frozen=True)
+    assert own("grant", **BOUGHT)["balance"] == {"available": "0", "frozen": "2.5"}
+    assert own("consume", amount="1")["code"] == "insufficient_credits"
+    assert own("grant", **BOUGHT)["taken_back"] == "2.5"
+    assert away(own, 0, 2)["balance"]["available"] == "10"
+    job = ledger.job
+    state = {"account": OWNER, "purchase": "pi_1", "paid_minor": 100}
+    results = ledger.write(
+        job("credits.claw_back", "three", **state, returned_minor=100, step=3),
+        job("credits.grant", "more", account=OWNER, **BOUGHT),
+        job("credits.claw_back", "four", **state, returned_minor=20, step=4),
+        job("credits.claw_back", "three", **state, returned_minor=100, step=3),
+    )
+    assert [result.get("charged") for result in results] == ["10", "0", "-12", "10"]
+    assert results[2]["balance"]["available"] == "12"
+    assert ledger.writer.connection.execute("SELECT step, taken_micro FROM purchases").fetchall() == [(4, 3_000_000)]
+
+
+def test_what_is_read_of_a_disputed_purchase_is_what_was_answered(ledger: Ledger, database: str) -> None:
+    own = opened(ledger, database, BOUGHT, {**BOUGHT, "purchase": "pi_2"})
+    told = away(own, 20, 1, frozen=True)["balance"]
+    with connect(database, "tests") as connection:
+        read = account_balance(connection, OWNER, CATALOGS["debt"])
+        summary = account_summary(connection, OWNER, CATALOGS["debt"])
+    assert msgspec.to_builtins(read) == told == {"available": "5", "frozen": "4", "by_source": {"pack": "5"}}
+    assert summary is not None
+    assert {line.grant: line.frozen for line in summary.grants} == {1: True, 2: False}
+    console = Console(width=200, no_color=True)
+    with console.capture() as shown:
+        console.print(summary_lines(summary))
+    assert "pi_1 (frozen)" in shown.get()
+    assert [line.split() for line in shown.get().splitlines() if line.strip().startswith("frozen")] == [["frozen", "4"]]
+
+
+def test_a_month_of_a_returned_year_comes_to_the_same_by_the_calendar_as_it_is_read(
+    ledger: Ledger, database: str
+) -> None:
+    own = opened(ledger, database)
+    own("plans.subscribe", plan="yearly", payment="pi_1")
+    away(own, 50, 1)
+    own.wait(days=32)
+    with connect(database, "tests") as connection:
+        read = account_balance(connection, OWNER, CATALOGS["debt"])
+    assert read is not None
+    assert read.available == "6"
+    assert own("settle")["balance"] == {"available": "6", "by_source": {"monthly": "6"}}
+    assert own.account.entries[-1].operation is None
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("UPDATE purchases SET is_frozen = false", "purchase pi_1"),
+        ("UPDATE purchases SET taken_micro = 0", "purchase pi_1"),
+        ("UPDATE purchases SET takings = '[[1, 1, \"revoked\", 2]]'", "purchase pi_1"),
+        ("DELETE FROM purchases", "purchase pi_1"),
+    ],
+)
+def test_a_changed_state_of_a_purchase_is_named_by_the_audit(
+    ledger: Ledger, database: str, change: str, key: str
+) -> None:
+    own = opened(ledger, database, BOUGHT)
+    away(own, 20, 1, frozen=True)
+    replayer = Replayer({CATALOGS["debt"].label: CATALOGS["debt"]})
+    assert audit(ledger.writer.connection, replayer=replayer).faults == []
+    tamper(ledger, change)
+    assert named(audit(ledger.writer.connection, replayer=replayer)) == {(OWNER, "purchases", key)}
+
+
+def test_a_purchase_of_nobody_is_named_by_the_audit(ledger: Ledger, database: str) -> None:
+    tamper(ledger, "INSERT INTO purchases VALUES ('nobody', 'pi_1', 1, 1, 0, NULL, false, 0, '{}', '[]')")
+    assert named(audit(ledger.writer.connection)) == {("nobody", "purchases", "pi_1")}
+    tamper(ledger, "DELETE FROM purchases")
