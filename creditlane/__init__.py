@@ -14,6 +14,7 @@ from creditlane.errors import (
 )
 from creditlane.inbox import Inbox, Notice
 from creditlane.lanes import lane_of
+from creditlane.selling import Inquiry, Page, SaleCode
 
 __all__ = [
     "AlreadyReservedError",
@@ -26,12 +27,15 @@ __all__ = [
     "CreditlaneError",
     "GrantUse",
     "Inbox",
+    "Inquiry",
     "NoAnswerError",
     "Notice",
+    "Page",
     "QuarantinedError",
     "RefusedError",
     "Reservation",
     "Result",
+    "SaleCode",
     "UnsentError",
     "lane_of",
 ]

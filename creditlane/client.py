@@ -50,6 +50,7 @@ from creditlane.errors import (
 )
 from creditlane.inbox import Inbox
 from creditlane.lanes import LANES, lane_of
+from creditlane.selling import Inquiry, Ordered, Page
 from creditlane.sending import Outgoing, make_sender
 from creditlane.tls import tls_options
 
@@ -68,7 +69,10 @@ PAYMENTS = "payments"
 READ = "notices.read"
 """The task that marks notices as read."""
 
-NOT_SHOWN = ("email", "metadata", "occurred_at")
+SELLING_SECONDS = 30.0
+"""How long a checkout is waited for: the payment provider is asked on the way."""
+
+NOT_SHOWN = ("email", "metadata", "occurred_at", "success_url", "cancel_url", "return_url", "note")
 """Arguments that are not for every watcher's eyes, or only take room."""
 
 SHOWN_APART = frozenset({"account", "feature", "quantity", "amount", *NOT_SHOWN})
@@ -541,13 +545,96 @@ class CreditClient(Operations):
         count: int = self._ask(READ, id, NOTICES, encoded, shown, wait)
         return count
 
+    def checkout(
+        self,
+        account: str,
+        *,
+        request: str,
+        success_url: str,
+        cancel_url: str,
+        pack: str | None = None,
+        plan: str | None = None,
+        offer: str | None = None,
+        quote: str | None = None,
+        quantity: int = 1,
+        wait: float = SELLING_SECONDS,
+    ) -> Page:
+        """Make a checkout for a pack, a plan, an offer or a quote; send the buyer to its ``url``.
+
+        A refusal is no error: it is a page with ``status`` ``rejected`` and a ``code``.
+
+        :param request: chosen and kept by the caller: asked again with it, the same checkout is the answer for a day.
+        :param success_url: where the buyer goes after paying: ``https://``, or ``http://`` on loopback.
+        :param cancel_url: where the buyer goes who does not.
+        :param quote: the ``order`` of an inquiry that was quoted.
+        :param quantity: how many packs.
+        :param wait: seconds.
+        """
+        arguments = {
+            "account": account, "request": request, "success_url": success_url, "cancel_url": cancel_url, "pack": pack,
+            "plan": plan, "offer": offer, "quote": quote, "quantity": quantity,
+        }  # fmt: skip
+        return msgspec.convert(self._sell("checkout", request, arguments, wait), Page)
+
+    def portal(self, account: str, *, return_url: str, wait: float = SELLING_SECONDS) -> Page:
+        """The payment provider's page where a buyer changes or cancels a plan; good for a few minutes.
+
+        :param return_url: where the buyer goes from there: ``https://``, or ``http://`` on loopback.
+        :param wait: seconds.
+        """
+        arguments = {"account": account, "return_url": return_url}
+        return msgspec.convert(self._sell("portal", account, arguments, wait), Page)
+
+    def inquire(
+        self,
+        account: str,
+        credits: Amount,
+        *,
+        request: str,
+        pack: str | None = None,
+        note: str | None = None,
+        wait: float = SELLING_SECONDS,
+    ) -> Inquiry:
+        """Ask an administrator for a quote; its ``order`` is what :meth:`checkout` takes once it is quoted.
+
+        :param request: chosen and kept by the caller: however often it is sent, there is one inquiry.
+        :param pack: of those that are sold by quote; may be left out where there is one.
+        :param note: the buyer's word to who quotes.
+        :param wait: seconds.
+        """
+        arguments = {"account": account, "credits": _wire(credits), "request": request, "pack": pack, "note": note}
+        return msgspec.convert(self._sell("inquire", request, arguments, wait), Inquiry)
+
+    def order(self, account: str, pack: str, *, request: str, wait: float = SELLING_SECONDS) -> Ordered:
+        """Order a pack at the catalog's price, for a provider that takes no price ids: its payment names the order.
+
+        :param request: chosen and kept by the caller: however often it is sent, there is one order.
+        :param wait: seconds.
+        """
+        arguments = {"account": account, "pack": pack, "request": request}
+        return msgspec.convert(self._sell("order", request, arguments, wait), Ordered)
+
+    def _sell(self, name: str, id: str, arguments: dict[str, Any], wait: float) -> Any:
+        encoded = _encode({**{key: value for key, value in arguments.items() if value is not None}, "v": 1})
+        return self._ask(f"payments.{name}", id, PAYMENTS, encoded, _shown(arguments), wait)
+
+    def query(self, name: str, queue: str, wait: float, **arguments: Any) -> Any:
+        """Send a task that is no operation, and wait for what it answers.
+
+        :param queue: where it goes, such as ``queries``.
+        :param wait: seconds.
+        :raises NoAnswerError: when it does not answer in time.
+        """
+        shown = ", ".join(f"{key}={value}" for key, value in arguments.items())[:SHOWN_CHARACTERS]
+        return self._ask(name, uuid4().hex, queue, _encode(arguments), shown, wait)
+
     def _ask(self, name: str, id: str, queue: str, arguments: bytes, shown: str, wait: float) -> Any:
         """Send and wait; listens for the answer before sending, so that none is missed."""
         # Operation ids are unique per account only, and one id may be sent twice at a time: each sending is answered
         # under a name of its own.
         reply = uuid4().hex
         with self._answers.expect(reply) as (answer, reply_to):
-            identity = reply if queue in (QUERIES, NOTICES) else id
+            identity = reply if queue in (QUERIES, NOTICES, PAYMENTS) else id
             self._sender.send([task_message(name, identity, queue, arguments, shown, reply, reply_to)])
             try:
                 outcome = answer.result(wait)

@@ -23,6 +23,9 @@ EXCHANGE = "credits.events"
 
 BALANCE_CHANGED, BALANCE_DEPLETED = "balance.changed", "balance.depleted"
 
+PAYMENT_SETTLED = "payment.settled"
+"""A provider said that a pack or a period was paid for, and the operation that gives its credits is on its way."""
+
 BY_ENTRY = {
     "granted": "credits.granted",
     "consumed": "credits.consumed",
@@ -56,7 +59,7 @@ BY_NOTICE = {
 }
 """The type of event that a notice makes, where the catalog's ``[notify]`` has notices of its kind made."""
 
-TYPES = (BALANCE_CHANGED, BALANCE_DEPLETED, *BY_ENTRY.values(), *BY_NOTICE.values())
+TYPES = (BALANCE_CHANGED, BALANCE_DEPLETED, PAYMENT_SETTLED, *BY_ENTRY.values(), *BY_NOTICE.values())
 """Every type of event."""
 
 _PATTERN = re.compile(r"[a-z_.*]{1,64}\Z", re.ASCII)
@@ -84,7 +87,7 @@ class Event(msgspec.Struct, kw_only=True, frozen=True):
     balance: Balance | None = None
     """For ``balance.changed`` and ``.depleted``: the whole balance."""
     details: dict[str, Any] = {}
-    """For ``balance.low`` and ``plan.…``: what the notice says."""
+    """For ``balance.low`` and ``plan.…``: what the notice says; for ``payment.settled``: what was paid for."""
 
 
 def routing_key(type: str, account: str, lanes: int = LANES) -> str:

@@ -621,7 +621,9 @@ class PaymentFactRow(Base):
 
     __tablename__ = "payment_facts"
     __table_args__ = (
+        Index("payment_facts_by_key", "key"),
         Index("payment_facts_by_group", "group_id"),
+        Index("payment_facts_by_purchase", "purchase", postgresql_where=text("purchase IS NOT NULL")),
         Index("payment_facts_unsettled", "heard_at", postgresql_where=text("status IN ('waiting', 'parked')")),
         Index("payment_facts_by_time", "provider", "livemode", "occurred_at"),
         {"postgresql_with": {"fillfactor": "70"}},
@@ -634,6 +636,8 @@ class PaymentFactRow(Base):
     group_id: Mapped[int] = mapped_column(BigInteger)
     event: Mapped[int] = mapped_column(BigInteger)
     """The inbox row that it was last heard by."""
+    purchase: Mapped[str | None]
+    """Of what was paid, what the ledger calls it."""
     fact: Mapped[str] = mapped_column(JSON)
     occurred_at: Mapped[datetime]
     heard_at: Mapped[datetime]
@@ -648,7 +652,10 @@ class PaymentAliasRow(Base):
     """A provider's id of something, and the facts that it belongs to."""
 
     __tablename__ = "payment_aliases"
-    __table_args__ = (Index("payment_aliases_by_group", "group_id"),)
+    __table_args__ = (
+        Index("payment_aliases_by_id", "id"),
+        Index("payment_aliases_by_group", "group_id"),
+    )
 
     provider: Mapped[str] = mapped_column(primary_key=True)
     livemode: Mapped[bool] = mapped_column(primary_key=True)
@@ -678,11 +685,13 @@ class PaymentOperationRow(Base):
     __tablename__ = "payment_operations"
     __table_args__ = (
         UniqueConstraint("provider", "livemode", "effect", name="payment_operations_once"),
-        Index("payment_operations_by_group", "group_id"),
+        Index("payment_operations_by_group", "group_id", "number"),
         Index("payment_operations_by_purchase", "account", "purchase"),
         Index("payment_operations_by_time", "created_at"),
     )
 
+    number: Mapped[int] = mapped_column(BigInteger, Identity())
+    """In the order of sending."""
     operation: Mapped[str] = mapped_column(primary_key=True)
     """Its id, which nobody can guess: made before it is sent."""
     provider: Mapped[str]

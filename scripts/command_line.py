@@ -73,6 +73,7 @@ from scripts.command_parts import (
     AccountArgument,
     AmountOption,
     Commands,
+    CountProgress,
     Deployment,
     IdOption,
     JsonOption,
@@ -95,6 +96,7 @@ from scripts.command_parts import (
 from scripts.due_command import DUE_EXAMPLES, show_due
 from scripts.lane_state import lane_states
 from scripts.notices_commands import notices_app
+from scripts.payments_commands import payments_app
 from scripts.plan_commands import plan_app, simulate_account
 from scripts.replay import EXPONENT
 from scripts.requeue import as_it_was, drop, mended, open_message, replay
@@ -108,40 +110,6 @@ from scripts.showing import (
     summary_lines,
 )
 from tasks.replay import Replayer
-
-LINE_SECONDS = 10.0
-"""How often a long audit says how far it is where there is no terminal."""
-
-
-class AuditProgress:
-    """How far an audit is: a bar with the rate in a terminal, elsewhere a line now and then; on stderr."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._errors = console(stderr=True)
-        self._lines = not quiet and not self._errors.is_terminal
-        self._began = self._told = time.monotonic()
-        self._bar = Progress(
-            TextColumn("auditing"), BarColumn(), TextColumn("{task.fields[figures]}"), TimeElapsedColumn(),
-            console=self._errors, transient=True, disable=quiet or self._lines,
-        )  # fmt: skip
-        self._task = self._bar.add_task("audit", total=None, figures="")
-
-    def __enter__(self) -> AuditProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Tell how many operations are done, and how many there are."""
-        now = time.monotonic()
-        figures = f"{done:,} of {total:,} operations, {done / max(now - self._began, 0.001):,.0f}/s"
-        self._bar.update(self._task, completed=done, total=total, figures=figures)
-        if self._lines and now - self._told >= LINE_SECONDS:
-            self._told = now
-            self._errors.print(f"auditing: {figures}")
-
 
 # --- The commands ------------------------------------------------------------------------------------
 
@@ -178,6 +146,7 @@ app.add_typer(account_app, name="account")
 app.add_typer(quarantine_app, name="quarantine")
 app.add_typer(plan_app, name="plan")
 app.add_typer(notices_app, name="notices")
+app.add_typer(payments_app, name="payments")
 
 MONEY, STATE_PANEL = "Credits", "State"
 
@@ -831,7 +800,7 @@ def audit(
             if not account_exists(connection, account):
                 unknown_account(account)
         started = time.monotonic()
-        with AuditProgress(quiet=as_json) as progress:
+        with CountProgress("auditing", "operations", quiet=as_json) as progress:
             try:
                 if incremental:
                     report = audit_new(connection, progress)

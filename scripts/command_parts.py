@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import redis
 import typer
 from kombu.exceptions import KombuError
 from psycopg import Connection
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 
 from creditlane.client import CreditClient
@@ -53,6 +55,9 @@ STATE = ROOT / ".creditlane" / "stack.json"
 
 WAIT_SECONDS = 10.0
 """How long a command waits for the ledger's answer unless told otherwise."""
+
+LINE_SECONDS = 10.0
+"""How often long work says how far it is where there is no terminal."""
 
 OK, FAULTS, USAGE, REFUSED, AWAY, NO_ANSWER, BROKEN, INTERRUPTED = 0, 1, 2, 3, 4, 5, 70, 130
 """The exit codes."""
@@ -269,6 +274,41 @@ def examples(*lines: str, codes: bool = False) -> str:
     shown = "\n".join(f"  {line}" for line in lines)
     text = f"[bold]Examples[/]\n{shown}"
     return f"{text}\n\n{EXIT_CODES}\n\n{WHERE}" if codes else text
+
+
+class CountProgress:
+    """How far long work is: a bar with the rate in a terminal, elsewhere a line now and then; on stderr.
+
+    :param what: what is done, such as ``auditing``.
+    :param unit: what is counted, such as ``operations``.
+    """
+
+    def __init__(self, what: str, unit: str, quiet: bool) -> None:
+        self._what, self._unit = what, unit
+        self._errors = console(stderr=True)
+        self._lines = not quiet and not self._errors.is_terminal
+        self._began = self._told = time.monotonic()
+        self._bar = Progress(
+            TextColumn(what), BarColumn(), TextColumn("{task.fields[figures]}"), TimeElapsedColumn(),
+            console=self._errors, transient=True, disable=quiet or self._lines,
+        )  # fmt: skip
+        self._task = self._bar.add_task(what, total=None, figures="")
+
+    def __enter__(self) -> CountProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Tell how many are done, and how many there are."""
+        now = time.monotonic()
+        figures = f"{done:,} of {total:,} {self._unit}, {done / max(now - self._began, 0.001):,.0f}/s"
+        self._bar.update(self._task, completed=done, total=total, figures=figures)
+        if self._lines and now - self._told >= LINE_SECONDS:
+            self._told = now
+            self._errors.print(f"{self._what}: {figures}")
 
 
 # --- What the options have in common -----------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The whole of creditlane on one machine: servers, workers, beat, Flower, and a usage file replayed.
+"""The whole of creditlane on one machine: servers, workers, beat, Flower, the relay, and a usage file replayed.
 
 Called by ``scripts/run``. Everything it starts is a child of its own and ends with it.
 """
@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
@@ -49,6 +49,7 @@ from scripts.embedded import (
     Stack,
     StackError,
     check_port,
+    free_port,
     last_lines,
     open_log,
     prepare_directory,
@@ -123,14 +124,20 @@ class Children:
     environment: dict[str, str] = field(repr=False)
     _all: list[Child] = field(default_factory=list)
 
-    def start(self, name: str, arguments: Sequence[str]) -> None:
-        """Start a Celery command in the checkout, with its output in a log of its own."""
+    def start(
+        self, name: str, arguments: Sequence[str], *, module: str = "celery", settings: Mapping[str, str] | None = None
+    ) -> None:
+        """Start a command in the checkout, with its output in a log of its own.
+
+        :param module: what is run; Celery unless given.
+        :param settings: what is in its environment, and in no other's.
+        """
         log = self.directory / f"{name}.log"
         with open_log(log) as stream:
             process = spawn(
-                [sys.executable, "-m", "celery", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 log=stream,
-                environment=self.environment,
+                environment={**self.environment, **(settings or {})},
                 directory=ROOT,
             )
         self._all.append(Child(name, process, log))
@@ -220,7 +227,61 @@ def child_environment(stack: Stack, catalog: str, lanes: int, database_url: str 
     }
 
 
-def start_children(children: Children, workers: int) -> None:
+@dataclass(frozen=True)
+class Payments:
+    """How payments are taken here, never with live money."""
+
+    settings: dict[str, str] = field(repr=False)
+    """What the relay and the general worker have in their environment."""
+    state: dict[str, str | None] = field(repr=False)
+    """What stack.json says of it, so that somebody can play Stripe: the secrets that were made here, no others."""
+
+
+def prepare_payments(data: Path, relay_port: int) -> Payments:
+    """Find the settings of payments: ours, with those of Stripe from the environment where they are given.
+
+    Without an API key there, Stripe's API is at a free port of this machine, where a fake may be started.
+
+    :param data: the data directory; the secrets that are made are kept there.
+    :param relay_port: the relay's; 0 for none.
+    :raises StackError: when the secrets cannot be kept, or are not what was written.
+    """
+    made = _made_secrets(data / "payments.json")
+    if not os.environ.get("CREDITLANE_STRIPE_API_KEY"):
+        made["stripe_api_base"] = f"http://{HOST}:{free_port()}"
+    else:
+        del made["stripe_api_key"]
+    names = {f"CREDITLANE_{name.upper()}": name for name in made}
+    ours = {variable: made[name] for variable, name in names.items() if not os.environ.get(variable)}
+    known = dict.fromkeys(("stripe_webhook_secrets", "stripe_api_key", "stripe_api_base"))
+    return Payments(
+        settings={
+            **ours,
+            "CREDITLANE_PAYMENTS_LIVEMODE": "false",
+            "CREDITLANE_RELAY_ADDRESS": HOST,
+            "CREDITLANE_RELAY_PORT": str(relay_port),
+        },
+        state={**known, **{names[variable]: text for variable, text in ours.items()}},
+    )
+
+
+def _made_secrets(path: Path) -> dict[str, str]:
+    """The secrets of Stripe that were made at the first start."""
+    if not path.exists():
+        made = {
+            "stripe_webhook_secrets": f"whsec_{secrets.token_hex(24)}",
+            "stripe_api_key": f"sk_test_{secrets.token_hex(24)}",
+        }
+        write_private(path, json.dumps(made, indent=2) + "\n")
+        return made
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {name: str(content[name]) for name in ("stripe_webhook_secrets", "stripe_api_key")}
+    except (OSError, ValueError, TypeError, KeyError):
+        raise StackError(f"The secrets of payments cannot be read from {path}; delete the file.") from None
+
+
+def start_children(children: Children, workers: int, payments: Payments) -> None:
     """Start the lane workers, the general worker and beat."""
     quiet = ("--without-gossip", "--without-mingle", "--loglevel", "INFO")
     for number in range(1, workers + 1):
@@ -229,7 +290,7 @@ def start_children(children: Children, workers: int) -> None:
             ["-A", "workers.lane_app", "worker", "--pool", "solo", *quiet, "-n", f"lanes{number}@%h"],
         )
     general = ("--pool", "threads", "--concurrency", "4", "-Q", "queries,notices,payments,maintenance", *quiet)
-    children.start("general", ["-A", "workers.app", "worker", *general, "-n", "general@%h"])
+    children.start("general", ["-A", "workers.app", "worker", *general, "-n", "general@%h"], settings=payments.settings)
     children.start("beat", ["-A", "schedules.app", "beat", "--pidfile=", "--loglevel", "INFO"])
 
 
@@ -614,10 +675,13 @@ def show_verdict(report: Report, seconds: float) -> bool:
     return False
 
 
-def show_addresses(running: Running, state: Path, flower_port: int, account: str, feature: str) -> None:
+def show_addresses(
+    running: Running, state: Path, flower_port: int, relay_port: int, account: str, feature: str
+) -> None:
     """Show where everything is, and what to try.
 
     :param state: the file with the addresses and passwords.
+    :param relay_port: 0 for none.
     :param account: one to try with.
     :param feature: one to try with.
     """
@@ -626,6 +690,7 @@ def show_addresses(running: Running, state: Path, flower_port: int, account: str
             f"Flower      http://{HOST}:{flower_port}\n"
             f"PostgreSQL  postgresql://{READER}@{HOST}:{running.stack.postgres.port}/creditlane\n"
             f"Redis       redis://{HOST}:{running.stack.redis.port}/0\n"
+            f"Webhooks    {f'http://{HOST}:{relay_port}/webhooks/stripe' if relay_port else 'not taken'}\n"
             f"Passwords   {escape(str(state))} (readable by you only)\n"
             f"Logs        {escape(str(running.children.directory))}",
             title="creditlane is up; Ctrl-C stops it",
@@ -697,6 +762,7 @@ def running_stack(
     postgres_port: int,
     redis_port: int,
     flower_port: int,
+    relay_port: int,
     workers: int,
     catalog: str,
     lanes: int,
@@ -708,6 +774,9 @@ def running_stack(
     data = prepare_directory(data)
     DirectoryLock(data).release()  # that another run has it says more than that its ports are taken
     check_port(flower_port, "Flower", "--flower-port")
+    if relay_port:
+        check_port(relay_port, "the relay", "--relay-port")
+    payments = prepare_payments(data, relay_port)
     console.print(f"Starting PostgreSQL and Redis in {escape(str(data))}", soft_wrap=True)
     stack = start_stack(data, postgres_port=postgres_port, redis_port=redis_port)
     state = data / "stack.json"
@@ -721,8 +790,11 @@ def running_stack(
         logs.mkdir(mode=0o700, exist_ok=True)
         upgrade(stack.database_url)
         make_logins(stack.database_url, passwords)
-        console.print(f"Starting {workers} lane workers, a general worker, beat and Flower")
-        start_children(children, workers)
+        taken = ", the relay" if relay_port else ""
+        console.print(f"Starting {workers} lane workers, a general worker, beat{taken} and Flower")
+        start_children(children, workers, payments)
+        if relay_port:
+            children.start("relay", [], module="workers.relay", settings=payments.settings)
         running = Running(stack, children, lanes)
         with psycopg.connect(stack.database_url, autocommit=True) as connection:
             wait_for(
@@ -733,11 +805,15 @@ def running_stack(
             )
         start_flower(children, flower_port)
         wait_for(lambda: answers(flower_port), running.check, READY_SECONDS, "Flower did not answer")
+        if relay_port:
+            wait_for(lambda: answers(relay_port), running.check, READY_SECONDS, "The relay did not answer")
         content = {
             "broker_url": stack.broker_url,
             "database_url": worker_url,
             "reader_url": reader_url,
             "flower_url": f"http://{HOST}:{flower_port}",
+            "relay_url": f"http://{HOST}:{relay_port}" if relay_port else None,
+            "payments": payments.state,
             "catalog": catalog,
             "lanes": lanes,
             "pids": {"postgres": stack.postgres.pid, "redis": stack.redis.pid, **children.pids},
@@ -908,6 +984,9 @@ def main(
     postgres_port: Annotated[int, typer.Option(min=1, max=65535, help="PostgreSQL's port.")] = 55432,
     redis_port: Annotated[int, typer.Option(min=1, max=65535, help="Redis' port.")] = 56379,
     flower_port: Annotated[int, typer.Option(min=1, max=65535, help="Flower's port.")] = 5555,
+    relay_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Where payment providers' webhooks are taken; 0 for nowhere.")
+    ] = 8787,
 ) -> None:
     """Start the whole of creditlane on this machine, replay a usage file through it, and stay up.
 
@@ -942,6 +1021,7 @@ def main(
             postgres_port=postgres_port,
             redis_port=redis_port,
             flower_port=flower_port,
+            relay_port=relay_port,
             workers=workers,
             catalog=catalog,
             lanes=lanes,
@@ -958,7 +1038,8 @@ def main(
                 code = 0 if holds else 1
             else:
                 account = next(iter(outcome.used_micro), "user_1")
-                show_addresses(running, running.stack.directory / "stack.json", flower_port, account, some_feature)
+                state = running.stack.directory / "stack.json"
+                show_addresses(running, state, flower_port, relay_port, account, some_feature)
                 while True:
                     signals.wait(60)
                     running.check()

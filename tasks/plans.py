@@ -45,7 +45,7 @@ def subscribe(account: Account, message: Subscribe, context: Context) -> Outcome
         if terms.paid and (again or message.period_start is not None or message.period_end is not None):
             start = message.period_start or context.now
             until = _paid_until(message, start, terms, subscription)
-            if not _is_paid(subscription, until):
+            if not _is_paid(subscription, until, message):
                 return _go_on(account, subscription, terms, start, until, message, context)
         subscription.cancels = False
         return _outcome(account, subscription)
@@ -174,7 +174,7 @@ def cancel(account: Account, message: CancelPlan, context: Context) -> Outcome:
 
 @operation(RenewPlan, need=_need)
 def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> Outcome:
-    """A payment has arrived for what comes after what is paid for.
+    """A payment has arrived for what comes after what is paid for; where there is no plan yet, the one it names begins.
 
     If the period is over, the next one begins now; if not, it begins when it is. A payment whose period begins in the
     midst of the one under way moves the anchor there. A subscription that has ended begins again. However many
@@ -183,9 +183,11 @@ def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> 
     paid for.
     """
     subscription = account.subscription
-    if subscription is None:
-        raise RefusedError(Code.NO_SUBSCRIPTION)
     start = message.period_start
+    if subscription is None:
+        if message.plan is None:
+            raise RefusedError(Code.NO_SUBSCRIPTION)
+        return begin(account, _priced(_terms(message.plan, context)), message, context)
     if message.plan is not None:
         terms = _terms(message.plan, context)
     else:
@@ -193,10 +195,8 @@ def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> 
         terms = subscription.terms_at(start) if subscription.terms_at(start).paid else subscription.terms
     if not subscription.is_active:
         terms = _terms(terms.plan, context)  # it begins again, by what the catalog says now
-    if not terms.paid:
-        raise RefusedError(Code.INVALID, "this plan has no price: it renews by the calendar")
-    until = _paid_until(message, start, terms, subscription)
-    if _is_paid(subscription, until):
+    until = _paid_until(message, start, _priced(terms), subscription)
+    if _is_paid(subscription, until, message):
         raise RefusedError(Code.ALREADY_RENEWED)
     if not subscription.is_active:
         return begin(account, terms, message, context)
@@ -207,9 +207,24 @@ def _paid_until(message: Paid, start: datetime, terms: Terms, subscription: Subs
     return message.period_end or end_of_payment(subscription, start, terms.interval_months)
 
 
-def _is_paid(subscription: Subscription, until: datetime) -> bool:
-    """Whether it was paid for that long before."""
-    return subscription.paid_until is not None and until <= subscription.paid_until + PAYMENT_SLACK
+def _priced(terms: Terms) -> Terms:
+    """Terms of a plan that is paid for.
+
+    :raises RefusedError: ``invalid`` for one without a price.
+    """
+    if not terms.paid:
+        raise RefusedError(Code.INVALID, "this plan has no price: it renews by the calendar")
+    return terms
+
+
+def _is_paid(subscription: Subscription, until: datetime, message: Paid) -> bool:
+    """Whether it was paid for that long before: what ended early is paid for again by a payment of its own."""
+    paid_until = subscription.paid_until
+    if paid_until is None:
+        return False
+    if subscription.ended_at is not None and message.payment is not None and not subscription.is_active:
+        paid_until = min(paid_until, subscription.ended_at)
+    return until <= paid_until + PAYMENT_SLACK
 
 
 def _go_on(

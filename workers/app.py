@@ -88,12 +88,16 @@ if is_rabbitmq(app.conf.broker_url):
 flower_guard.install(app)
 app.conf.imports = (
     "tasks.queries",
+    "workers.checkout",
     "workers.inbox",
     "workers.notices",
+    "workers.payments",
+    "workers.receiving",
     "schedules.expiry",
     "schedules.audit",
     "schedules.notices",
     "schedules.outbox",
+    "schedules.payments",
     "schedules.retention",
     "schedules.seal",
     "schedules.transfers",

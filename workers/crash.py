@@ -18,6 +18,12 @@ OUTBOX_POINTS = ("before-publish", "after-publish")
 NOTICE_POINTS = ("after-delivery",)
 """Where a channel has taken a notice, and nobody has noted it."""
 
+RELAY_POINTS = ("after-store",)
+"""Where a provider's event is stored, and nobody has been told of it."""
+
+PAYMENT_POINTS = ("payment-before-commit", "payment-after-commit")
+"""Where an event's operations are not kept yet, and where they are kept and not sent."""
+
 _wanted, _, _count = os.environ.get("CREDITLANE_CRASH_AT", "").partition(":")
 _left = int(_count or 1)
 

@@ -189,11 +189,15 @@ class Pack(Section, frozen=True):
 
         :returns: micro-credits.
         """
+        if self.credits:
+            return int(self.credits) if _lives(self.expires_days, lasting) else 0
         return sum(
-            lot.credits_micro
-            for lot in self.lots
-            if lot.features is None and (lot.expires_days is None or timedelta(days=lot.expires_days) >= lasting)
+            int(each.credits) for each in self.grants if each.features is None and _lives(each.expires_days, lasting)
         )
+
+
+def _lives(expires_days: int | None, lasting: timedelta) -> bool:
+    return expires_days is None or not lasting or timedelta(days=expires_days) >= lasting
 
 
 class Offer(Section, frozen=True, kw_only=True):

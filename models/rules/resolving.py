@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from creditlane.amounts import format_amount
-from creditlane.contract import MAX_NAME
+from creditlane.contract import MAX_NAME, MAX_TEXT
 from models.rules.catalog import Catalog, Money, Sold, SoldGrant
 from models.rules.facts import (
     PURCHASE_ALIASES,
@@ -36,6 +36,8 @@ PATIENCE_SECONDS = 3600
 
 TELLS_FIRST = frozenset({"stripe"})
 """Providers that say which payment of a subscription is its first: of theirs, any other follows on one."""
+
+DAY_SECONDS = 86_400
 
 TRIAL = "trial"
 """The source of a trial's credits."""
@@ -110,6 +112,8 @@ class Resolution(msgspec.Struct, frozen=True):
     """Those that are to be sent, in order."""
     verdicts: dict[Key, Verdict]
     notices: list[Telling]
+    missing: tuple[str, ...] = ()
+    """Subscriptions of which a payment is waited for that was not heard of."""
 
 
 APPLIED, NOTED = Verdict("applied"), Verdict("noted")
@@ -148,6 +152,17 @@ def _in_time(heard: Heard) -> tuple[datetime, Key]:
     return heard.fact.occurred_at, heard.key
 
 
+class _Ending(NamedTuple):
+    """What says whether a subscription goes on."""
+
+    state: Heard | None
+    changed: SubscriptionChanged | None
+    known: Sequence[PeriodPaid]
+    """Its periods that do not wait."""
+    held: Verdict | None
+    """Of the first that waits."""
+
+
 class _Resolving:
     def __init__(
         self,
@@ -171,9 +186,16 @@ class _Resolving:
         """Whose it is: as it was before, else as what was paid says, else any of it, else as it is known otherwise."""
         for arguments in self.issued.values():
             return str(arguments["account"])
-        paid = [each.fact.account for each in self.heard if isinstance(each.fact, PackPaid | PeriodPaid)]
+        paid = [self._account_of(each.fact) for each in self.heard if isinstance(each.fact, PackPaid | PeriodPaid)]
         any_of = [each.fact.account for each in self.heard]
         return next((account for account in (*paid, *any_of, bound) if account is not None), None)
+
+    def _account_of(self, paid: PackPaid | PeriodPaid) -> str | None:
+        """Whose a payment says that it is, or the order of ours that it names."""
+        if paid.account is None and isinstance(paid, PackPaid) and paid.reference is not None:
+            order = self.orders.get(paid.reference)
+            return None if order is None else order.account
+        return paid.account
 
     def resolve(self) -> Resolution:
         """See :func:`resolve`."""
@@ -185,17 +207,29 @@ class _Resolving:
                 if not isinstance(heard.fact, Linked | PaymentFailed):
                     self.verdicts[heard.key] = unknown
             return Resolution(None, [], self.verdicts, [])
+        states = self._returned()
         for heard in self.heard:
             if isinstance(heard.fact, PackPaid):
                 self.verdicts[heard.key] = self._pack(heard.fact)
-        for subscription in sorted({
+        subscriptions = {
             each.fact.subscription if isinstance(each.fact, PeriodPaid) else each.fact.key
             for each in self.heard
             if isinstance(each.fact, PeriodPaid | SubscriptionChanged)
-        }):  # fmt: skip
-            self._subscription(subscription)
-        self._claw_back()
-        return Resolution(self.account, self.effects, self.verdicts, self._notices())
+        }
+        endings = [self._subscription(subscription) for subscription in sorted(subscriptions)]
+        for state in states.values():
+            self._claw_back(state)
+        for ending in endings:  # what was returned is taken before anything ends
+            self._lifecycle(ending, states)
+        return Resolution(self.account, self.effects, self.verdicts, self._notices(), self._missing())
+
+    def _missing(self) -> tuple[str, ...]:
+        found = set()
+        for heard in self.heard:
+            if self.verdicts[heard.key].code in ("earlier_period", "no_period"):
+                fact = heard.fact
+                found.add(fact.subscription if isinstance(fact, PeriodPaid) else fact.key)
+        return tuple(sorted(found))
 
     def _send(self, effect: Effect) -> None:
         """Add an operation, once."""
@@ -223,7 +257,7 @@ class _Resolving:
             if amount is None and len(paid.lines) == 1:
                 amount = paid.paid_minor
             if line.quantity:
-                self._grants(paid, line.price, sold, line.quantity, amount)
+                self._grants(paid, line.price, sold.grants, line.quantity, amount)
         return verdict
 
     def _order(self, paid: PackPaid, order: Order) -> Verdict:
@@ -235,23 +269,38 @@ class _Resolving:
             return Verdict(
                 "parked", "other_amount", f"{Money(paid.paid_minor, paid.currency)} was paid, not {order.price}"
             )
-        sold = self.catalog.sold_by_quote(order.pack, order.credits_micro)
-        if sold is None:
-            return Verdict("parked", "unknown_pack", f"the order is of {order.pack!r}, which is sold by no quote")
-        self._grant(paid, f"grant:{paid.key}:{order.id}:0", sold.grants[0], 1, paid.paid_minor, order.id)
+        pack = self.catalog.packs.get(order.pack)
+        if pack is None:
+            return Verdict("parked", "unknown_pack", f"the order is of {order.pack!r}, which the catalog has not")
+        quoted = self.catalog.sold_by_quote(order.pack, order.credits_micro)
+        lots = pack.lots if quoted is None else quoted.grants
+        if sum(lot.credits_micro for lot in lots) != order.credits_micro:
+            if len(lots) > 1:
+                return Verdict("parked", "pack_changed", f"the bundle {order.pack!r} is another than was ordered")
+            # What was ordered is given, whatever the pack has become.
+            lots = (msgspec.structs.replace(lots[0], credits_micro=order.credits_micro),)
+        self._grants(paid, order.id, lots, 1, paid.paid_minor, order.id)
         return APPLIED
 
-    def _grants(self, paid: PackPaid, price: str, sold: Sold, quantity: int, amount_minor: int | None) -> None:
+    def _grants(
+        self,
+        paid: PackPaid,
+        price: str,
+        lots: Sequence[SoldGrant],
+        quantity: int,
+        amount_minor: int | None,
+        order: str | None = None,
+    ) -> None:
         """The grants of a pack; what was paid is shared by their credits, to the last minor unit."""
-        total = sum(grant.credits_micro for grant in sold.grants)
+        total = sum(grant.credits_micro for grant in lots)
         given = spent = 0
-        for number, grant in enumerate(sold.grants):
+        for number, grant in enumerate(lots):
             given += grant.credits_micro
             share = None
             if amount_minor is not None:
                 share = amount_minor * given // total - spent
                 spent += share
-            self._grant(paid, f"grant:{paid.key}:{price}:{number}", grant, quantity, share)
+            self._grant(paid, f"grant:{paid.key}:{price}:{number}", grant, quantity, share, order)
 
     def _grant(
         self,
@@ -272,17 +321,13 @@ class _Resolving:
         if amount_minor is not None and amount_minor >= 0:
             arguments["unit_price"] = _unit_price(amount_minor, paid.currency, credits)
         if grant.expires_days is not None:
-            # It lives from the payment on; where that is over before we heard of it, from now on: it was paid for.
-            expires_at = paid.occurred_at + timedelta(days=grant.expires_days)
-            if expires_at <= self.now + PAYMENT_SLACK:
-                expires_at = self.now + timedelta(days=grant.expires_days)
-            arguments["expires_at"] = expires_at.isoformat()
+            arguments["expires_in"] = grant.expires_days * DAY_SECONDS  # from when it is given: late news cost no time
         self._send(Effect(key=key, name="credits.grant", arguments=arguments, purchase=purchase, order=order))
 
     # --- Subscriptions -------------------------------------------------------------------------------
 
-    def _subscription(self, subscription: str) -> None:
-        """Its periods in the order of time, and then whether it goes on."""
+    def _subscription(self, subscription: str) -> _Ending:
+        """Its periods in the order of time; gives what says whether it goes on."""
         state = next(
             (
                 each
@@ -309,8 +354,7 @@ class _Resolving:
                 held = held or verdict
             else:
                 earlier.append(period)
-        if state is not None and changed is not None:
-            self.verdicts[state.key] = self._lifecycle(state, changed, earlier, held)
+        return _Ending(state, changed, earlier, held)
 
     def _wait(self, since: datetime, code: str, reason: str) -> Verdict | None:
         until = since + timedelta(seconds=PATIENCE_SECONDS)
@@ -391,38 +435,53 @@ class _Resolving:
             arguments["unit_price"] = _unit_price(period.amount_minor, period.currency, credits)
         return Effect(key=key, name="plans.renew", arguments=arguments, purchase=purchase)
 
-    def _lifecycle(
-        self, state: Heard, changed: SubscriptionChanged, known: Sequence[PeriodPaid], held: Verdict | None
+    def _lifecycle(self, ending: _Ending, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Whether the plan ends with what is paid for, at once if that was returned, or goes on; gives no credits."""
+        if ending.state is not None and ending.changed is not None:
+            self.verdicts[ending.state.key] = self._end(ending.state, ending.changed, ending.known, ending.held, states)
+
+    def _end(
+        self,
+        state: Heard,
+        changed: SubscriptionChanged,
+        known: Sequence[PeriodPaid],
+        held: Verdict | None,
+        states: Mapping[str, Mapping[str, Any]],
     ) -> Verdict:
-        """Whether the plan ends with what is paid for, or goes on; it gives no credits."""
-        sent = [(key, arguments) for key, arguments in self.issued.items() if _is_of(key, changed.key)]
+        sent = [key for key in self.issued if _is_of(key, changed.key)]
         paid = [period for period in known if _is_plan(self.issued.get(f"period:{period.key}"))]
         if held is not None:
             return Verdict("waiting", held.code, "a period before it waits", held.until)
         ends = changed.status == "canceled" or changed.ends_at is not None
-        if not paid and not sent:
-            if not ends or changed.status == "incomplete_expired":
+        if not paid:
+            if not ends:
                 return NOTED
             return self._wait(state.at, "no_period", "no payment for it was heard of yet") or NOTED
         if not ends:
-            if sent and sent[-1][0].startswith("cancel:"):
+            if sent and sent[-1].startswith("cancel:"):
                 self._send(self._resumed(changed, paid, len(sent)))
             return APPLIED
         unheard = any(
-            item.period_start is not None and not any(_covers(period, item.period_start) for period in known)
+            item.period_start is not None
+            and item.period_end is not None
+            and not any(
+                period.price in (None, item.price) and _overlaps(period, item.period_start, item.period_end)
+                for period in known
+            )
             for item in changed.items
         )
         if unheard:
             waits = self._wait(state.at, "earlier_period", "the payment of its last period was not heard of yet")
             if waits is not None:
                 return waits
-        if not sent or not sent[-1][0].startswith(f"cancel:{changed.key}:{len(paid)}:"):
+        of_last = states.get(purchase_name(paid[-1]))
+        returned = of_last is not None and 0 < of_last["paid_minor"] <= of_last["returned_minor"]
+        at = "now" if returned and changed.is_final else "period_end"
+        begins = f"cancel:{changed.key}:{len(paid)}:"
+        if not sent or not sent[-1].startswith((f"{begins}{at}:", f"{begins}now:")):
+            reason = f"{changed.provider}: the subscription ends"
             self._send(
-                Effect(
-                    key=f"cancel:{changed.key}:{len(paid)}:{len(sent)}",
-                    name="plans.cancel",
-                    arguments={"reason": f"{changed.provider}: the subscription ends"},
-                )
+                Effect(key=f"{begins}{at}:{len(sent)}", name="plans.cancel", arguments={"at": at, "reason": reason})
             )
         return APPLIED
 
@@ -438,8 +497,9 @@ class _Resolving:
 
     # --- Refunds and disputes ------------------------------------------------------------------------
 
-    def _claw_back(self) -> None:
-        """For each purchase what is away of its payment now; a fact whose purchase is not known waits for it."""
+    def _returned(self) -> dict[str, dict[str, Any]]:
+        """Of each purchase what is away of its payment now; a fact whose purchase is not known waits for it."""
+        states: dict[str, dict[str, Any]] = {}
         for facts in _joined(self.heard):
             returns = [each for each in facts if isinstance(each.fact, RefundChanged | DisputeChanged)]
             if not returns:
@@ -451,17 +511,19 @@ class _Resolving:
                 verdict = Verdict("waiting", "no_purchase", "what it is a refund or dispute of was not heard of yet")
             elif len(purchases) > 1:
                 names = ", ".join(sorted(purchases))
-                verdict = Verdict("parked", "ambiguous", f"it may be of each of {names}: revoke by hand"[:500])
+                verdict = Verdict("parked", "ambiguous", f"it may be of each of {names}: revoke by hand"[:MAX_TEXT])
             for each in returns:
                 self.verdicts[each.key] = verdict
             if verdict is APPLIED:
-                self._state(purchases.pop(), paid, returns)
+                purchase = purchases.pop()
+                states[purchase] = self._state(purchase, paid, returns)
+        return states
 
-    def _state(self, purchase: str, paid: Sequence[PackPaid | PeriodPaid], returns: Sequence[Heard]) -> None:
+    def _state(self, purchase: str, paid: Sequence[PackPaid | PeriodPaid], returns: Sequence[Heard]) -> dict[str, Any]:
         currency = paid[0].currency
         amounts = [each.paid_minor for each in paid]
         told = []
-        open_disputes, closed_disputes = set(), set()
+        disputes: dict[str, bool] = {}
         for each in returns:
             fact = each.fact
             assert isinstance(fact, RefundChanged | DisputeChanged)
@@ -474,16 +536,19 @@ class _Resolving:
             if fact.paid_minor is not None:
                 amounts.append(fact.paid_minor)
             if isinstance(fact, DisputeChanged):
-                open_disputes.add(fact.dispute)
-                if fact.stage == "closed" or not fact.is_open:
-                    closed_disputes.add(fact.dispute)
-        state = {
+                is_open = fact.is_open and fact.stage != "closed"
+                disputes[fact.dispute] = is_open and disputes.get(fact.dispute, True)
+        return {
             "purchase": purchase,
             "paid_minor": max(amounts),
             "returned_minor": returned_minor(told),
-            "frozen": bool(open_disputes - closed_disputes),
+            "frozen": any(disputes.values()),
             "currency": currency,
         }
+
+    def _claw_back(self, state: Mapping[str, Any]) -> None:
+        """Tell the ledger how much of a purchase is away, where that is not what it was told last."""
+        purchase = state["purchase"]
         before = [arguments for key, arguments in self.issued.items() if key.startswith(f"claw_back:{purchase}:")]
         if before:
             same = all(before[-1].get(name) == value for name, value in state.items())
@@ -534,6 +599,10 @@ def _follows(period: PeriodPaid, earlier: Sequence[PeriodPaid]) -> bool:
 def _covers(period: PeriodPaid, at: datetime) -> bool:
     end = start_of(period) if period.period_end is None else period.period_end
     return start_of(period) - PAYMENT_SLACK <= at <= end + PAYMENT_SLACK
+
+
+def _overlaps(period: PeriodPaid, start: datetime, end: datetime) -> bool:
+    return start_of(period) < end and (period.period_end is None or start < period.period_end)
 
 
 def _is_of(key: str, subscription: str) -> bool:

@@ -13,7 +13,7 @@ from models.settings import Settings
 
 def test_every_kind_of_entry_has_its_event() -> None:
     assert set(BY_ENTRY) == set(FLOWS)
-    assert len(set(TYPES)) == len(FLOWS) + 2 + len(BY_NOTICE)
+    assert len(set(TYPES)) == len(FLOWS) + 3 + len(BY_NOTICE)
 
 
 @pytest.mark.parametrize(

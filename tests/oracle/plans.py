@@ -112,7 +112,7 @@ class PlanLedger(Ledger):
                 start = said.get("period_start", now)
                 until = said.get("period_end") or self.paid_from(start, self.months_of(wanted))
                 told = "period_start" in said or "period_end" in said
-                if wanted["price"] is not None and told and not self.is_paid(until):
+                if wanted["price"] is not None and told and not self.is_paid(until, said):
                     return self.go_on(wanted, start, until, said, now, operation)
                 self.plan["cancels"] = False
                 if wanted["price"] is not None and said.get("payment") not in (None, self.plan["payment"]):
@@ -223,9 +223,14 @@ class PlanLedger(Ledger):
 
     def renew_(self, said: Row, operation: str, now: datetime) -> Row:
         plan = self.plan
-        if plan is None:
-            raise Refusal("no_subscription")
         start = said["period_start"]
+        if plan is None:
+            if "plan" not in said:
+                raise Refusal("no_subscription")
+            wanted = self.known_plan(said["plan"])
+            if wanted["price"] is None:
+                raise Refusal("invalid")
+            return self.begin(wanted, said, operation, now)
         wanted = self.known_plan(said["plan"]) if "plan" in said else self.comes_next(start)
         if "plan" not in said and wanted["price"] is None:
             wanted = plan["is"]
@@ -234,7 +239,7 @@ class PlanLedger(Ledger):
         if wanted["price"] is None:
             raise Refusal("invalid")
         until = said.get("period_end") or self.paid_from(start, self.months_of(wanted))
-        if self.is_paid(until):
+        if self.is_paid(until, said):
             raise Refusal("already_renewed")
         if not plan["alive"]:
             return self.begin(wanted, said, operation, now)
@@ -251,10 +256,14 @@ class PlanLedger(Ledger):
             return later(plan["anchor"], ours + months, plan["zone"])
         return later(start, months, plan["zone"])
 
-    def is_paid(self, until: datetime) -> bool:
+    def is_paid(self, until: datetime, said: Row) -> bool:
         assert self.plan is not None
         paid_until = self.plan["paid_until"]
-        return paid_until is not None and until <= paid_until + DAY
+        if paid_until is None:
+            return False
+        if not self.plan["alive"] and "payment" in said and self.plan["ended"] < paid_until:
+            paid_until = self.plan["ended"]
+        return bool(until <= paid_until + DAY)
 
     def go_on(self, wanted: Row, start: datetime, until: datetime, said: Row, now: datetime, operation: str) -> Row:
         plan = self.running()
@@ -504,7 +513,7 @@ class PlanLedger(Ledger):
         """The plan is over, and what is left of its period's credits."""
         plan = self.running()
         expired = self.lapse(at, now, operation)
-        plan.update(alive=False, lots=[], next=None, cancels=False)
+        plan.update(alive=False, lots=[], next=None, cancels=False, ended=at)
         return expired
 
     def lapse(self, at: datetime, now: datetime, operation: str | None) -> int:

@@ -511,7 +511,7 @@ def test_a_seal_tells_whom_it_waits_for(run: Run, database: str) -> None:
 
 def test_a_long_audit_tells_how_far_it_is(run: Run, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger.apply("credits.open", "o-1", account="alice")
-    monkeypatch.setattr(command_line, "LINE_SECONDS", 0)
+    monkeypatch.setattr(command_parts, "LINE_SECONDS", 0)
     assert re.search(r"auditing: 1 of 1 operations, [\d,]+/s", run("audit").stderr)
     assert run("audit", "--json").stderr == ""
 

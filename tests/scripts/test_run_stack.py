@@ -6,22 +6,29 @@ import json
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from pydantic import SecretStr, ValidationError
 
+from models.settings import Settings, listed
 from scripts.embedded import StackError, free_port, process_exists, temporary_directory, wait_until
 from scripts.replay import ReplayError, Usage, recognise
-from scripts.run_stack import Plan, check_features, parse_credits, parse_scale, wait_for
+from scripts.run_stack import Plan, check_features, parse_credits, parse_scale, prepare_payments, wait_for
+from tests.workers.providers.making import body, envelope, signed
 
 ROOT = Path(__file__).resolve().parents[2]
+THEIRS = "whsec_of_the_environment"
 USAGE = """account,feature,quantity
 alice,completion,30
 alice,image,8
@@ -39,7 +46,7 @@ def place() -> Iterator[Path]:
 
 
 def command(place: Path, *arguments: str) -> list[str]:
-    ports = ["--postgres-port", "--redis-port", "--flower-port"]
+    ports = ["--postgres-port", "--redis-port", "--flower-port", "--relay-port"]
     return [
         *(sys.executable, "-m", "scripts.run_stack", "--input", str(place / "usage.csv")),
         *("--data", str(place / "data"), "--workers", "1"),
@@ -114,10 +121,21 @@ def test_a_signal_stops_all_that_was_started(started: tuple[subprocess.Popen[str
     process, data = started
     found = state(data)
     assert stat.S_IMODE((data / "stack.json").stat().st_mode) == 0o600
-    assert set(found["pids"]) == {"postgres", "redis", "lanes1", "general", "beat", "flower"}
+    assert set(found["pids"]) == {"postgres", "redis", "lanes1", "general", "beat", "flower", "relay"}
     with psycopg.connect(found["database_url"]) as connection:
         row = connection.execute("SELECT available_micro FROM accounts WHERE account = 'alice'").fetchone()
     assert row == (9_000_000,)
+    made = found["payments"]
+    assert stat.S_IMODE((data / "payments.json").stat().st_mode) == 0o600
+    event = body(envelope("customer.created", {"id": "cus_made", "object": "customer"}))
+    headers = signed(event, datetime.now(UTC), made["stripe_webhook_secrets"])
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{found['relay_url']}/webhooks/stripe", event, headers), timeout=60
+    ) as answer:
+        assert answer.status == 200
+    with psycopg.connect(found["database_url"]) as connection:
+        assert connection.execute("SELECT event_id FROM payment_events").fetchall() == [("evt_made_1",)]
+    assert wait_until(lambda: "payment-event-1" in (data / "logs" / "general.log").read_text(), 30)
     for log in [
         *(data / "logs").glob("*.log"),
         data / "redis" / "server.log",
@@ -126,6 +144,8 @@ def test_a_signal_stops_all_that_was_started(started: tuple[subprocess.Popen[str
         text = log.read_text()
         for server in ("redis", "postgres"):
             assert (data / server / "password").read_text() not in text
+        assert made["stripe_webhook_secrets"] not in text
+        assert made["stripe_api_key"] not in text
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     assert_gone(found["pids"])
@@ -143,6 +163,55 @@ def test_a_child_that_dies_is_named(started: tuple[subprocess.Popen[str], Path])
     assert "general was ended by SIGKILL; the end of its log" in output
     assert "general@" in output
     assert_gone(pids)
+
+
+def test_the_secrets_of_payments_are_made_once_and_those_of_the_environment_go_first(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WEBHOOK_SECRETS", "API_KEY", "API_BASE"):
+        monkeypatch.delenv(f"CREDITLANE_STRIPE_{name}", raising=False)
+    monkeypatch.setenv("CREDITLANE_PAYMENTS_LIVEMODE", "true")
+
+    def given() -> tuple[dict[str, Any], Settings]:
+        payments = prepare_payments(place, 8787)
+        with monkeypatch.context() as environment:
+            for name, text in payments.settings.items():
+                environment.setenv(name, text)
+            return payments.state, Settings(
+                broker_url=SecretStr("redis://127.0.0.1/0"), database_url=SecretStr("postgresql://127.0.0.1/x")
+            )
+
+    state, first = given()
+    assert (first.payments_livemode, first.relay_port, first.relay_address) == (False, 8787, "127.0.0.1")
+    assert listed(first.stripe_webhook_secrets) == (state["stripe_webhook_secrets"],)
+    assert first.stripe_api_key is not None
+    assert first.stripe_api_key.get_secret_value() == state["stripe_api_key"]
+    assert first.stripe_api_base == state["stripe_api_base"]
+    again, second = given()
+    assert second.stripe_webhook_secrets == first.stripe_webhook_secrets
+    assert again["stripe_api_key"] == state["stripe_api_key"]
+
+    monkeypatch.setenv("CREDITLANE_STRIPE_WEBHOOK_SECRETS", THEIRS)
+    monkeypatch.setenv("CREDITLANE_STRIPE_API_KEY", "sk_test_of_the_environment")
+    state, theirs = given()
+    assert state == {"stripe_webhook_secrets": None, "stripe_api_key": None, "stripe_api_base": None}
+    assert listed(theirs.stripe_webhook_secrets) == (THEIRS,)
+    assert theirs.stripe_api_base == ""
+    monkeypatch.setenv("CREDITLANE_STRIPE_API_KEY", "sk_live_of_the_environment")
+    with pytest.raises(ValidationError, match="stripe_api_key is of live mode"):
+        given()
+
+    (place / "payments.json").write_text("{}")
+    with pytest.raises(StackError, match="delete the file"):
+        prepare_payments(place, 0)
+
+
+def test_a_port_that_is_taken_is_said(place: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run(place, "--relay-port", str(taken.getsockname()[1]))
+    assert done.returncode == 1
+    assert "taken, so the relay cannot listen there" in done.stderr
+    assert "--relay-port" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,7 @@ def test_what_a_plan_is_refused_for() -> None:
     assert refused(member("plans.change", plan="free"), Code.NO_SUBSCRIPTION)
     assert refused(member("plans.cancel"), Code.NO_SUBSCRIPTION)
     assert refused(member.pay(1, 1), Code.NO_SUBSCRIPTION)
+    assert refused(member.pay(1, 1, plan="free"), Code.INVALID)
     assert refused(member.undo(), Code.NO_SUBSCRIPTION)
     member("plans.subscribe", plan="basic", payment="pi_1")
     assert refused(member("plans.subscribe", plan="basic"), Code.ALREADY_SUBSCRIBED)
@@ -1058,3 +1059,20 @@ def test_a_change_to_a_plan_by_the_year_is_paid_for_a_year(before: str) -> None:
     member.now = datetime(2028, 1, 20, tzinfo=UTC)
     member("settle")
     assert not member.plan.is_active
+
+
+def test_a_payment_begins_the_plan_that_it_names() -> None:
+    member = Member.of(None)
+    member.pay(1, 1, plan="basic", payment="in_1")
+    assert member.given() == 100
+    assert refused(member.pay(1, 1, plan="basic", payment="in_1"), Code.ALREADY_RENEWED)
+
+
+def test_what_ended_early_is_paid_for_again_by_a_payment_of_its_own() -> None:
+    member = Member.of(None)
+    member.pay(1, 1, plan="yearly", payment="in_1")
+    member("plans.cancel", at="now")
+    assert refused(member.pay(1, 1, plan="yearly", payment="in_1"), Code.ALREADY_RENEWED)
+    assert refused(member.pay(1, 1, plan="basic"), Code.ALREADY_RENEWED)
+    member.pay(1, 1, plan="basic", payment="in_2")
+    assert member("plans.cancel")["plan"] == "basic"

@@ -477,7 +477,7 @@ def test_a_listener_hears_of_everything_once_and_in_order(
         told = heard(queue)
     assert value(database, "SELECT count(*) FROM outbox") == 0
     assert len({event.id for _, event in told}) == len(told)
-    of_plans = {"credits.rolled_out", "credits.rolled_in", "credits.unexpired", *BY_NOTICE.values()}
+    of_plans = {"payment.settled", "credits.rolled_out", "credits.rolled_in", "credits.unexpired", *BY_NOTICE.values()}
     assert {event.type for _, event in told} == set(TYPES) - of_plans
     for name in ("anna", "bert"):
         own = [event for _, event in told if event.account == name]
