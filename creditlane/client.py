@@ -50,7 +50,7 @@ from creditlane.errors import (
 )
 from creditlane.inbox import Inbox
 from creditlane.lanes import LANES, lane_of
-from creditlane.selling import Inquiry, Page
+from creditlane.selling import Inquiry, Ordered, Page
 from creditlane.sending import Outgoing, make_sender
 from creditlane.tls import tls_options
 
@@ -605,6 +605,15 @@ class CreditClient(Operations):
         arguments = {"account": account, "credits": _wire(credits), "request": request, "pack": pack, "note": note}
         return msgspec.convert(self._sell("inquire", request, arguments, wait), Inquiry)
 
+    def order(self, account: str, pack: str, *, request: str, wait: float = SELLING_SECONDS) -> Ordered:
+        """Order a pack at the catalog's price, for a provider that takes no price ids: its payment names the order.
+
+        :param request: chosen and kept by the caller: however often it is sent, there is one order.
+        :param wait: seconds.
+        """
+        arguments = {"account": account, "pack": pack, "request": request}
+        return msgspec.convert(self._sell("order", request, arguments, wait), Ordered)
+
     def _sell(self, name: str, id: str, arguments: dict[str, Any], wait: float) -> Any:
         encoded = _encode({**{key: value for key, value in arguments.items() if value is not None}, "v": 1})
         return self._ask(f"payments.{name}", id, PAYMENTS, encoded, _shown(arguments), wait)
@@ -809,7 +818,7 @@ def _failure(outcome: Outcome) -> CreditlaneError:
     """What a failed or revoked task raises where its answer is waited for."""
     if isinstance(outcome.result, dict):
         text = outcome.result.get("exc_message")
-        told = text[0] if isinstance(text, list) and text else text
+        told = ": ".join(map(str, text)) if isinstance(text, list) else text
         if outcome.result.get("exc_type") == QuarantinedError.__name__:
             return QuarantinedError(told)
         return CreditlaneError(f"{outcome.status.lower()}: {outcome.result.get('exc_type')}: {told}")

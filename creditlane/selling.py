@@ -89,3 +89,13 @@ class Inquiry(SaleAnswer, kw_only=True, frozen=True, omit_defaults=True):
 
     order: str | None = None
     """By this id it is quoted, and bought once it is."""
+
+
+class Ordered(SaleAnswer, kw_only=True, frozen=True, omit_defaults=True):
+    """That a pack was ordered, to be paid by a provider that takes no price ids."""
+
+    order: str | None = None
+    """What the payment has to name: PayPal's ``invoice_id``, the text of a transfer."""
+    price: str | None = None
+    """What has to be paid, as ``"4.99 EUR"``."""
+    expires_at: datetime | None = None

@@ -1,4 +1,4 @@
-"""Orders of credits in a quantity of their own: asked for, quoted by an administrator, paid (payments: selling).
+"""Orders: credits in a quantity of their own, quoted by an administrator, or packs at their price (payments: selling).
 
 An order is an ``inquiry``, then ``quoted``, then ``paid`` (``models/payments.py`` notes that); until then it can be
 ``cancelled``. What was quoted is never changed: who wants other terms gets another quote.
@@ -6,8 +6,9 @@ An order is an ``inquiry``, then ``quoted``, then ``paid`` (``models/payments.py
 
 from __future__ import annotations
 
+from base64 import b32encode
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any, Literal
 from uuid import uuid4
@@ -24,6 +25,15 @@ from models.rules.state import CLOSED, UNOPENED
 
 MAX_OPEN = 10
 """Inquiries of one account that may wait for a quote."""
+
+MAX_PLACED = 50
+"""Orders of one account, at the catalog's price, that may wait for their payment."""
+
+LASTS = timedelta(days=14)
+"""How long such an order is shown as open; a payment that comes later counts all the same."""
+
+CATALOG = "catalog"
+"""Who quotes what the catalog has a price for."""
 
 MAX_MINOR = 10**12
 """The largest price of a quote, in minor units."""
@@ -60,9 +70,20 @@ UPDATE payment_orders SET status = 'cancelled', actor = %s WHERE id = %s AND sta
 RETURNING {_COLUMNS}
 """
 OPENED = "UPDATE payment_orders SET session_id = %s WHERE id = %s"
+PLACE = """
+INSERT INTO payment_orders (id, account, status, pack, credits_micro, price_minor, currency, expires_at, actor,
+                            created_at, quoted_at)
+SELECT %(id)s, %(account)s, 'quoted', %(pack)s, %(credits)s, %(price)s, %(currency)s, now + %(lasts)s, %(actor)s, now,
+       now
+FROM ledger_now() AS now
+WHERE (SELECT count(*) FROM payment_orders WHERE account = %(account)s AND status = 'quoted' AND actor = %(actor)s
+       AND expires_at > now) < %(most)s
+ON CONFLICT (id) DO NOTHING
+"""
 ONE = f"SELECT {_COLUMNS} FROM payment_orders WHERE id = %s"
 OPEN = f"""
-SELECT {_COLUMNS} FROM payment_orders WHERE status IN ('inquiry', 'quoted') ORDER BY created_at, id LIMIT %s
+SELECT {_COLUMNS} FROM payment_orders
+WHERE status IN ('inquiry', 'quoted') AND actor IS DISTINCT FROM '{CATALOG}' ORDER BY created_at, id LIMIT %s
 """
 OF_ACCOUNT = f"SELECT {_COLUMNS} FROM payment_orders WHERE account = %s ORDER BY created_at DESC, id LIMIT %s"
 ACCOUNT = "SELECT status FROM accounts WHERE account = %s"
@@ -207,6 +228,41 @@ def new_quote(
     if row is None:
         raise NotSoldError(SaleCode.INVALID, NOT_AHEAD)
     return _line(row)
+
+
+def placed_id(account: str, request: str) -> str:
+    """The id of an order at the catalog's price: short letters and digits, so that it fits the text of a transfer."""
+    digest = sha256(msgspec.json.encode([CATALOG, account, request])).digest()
+    return f"CL{b32encode(digest[:10]).decode()}"
+
+
+def place(connection: Connection[Any], account: str, pack: str, catalog: Catalog, *, request: str) -> OrderLine:
+    """Order a pack at the catalog's price, for a provider that takes no price ids: its payment names the order.
+
+    :param connection: in autocommit mode.
+    :param request: chosen by the caller, who keeps it: with the same one there is one order.
+    :raises NotSoldError: with why not.
+    """
+    _check_account(connection, account)
+    found = catalog.packs.get(pack)
+    if found is None:
+        raise NotSoldError(SaleCode.UNKNOWN_PACK)
+    if found.price is None:
+        raise NotSoldError(SaleCode.NO_PRICE)
+    price = Money.parse(found.price)
+    credits = sum(lot.credits_micro for lot in found.lots)
+    id = placed_id(account, request)
+    values = {
+        "id": id, "account": account, "pack": pack, "credits": credits, "price": price.minor,
+        "currency": price.currency, "lasts": LASTS, "actor": CATALOG, "most": MAX_PLACED,
+    }  # fmt: skip
+    connection.execute(PLACE, values)
+    made = order(connection, id)
+    if made is None:
+        raise NotSoldError(SaleCode.LIMIT_REACHED)
+    if (made.account, made.pack) != (account, pack):
+        raise NotSoldError(SaleCode.ID_CONFLICT)
+    return made
 
 
 def withdraw(connection: Connection[Any], id: str, *, actor: str) -> OrderLine:

@@ -14,10 +14,10 @@ from psycopg import Connection
 
 from creditlane.amounts import parse_amount
 from creditlane.contract import VERSION, Name, Text
-from creditlane.selling import Inquiry, Page, SaleAnswer, SaleCode
+from creditlane.selling import Inquiry, Ordered, Page, SaleAnswer, SaleCode
 from models.catalog import load_catalog
 from models.database import connect
-from models.orders import NotSoldError, inquire
+from models.orders import NotSoldError, inquire, place
 from models.settings import settings
 from workers.selling import Order, Url, check_page, customer_of, open_checkout
 from workers.stripe_api import StripeApi, StripeRefusedError, UnavailableError, make_stripe_api
@@ -53,6 +53,14 @@ class Question(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     credits: int | str
     pack: Name | None = None
     note: Text | None = None
+
+
+class PackOrder(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What ``payments.order`` is sent."""
+
+    account: Name
+    pack: Name
+    request: Name
 
 
 @shared_task(name="payments.checkout", **RETRIES)
@@ -144,6 +152,27 @@ def ask(
             made = inquire(connection, wanted.account, credits_micro, load_catalog(settings().catalog),
                            request=wanted.request, pack=wanted.pack, note=wanted.note)  # fmt: skip
         return Inquiry(status="done", order=made.id)
+
+    return _answer(note_down, v)
+
+
+@shared_task(name="payments.order", **RETRIES)
+def order_pack(account: str, pack: str, request: str, v: int = 1) -> dict[str, Any]:
+    """Order a pack at the catalog's price, to be paid by a provider that takes no price ids.
+
+    :param request: chosen by the caller, who keeps it: with the same one there is one order.
+    :param v: the contract's version.
+    :returns: a :class:`creditlane.selling.Ordered` as JSON has it.
+    :raises ValueError: for a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away.
+    """
+
+    def note_down() -> SaleAnswer:
+        wanted = _read(PackOrder, account=account, pack=pack, request=request)
+        with _database() as connection:
+            made = place(connection, wanted.account, wanted.pack, load_catalog(settings().catalog),
+                         request=wanted.request)  # fmt: skip
+        return Ordered(status="done", order=made.id, price=made.price, expires_at=made.expires_at)
 
     return _answer(note_down, v)
 

@@ -186,9 +186,16 @@ class _Resolving:
         """Whose it is: as it was before, else as what was paid says, else any of it, else as it is known otherwise."""
         for arguments in self.issued.values():
             return str(arguments["account"])
-        paid = [each.fact.account for each in self.heard if isinstance(each.fact, PackPaid | PeriodPaid)]
+        paid = [self._account_of(each.fact) for each in self.heard if isinstance(each.fact, PackPaid | PeriodPaid)]
         any_of = [each.fact.account for each in self.heard]
         return next((account for account in (*paid, *any_of, bound) if account is not None), None)
+
+    def _account_of(self, paid: PackPaid | PeriodPaid) -> str | None:
+        """Whose a payment says that it is, or the order of ours that it names."""
+        if paid.account is None and isinstance(paid, PackPaid) and paid.reference is not None:
+            order = self.orders.get(paid.reference)
+            return None if order is None else order.account
+        return paid.account
 
     def resolve(self) -> Resolution:
         """See :func:`resolve`."""
@@ -250,7 +257,7 @@ class _Resolving:
             if amount is None and len(paid.lines) == 1:
                 amount = paid.paid_minor
             if line.quantity:
-                self._grants(paid, line.price, sold, line.quantity, amount)
+                self._grants(paid, line.price, sold.grants, line.quantity, amount)
         return verdict
 
     def _order(self, paid: PackPaid, order: Order) -> Verdict:
@@ -262,23 +269,38 @@ class _Resolving:
             return Verdict(
                 "parked", "other_amount", f"{Money(paid.paid_minor, paid.currency)} was paid, not {order.price}"
             )
-        sold = self.catalog.sold_by_quote(order.pack, order.credits_micro)
-        if sold is None:
-            return Verdict("parked", "unknown_pack", f"the order is of {order.pack!r}, which is sold by no quote")
-        self._grant(paid, f"grant:{paid.key}:{order.id}:0", sold.grants[0], 1, paid.paid_minor, order.id)
+        pack = self.catalog.packs.get(order.pack)
+        if pack is None:
+            return Verdict("parked", "unknown_pack", f"the order is of {order.pack!r}, which the catalog has not")
+        quoted = self.catalog.sold_by_quote(order.pack, order.credits_micro)
+        lots = pack.lots if quoted is None else quoted.grants
+        if sum(lot.credits_micro for lot in lots) != order.credits_micro:
+            if len(lots) > 1:
+                return Verdict("parked", "pack_changed", f"the bundle {order.pack!r} is another than was ordered")
+            # What was ordered is given, whatever the pack has become.
+            lots = (msgspec.structs.replace(lots[0], credits_micro=order.credits_micro),)
+        self._grants(paid, order.id, lots, 1, paid.paid_minor, order.id)
         return APPLIED
 
-    def _grants(self, paid: PackPaid, price: str, sold: Sold, quantity: int, amount_minor: int | None) -> None:
+    def _grants(
+        self,
+        paid: PackPaid,
+        price: str,
+        lots: Sequence[SoldGrant],
+        quantity: int,
+        amount_minor: int | None,
+        order: str | None = None,
+    ) -> None:
         """The grants of a pack; what was paid is shared by their credits, to the last minor unit."""
-        total = sum(grant.credits_micro for grant in sold.grants)
+        total = sum(grant.credits_micro for grant in lots)
         given = spent = 0
-        for number, grant in enumerate(sold.grants):
+        for number, grant in enumerate(lots):
             given += grant.credits_micro
             share = None
             if amount_minor is not None:
                 share = amount_minor * given // total - spent
                 spent += share
-            self._grant(paid, f"grant:{paid.key}:{price}:{number}", grant, quantity, share)
+            self._grant(paid, f"grant:{paid.key}:{price}:{number}", grant, quantity, share, order)
 
     def _grant(
         self,

@@ -184,3 +184,25 @@ def test_what_was_paid_or_is_not_there_is_past_all_changes(connection: Connectio
     assert refusal(orders.withdraw, connection, made.id, actor="zoe") is SaleCode.QUOTE_OVER
     assert refusal(orders.quote, connection, "order.none", PRICE, CATALOG, **terms) is SaleCode.UNKNOWN_QUOTE
     assert refusal(orders.withdraw, connection, "order.none", actor="zoe") is SaleCode.UNKNOWN_QUOTE
+
+
+def test_a_pack_is_ordered_at_its_price_once_for_each_request(connection: Connection[Any]) -> None:
+    made = orders.place(connection, "alice", "pro", CATALOG, request="cart-1")
+    assert (made.status, made.pack, made.credits, made.price) == ("quoted", "pro", "85", "14.99 EUR")
+    assert made.id.isascii()
+    assert made.id.isalnum()
+    assert len(made.id) <= 20  # what fits the text of a transfer
+    assert orders.place(connection, "alice", "pro", CATALOG, request="cart-1") == made
+    assert orders.place(connection, "bob", "pro", CATALOG, request="cart-1").id != made.id
+    assert orders.open_orders(connection) == []  # nobody has to quote it
+    assert refusal(orders.place, connection, "alice", "decouverte", CATALOG, request="cart-1") == SaleCode.ID_CONFLICT
+    assert pay(connection, made.id).paid_by == "stripe:cs_1"
+
+
+def test_what_is_no_order_is_refused(connection: Connection[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal(orders.place, connection, "nobody", "pro", CATALOG, request="r") == SaleCode.UNKNOWN_ACCOUNT
+    assert refusal(orders.place, connection, "alice", "nonesuch", CATALOG, request="r") == SaleCode.UNKNOWN_PACK
+    assert refusal(orders.place, connection, "alice", "sur_mesure", CATALOG, request="r") == SaleCode.NO_PRICE
+    monkeypatch.setattr(orders, "MAX_PLACED", 1)
+    orders.place(connection, "alice", "pro", CATALOG, request="1")
+    assert refusal(orders.place, connection, "alice", "pro", CATALOG, request="2") == SaleCode.LIMIT_REACHED

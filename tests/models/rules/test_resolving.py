@@ -211,6 +211,27 @@ def test_a_quote_is_given_where_the_amount_fits(paid: PackPaid, code: str | None
     assert [effect.order for effect in found.effects] == ([] if code else ["order.1"])
 
 
+PLACED = Order(id="CL1", account="alice", pack="small", credits_micro=25_000_000, price=Money(499, "EUR"))
+
+
+def test_a_transfer_that_names_an_order_is_for_whoever_ordered() -> None:
+    transfer = pack(paid=499, reference="CL1", account=None)
+    (grant,) = settle(transfer, orders={"CL1": PLACED}).effects
+    assert (grant.arguments["account"], grant.arguments["amount"]) == ("alice", "25")
+    assert grant.arguments["expires_in"] == 90 * 86400
+    before = msgspec.structs.replace(PLACED, credits_micro=30_000_000)  # the pack had more then
+    (grant,) = settle(transfer, orders={"CL1": before}).effects
+    assert grant.arguments["amount"] == "30"
+
+
+def test_a_bundle_that_has_changed_since_it_was_ordered_is_for_people() -> None:
+    paid = pack(paid=1000, reference="CL2")
+    bundle = Order(id="CL2", account="alice", pack="bundle", credits_micro=30_000_000, price=Money(1000, "EUR"))
+    assert len(settle(paid, orders={"CL2": bundle}).effects) == 2
+    other = msgspec.structs.replace(bundle, credits_micro=40_000_000)
+    assert became(settle(paid, orders={"CL2": other}), paid) == ("parked", "pack_changed")
+
+
 # --- Periods -----------------------------------------------------------------------------------------
 
 
