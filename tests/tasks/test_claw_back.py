@@ -125,6 +125,16 @@ def test_a_refund_that_fails_after_the_lot_has_ended_comes_back_in_one_that_cont
     assert own.available() == "0"
 
 
+def test_what_comes_back_in_place_of_an_ended_lot_pays_what_else_is_owed() -> None:
+    own = lane({**PACK, "expires_in": 60}, "4")
+    tell(own, 100, 1)
+    own("consume", amount="4")
+    assert own("revoke", grant=2)["owed"] == "4"
+    own.wait(seconds=60)
+    assert tell(own, 0, 2)["balance"] == {"available": "6", "by_source": {"pack": "6"}}
+    assert last_kinds(own, 1) == [("debt_paid", 3, "4")]
+
+
 def test_what_no_account_can_ever_be_credited_with_lapses_instead_of_coming_back() -> None:
     own = lane({**PACK, "expires_in": 60})
     tell(own, 100, 1)
