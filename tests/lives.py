@@ -277,12 +277,16 @@ def ends(database: str, account: str) -> list[float]:
 
 
 def refused(database: str) -> list[tuple[Any, ...]]:
-    """Operations of payments that the ledger refused; but for the end of a plan that has ended already."""
+    """Operations of payments that the ledger refused.
+
+    But for the end of a plan that has ended already, and for months that were over before the present plan began.
+    """
     return rows(
         database,
         "SELECT p.effect, o.code, o.result::text, p.arguments::text FROM payment_operations p"
         " JOIN operations o ON o.account = p.account AND o.operation = p.operation WHERE o.status = 'rejected'"
-        " AND NOT (o.name = 'plans.cancel' AND o.code = 'no_subscription')",
+        " AND NOT (o.name = 'plans.cancel' AND o.code = 'no_subscription')"
+        " AND NOT (o.code = 'already_renewed' AND (p.arguments ->> 'period_end')::timestamptz < ledger_now())",
     )
 
 

@@ -403,6 +403,9 @@ class _Resolving:
             return Verdict("parked", "second_plan", "the same payment was for another plan, and an account has one")
         if trial:
             return self._trial(key, period, sold, purchase)
+        if _cuts_short(period, earlier):
+            reason = f"{period.provider}: the rest of it was set against another plan"
+            self._send(Effect(key=f"cut:{period.key}", name="plans.cancel", arguments={"at": "now", "reason": reason}))
         self._send(self._paid(key, period, sold, purchase, earlier))
         return APPLIED
 
@@ -426,7 +429,8 @@ class _Resolving:
         }
         if period.period_end is not None and period.period_end > start_of(period):
             arguments["period_end"] = period.period_end.isoformat()
-        if period.reason == "update" and any(not each.trial for each in earlier):
+        changes = period.reason == "update" and any(not each.trial for each in earlier)
+        if changes and not _cuts_short(period, earlier):
             return Effect(key=key, name="plans.change", arguments=arguments, purchase=purchase)
         terms = self.catalog.terms_of(sold.name)
         assert terms is not None
@@ -592,13 +596,31 @@ def start_of(period: PeriodPaid) -> datetime:
 
 
 def _follows(period: PeriodPaid, earlier: Sequence[PeriodPaid]) -> bool:
-    """Whether a period that is known ends where this one begins, or is under way there."""
-    return any(_covers(each, start_of(period)) for each in earlier)
+    """Whether a period that is known ends where this one begins, or, for a change of plan, is under way there."""
+    start = start_of(period)
+    return any(
+        abs(_end_of(each) - start) <= PAYMENT_SLACK
+        or (period.reason == "update" and start_of(each) - PAYMENT_SLACK <= start <= _end_of(each))
+        for each in earlier
+    )
 
 
-def _covers(period: PeriodPaid, at: datetime) -> bool:
-    end = start_of(period) if period.period_end is None else period.period_end
-    return start_of(period) - PAYMENT_SLACK <= at <= end + PAYMENT_SLACK
+def _end_of(period: PeriodPaid) -> datetime:
+    return start_of(period) if period.period_end is None else period.period_end
+
+
+def _cuts_short(period: PeriodPaid, earlier: Sequence[PeriodPaid]) -> bool:
+    """Whether the provider has ended what was paid for further, such as a year, and begun this in its place."""
+    end = period.period_end
+    if period.reason != "update" or not period.credited or end is None:
+        return False
+    return any(
+        not each.trial
+        and each.period_end is not None
+        and each.period_end > end + PAYMENT_SLACK
+        and start_of(each) <= start_of(period)
+        for each in earlier
+    )
 
 
 def _overlaps(period: PeriodPaid, start: datetime, end: datetime) -> bool:

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from models.catalog import parse_catalog
+from models.rules.calendar import add_months
 from models.rules.catalog import Money
 from models.rules.facts import (
     Alias,
@@ -85,7 +86,7 @@ def pack(*lines: tuple[str, int, int | None], paid: int = 499, key: str = "cs_1"
 def period(start: datetime, invoice: str, price: str = "price_basic", reason: str = "cycle",
            **changes: Any) -> PeriodPaid:  # fmt: skip
     """A paid month of the subscription ``sub_1``."""
-    end = start + timedelta(days=31)
+    end = add_months(start, 1, "UTC")
     fields = about(f"invoice:{invoice}", f"payment_intent:pi_{invoice}", at=start) | {
         "subscription": "sub_1", "price": price, "period_start": start, "period_end": end, "reason": reason,
         "currency": "EUR", "amount_minor": 900, "paid_minor": 900,
@@ -273,7 +274,7 @@ def test_a_trial_gives_what_the_catalog_says_and_the_plan_begins_with_its_first_
     (grant,) = settle(trial).effects
     assert grant.name == "credits.grant"
     assert (grant.arguments["amount"], grant.arguments["source"]) == ("5", "trial")
-    assert grant.arguments["expires_at"] == (NOW + timedelta(days=31)).isoformat()
+    assert grant.arguments["expires_at"] == add_months(NOW, 1, "UTC").isoformat()
     over = period(JANUARY, "in_1", reason="create", trial=True, amount_minor=0, paid_minor=0)
     found = settle(over, period(FEBRUARY, "in_2"))
     assert [effect.name for effect in found.effects] == ["plans.renew"]
@@ -295,6 +296,16 @@ def test_a_change_of_plan_follows_on_what_was_paid_before() -> None:
     change = period(FEBRUARY + timedelta(days=9), "in_2", "price_more", "update", prorated=True)
     assert [effect.name for effect in settle(first, change).effects] == ["plans.renew", "plans.change"]
     assert became(settle(change), change) == ("waiting", "earlier_period")
+
+
+def test_a_year_that_the_provider_has_cut_short_ends_at_once() -> None:
+    year = period(FEBRUARY, "in_1", "price_yearly", "create", period_end=datetime(2028, 2, 1, tzinfo=UTC))
+    unused = (Line(price="price_yearly", quantity=1, amount_minor=-8000),)
+    month = period(FEBRUARY + timedelta(days=9), "in_2", "price_basic", "update", credited=unused)
+    found = settle(year, month)
+    assert [effect.name for effect in found.effects] == ["plans.renew", "plans.cancel", "plans.renew"]
+    assert found.effects[1].arguments["at"] == "now"
+    assert settle(year, month, issued=sent(found)).effects == []
 
 
 @pytest.mark.parametrize(
