@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 import msgspec
@@ -235,9 +235,6 @@ def _join(connection: Connection[Any], groups: set[int]) -> int:
             connection.execute(statement, (first, others))
         connection.execute("DELETE FROM payment_groups WHERE id = ANY(%s)", (others,))
     return first
-
-
-SomeFact = TypeVar("SomeFact", bound=Fact)
 
 
 def merge(known: Fact, heard: Fact) -> Fact:

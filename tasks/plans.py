@@ -13,7 +13,7 @@ from creditlane.contract import CancelPlan, ChangePlan, Paid, RenewPlan, Subscri
 from models.rules.burning import check_room, new_grant, pay_debt
 from models.rules.calendar import add_months, month_start, months_passed
 from models.rules.catalog import Terms
-from models.rules.claw_back import take_back, worth_of
+from models.rules.claw_back import come_due, take_back, worth_of
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import PAYMENT_SLACK, Account, Subscription
@@ -327,7 +327,7 @@ def undo(account: Account, message: UndoRenewal, context: Context) -> Outcome:
             post(account, lot, "unexpired", taken.expired, now, operation)
             post(account, lot, "rolled_out", taken.expired, now, operation)
             post(account, back, "rolled_in", taken.expired, now, operation)
-            pay_debt(account, back, taken.expired, now, operation)
+            come_due(account, back, now, operation, context.catalog)  # the purchase may have been returned meanwhile
     subscription.renewal = msgspec.structs.replace(renewal, undone=True)
     outcome = _outcome(account, subscription)
     assert outcome.details is not None

@@ -245,12 +245,14 @@ def books(database: str, ledger: Ledger, life: Life) -> Iterator[Books]:
 
 
 def state(database: str, account: str) -> dict[str, Any]:
-    """What an account has come to: its lots, its debt, its plan; but for names, and when it came to it."""
+    """What an account has come to: its credits by what they are, its debt, its plan.
+
+    Not by which way: a refund takes of a month's credits what would be carried later, or of what was carried.
+    """
     lots = rows(
         database,
-        "SELECT source, sum(granted_micro + received_micro + restored_micro), sum(available_micro),"
-        " sum(expired_micro + revoked_micro), sum(sent_micro), price_minor, price_per_micro"
-        " FROM grants WHERE account = %s GROUP BY source, is_open, price_minor, price_per_micro ORDER BY 1, 2, 3, 4",
+        "SELECT source, features, price_minor, price_per_micro, sum(available_micro) FROM grants"
+        " WHERE account = %s AND is_open GROUP BY 1, 2, 3, 4 ORDER BY 1, 3, 4",
         account,
     )
     (totals,) = rows(database, "SELECT available_micro, debt_micro FROM accounts WHERE account = %s", account)

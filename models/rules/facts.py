@@ -114,6 +114,9 @@ class RefundChanged(Fact, frozen=True, kw_only=True):
         return Returned(self.key, 1 if settled else 2, self.amount_minor if settled else 0)
 
 
+Stage = Literal["created", "updated", "funds_withdrawn", "funds_reinstated", "closed"]
+
+
 class DisputeChanged(Fact, frozen=True, kw_only=True):
     """A stage of a dispute; ``key`` is dispute and stage.
 
@@ -121,7 +124,7 @@ class DisputeChanged(Fact, frozen=True, kw_only=True):
     """
 
     dispute: str
-    stage: Literal["created", "updated", "funds_withdrawn", "funds_reinstated", "closed"]
+    stage: Stage
     status: str
     """The provider's own word. ``lost`` is not for ever: money moves only with ``withdrawn_minor``."""
     is_open: bool

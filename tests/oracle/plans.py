@@ -337,7 +337,8 @@ class PlanLedger(Ledger):
             self.move("unexpired", lot, expired, now, operation)
             self.move("rolled_out", lot, expired, now, operation)
             self.move("rolled_in", home, expired, now, operation)
-            self.take_what_is_owed(home, expired, now, now, operation)
+            self.bring_to_its_share(home["purchase"], operation, now, now)
+            self.take_what_is_owed(home, home["available"], now, now, operation)
         return {**self.state(), **details}
 
     def home_for(self, lot: Row, operation: str, now: datetime) -> Row:

@@ -25,6 +25,7 @@ from models.rules.facts import (
     PaymentFailed,
     PeriodPaid,
     RefundChanged,
+    Stage,
     Status,
     SubscriptionChanged,
 )
@@ -613,7 +614,7 @@ def _refund(event: Event, fetch: Fetch) -> Iterable[Fact]:
     )
 
 
-_STAGES: dict[str, Literal["created", "updated", "funds_withdrawn", "funds_reinstated", "closed"]] = {
+_STAGES: dict[str, Stage] = {
     "charge.dispute.created": "created",
     "charge.dispute.updated": "updated",
     "charge.dispute.funds_withdrawn": "funds_withdrawn",
