@@ -640,7 +640,12 @@ def _follows(period: PeriodPaid, earlier: Sequence[PeriodPaid]) -> bool:
     if period.reason != "update":
         return any(_covers(each, start) and _ends(each, start) for each in earlier)
     before = {line.price for line in period.credited}
-    return any(_covers(each, start) and (not before or each.price in before) for each in earlier)
+    return any(_is_amid(each, start) and (not before or each.price in before) for each in earlier)
+
+
+def _is_amid(period: PeriodPaid, at: datetime) -> bool:
+    """Without slack: what was paid a day before may be of the period before."""
+    return start_of(period) <= at and (period.period_end is None or at < period.period_end)
 
 
 def _ends(period: PeriodPaid, at: datetime) -> bool:

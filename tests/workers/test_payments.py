@@ -300,6 +300,25 @@ def test_nothing_overtakes_what_was_left_behind(shop: Books, database: str) -> N
     assert not refused(database)
 
 
+def test_a_year_that_is_given_up_for_a_month_ends_with_the_month(database: str, ledger: Ledger) -> None:
+    begins_at = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=3)
+    with books(database, ledger, Life("alice", 1, begins_at)) as each:
+        tell(each, ("subscribe", "price_rollover_pro_yearly"), ("change", "price_rollover_starter"))
+        assert available(database) == 500
+        travel(database, timedelta(days=32))
+        tell(each, ("renew",))
+    assert not refused(database)
+    assert rows(database, "SELECT plan, status, pending FROM subscriptions") == [("starter", "active", None)]
+    assert value(database, "SELECT paid_until - period_start < interval '32 days' FROM subscriptions")
+    assert value(database, "SELECT sum(granted_micro) FROM grants") == 600_000_000
+
+
+def test_a_plan_for_nothing_is_given_without_being_worth_anything(shop: Books, database: str) -> None:
+    shop.life.subscribe("price_rollover_starter", coupon="free")
+    tell(shop)
+    assert rows(database, "SELECT granted_micro, price_minor FROM grants") == [(100_000_000, 0)]
+
+
 # --- Comparing ---------------------------------------------------------------------------------------
 
 

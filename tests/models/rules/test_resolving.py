@@ -559,6 +559,10 @@ def test_a_period_waits_for_the_change_of_plan_before_it() -> None:
     assert [effect.name for effect in settle(year, to_month, month).effects] == [
         "plans.renew", "plans.change", "plans.renew",
     ]  # fmt: skip
+    soon = period(MARCH + timedelta(hours=1), "in_7", "price_more", "update")
+    assert became(settle(to_month, year, soon), soon) == ("applied", None)  # it may be of the year
+    ended = msgspec.structs.replace(to_month, reason="create")
+    assert became(settle(ended, soon), soon) == ("waiting", "earlier_period")
     # A change says which plan it ended.
     begun = period(FEBRUARY, "in_4", reason="create")
     up = period(FEBRUARY + timedelta(days=3), "in_5", "price_more", "update")
