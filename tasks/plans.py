@@ -110,7 +110,9 @@ def change(account: Account, message: ChangePlan, context: Context) -> Outcome:
     To a higher one at once: what more it gives for the period under way is the catalog's choice, and never more than
     the highest plan of the period has, however often one changes. If what was paid for begins now and outlasts the
     period under way, that ends, and one of the new plan begins. To a lower one with the next renewal; changing back
-    before that calls it off. Refusals: ``unknown_plan``, ``no_subscription``.
+    before that calls it off. Where what was paid for it ends sooner than what was paid for before, as of a year that is
+    given up for a month, the rest of that was given back and is not allotted. Refusals: ``unknown_plan``,
+    ``no_subscription``.
     """
     terms = _terms(message.plan, context)
     subscription = _active(account)
@@ -119,6 +121,13 @@ def change(account: Account, message: ChangePlan, context: Context) -> Outcome:
     if terms.plan == subscription.terms.plan:
         return _outcome(account, subscription)
     if terms.rank < subscription.terms.rank:
+        until = message.period_end if message.payment is not None else None
+        if (
+            until is not None
+            and subscription.paid_until is not None
+            and until < subscription.paid_until - PAYMENT_SLACK
+        ):
+            subscription.paid_until = until
         subscription.pending = terms
         subscription.pending_at = subscription.paid_until or subscription.period_end
         return _outcome(account, subscription, _catch_up(account, subscription, context))

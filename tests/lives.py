@@ -97,14 +97,14 @@ class Life:
         if outcome == "succeeded":
             self.bought.append(session["id"])
 
-    def subscribe(self, price: str, trial_days: int = 0) -> None:
+    def subscribe(self, price: str, trial_days: int = 0, **given: Any) -> None:
         """Begin a subscription, if there is none."""
         if self.subscription is not None:
             return
         data: dict[str, Any] = {}
         if trial_days:
             data["trial_end"] = int((self.now + timedelta(days=trial_days)).timestamp())
-        session = self._session(price, "subscription", subscription_data=data)
+        session = self._session(price, "subscription", subscription_data=data, **given)
         done = self.stripe.complete(session["id"])
         self.subscription = done["subscription"]
         self._note_invoice()

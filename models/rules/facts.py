@@ -29,6 +29,9 @@ PURCHASE_ALIASES = frozenset({
     "session", "checkout", "order", "payment_intent", "charge", "invoice", "capture", "sale", "transaction", "transfer",
 })  # fmt: skip
 
+PAYMENT_ALIASES = frozenset({"payment_intent", "charge", "capture", "sale", "transaction", "transfer"})
+"""Those that name the payment itself: an order, a checkout or an invoice may have been paid in several."""
+
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
     """What was sold: credits follow ``price`` in the catalog, times ``quantity``."""

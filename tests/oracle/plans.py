@@ -180,6 +180,9 @@ class PlanLedger(Ledger):
         if wanted["name"] == plan["is"]["name"]:
             return self.state()
         if height(wanted) < height(plan["is"]):
+            sooner = said.get("period_end") if "payment" in said else None
+            if sooner is not None and plan["paid_until"] is not None and plan["paid_until"] - sooner > DAY:
+                plan["paid_until"] = sooner
             plan["next"] = wanted
             plan["next_from"] = plan["paid_until"] or plan["end"]
             return self.state(allotted=self.renew_what_is_overdue(now, operation))
