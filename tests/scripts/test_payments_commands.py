@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -16,6 +17,7 @@ import pytest
 
 from models.catalog import load_catalog
 from models.payment_inbox import store
+from scripts import payments_demo
 from scripts.fake_stripe import KEY, SECRET
 from tests.conftest import Spawn
 from tests.lives import Books, Life, books
@@ -244,3 +246,20 @@ def test_a_comparison(payments: Run, shop: Books, spawn: Spawn, database: str) -
     assert "Stripe is out of reach" in away
     assert "the broker is away" not in away
     assert KEY not in away
+
+
+# --- The demo, where it cannot be played; tests of the whole stack play it -----------------------------
+
+
+def test_the_demo_is_played_on_the_embedded_stack_alone(
+    payments: Run, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "stack.json"
+    monkeypatch.setattr(payments_demo, "STATE", file)
+    assert "no embedded stack runs here" in payments("demo", code=2).stderr
+    state = {"database_url": "postgresql://somewhere/else", "relay_url": "http://127.0.0.1:1"}
+    file.write_text(json.dumps(state))
+    assert "another ledger than the embedded stack's" in payments("demo", code=2).stderr
+    file.write_text(json.dumps(state | {"database_url": database}))
+    assert "talks to Stripe itself" in payments("demo", code=2).stderr
+    assert rows(database, "SELECT account FROM accounts") == []
