@@ -117,8 +117,9 @@ SELECT kind, key, provider, fact::jsonb ->> 'account', code, reason, heard_at FR
 WHERE status IN ('waiting', 'parked') AND heard_at >= %s ORDER BY heard_at
 """
 PARKED = """
-SELECT id, provider, type, code, reason, received_at FROM payment_events
-WHERE status = 'parked' AND received_at >= %s ORDER BY id
+SELECT id, provider, type, coalesce(code, 'not_read'), coalesce(reason, 'no worker has read it yet'), received_at
+FROM payment_events
+WHERE received_at >= %s AND (status = 'parked' OR status = 'received' AND received_at < %s) ORDER BY id
 """
 
 
@@ -382,6 +383,6 @@ def operations(connection: Connection[Any], report: Report, since: datetime) -> 
         )
         if not any(each.what.endswith(f" {key}") for each in report.differences):
             report.add(difference)
-    for row in connection.execute(PARKED, (since,)):
+    for row in connection.execute(PARKED, (since, now - SETTLING)):
         id, provider, type, code, reason, received_at = row
         report.add(Difference(code=code, what=f"event {id} {type}", provider=provider, reason=reason, at=received_at))

@@ -374,3 +374,22 @@ def test_what_the_ledger_refused_is_a_difference(shop: Books, database: str) -> 
     report = Report()
     operations(shop.connection, report, shop.life.begins_at)
     assert {each.code for each in report.differences} == {"refused_already_subscribed", "not_applied"}
+
+
+def test_what_breaks_inside_is_parked_with_the_rest_undone(
+    shop: Books, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.life.play(FIFTY)
+    event = next(each for each in shop.life.stripe.events if each["type"] == "checkout.session.completed")
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("workers.payments.settle", broken)
+    shop.deliver(event)
+    (parked,) = events(shop.connection, status="parked")
+    assert (parked.code, value(database, "SELECT count(*) FROM payment_facts")) == ("internal_error", 0)
+    monkeypatch.undo()
+    retry(shop.connection, [parked.id], "ann")
+    assert shop.processor.apply(parked.id).status == "done"
+    assert available(database) == 50
