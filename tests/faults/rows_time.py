@@ -9,16 +9,19 @@ import re
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from itertools import count
 from typing import Self
 from zoneinfo import ZoneInfo
 
-from creditlane.errors import CreditlaneError
+import psycopg
+
+from creditlane.client import task_message
 from schedules.expiry import SCHEDULE
 from tests.faults.acts import Act, Done, Row, Size
 from tests.faults.producers import Client, Operation
-from tests.faults.stack import PATIENCE_SECONDS, READY_SECONDS, MissedError, Process, Scene, eventually
+from tests.faults.stack import PATIENCE_SECONDS, READY_SECONDS, MissedError, Scene, eventually
 
 PARIS = ZoneInfo("Europe/Paris")
 
@@ -44,6 +47,9 @@ zone = "America/New_York"
 """Plans that the calendar renews; what was used leaves something to be carried, and something to lapse."""
 
 PLANS = ("reset", "keep", "carry")
+SWEEPS = 5
+"""How often a sweep is begun until all that is due is done."""
+
 MONTH = timedelta(days=32)
 """So much later one period more has begun, for a year and longer."""
 
@@ -109,21 +115,34 @@ class Calendar:
         self.scene.travel(self.start + months * MONTH)
         return self.scene.overdue()
 
-    def settled(self) -> None:
+    def settled(self, seconds: float = PATIENCE_SECONDS) -> None:
         """Wait until nobody is due any more."""
-        eventually(lambda: not self.scene.overdue(), PATIENCE_SECONDS, "every account that is due is settled")
+        eventually(lambda: not self.scene.overdue(), seconds, "every account that is due is settled")
+
+    def swept(self, times: int) -> int:
+        """Wait until the general worker has ended so many sweeps, and give how many."""
+
+        def ended() -> int:
+            return len(re.findall(r"Task schedules\.expiry\[[^]]+\] succeeded", self.general.logged()))
+
+        eventually(lambda: ended() >= times, READY_SECONDS, f"{times} sweeps have ended")
+        return ended()
 
     def sweep(self) -> None:
-        """Have the general worker sweep as if beat had ticked, and wait until what it sent is applied."""
-        # Not done as long as Postgres has not noticed that the last one was killed.
-        eventually(self._swept, READY_SECONDS, "a sweep of all that is due")
-        self.settled()
+        """Have the general worker sweep until nobody is due.
 
-    def _swept(self) -> bool:
-        try:
-            return bool(self._client.query("schedules.expiry", "maintenance", READY_SECONDS)["done"])
-        except CreditlaneError as error:
-            raise MissedError(f"no sweep: {error}") from None
+        More than once where it takes Postgres a while to notice that the last one was killed.
+        """
+        for _ in range(SWEEPS):
+            self.tick()
+            with suppress(MissedError):
+                return self.settled(PATIENCE_SECONDS / SWEEPS)
+        raise MissedError(f"{self.scene.overdue()} accounts are due after {SWEEPS} sweeps")
+
+    def tick(self) -> None:
+        """Send what beat sends."""
+        id = f"tick-{next(self._numbers)}"
+        self._client._sender.send([task_message("schedules.expiry", id, "maintenance", b"{}", "")])
 
 
 def one_of_two_killed(scene: Scene, size: Size) -> Done:
@@ -160,20 +179,13 @@ def both_tick(scene: Scene, size: Size) -> Done:
             entry = ("tests.faults.lockless", "-A", "schedules.app")
             pair = [scene.beat(f"beat-{number}-{twin}", entry) for twin in range(2)]
             calendar.use()
-            for each in pair:
-                each.says(SENDS)
             calendar.settled()
+            calendar.swept(2 * number)
             for each in pair:
                 each.kill()
-        wanted = 2 * size.rounds
-        eventually(lambda: swept(calendar.general) >= wanted, PATIENCE_SECONDS, "every tick is worked off")
-    ticks = swept(calendar.general)
-    return Done(ticks, wanted, f"{size.rounds} × two beats that both ticked, {ticks} sweeps of {size.rounds} periods")
-
-
-def swept(general: Process) -> int:
-    """How many sweeps a general worker has ended."""
-    return len(re.findall(r"Task schedules\.expiry\[[^]]+\] succeeded", general.logged()))
+        ticks = calendar.swept(2 * size.rounds)
+    what = f"{size.rounds} × two beats that both ticked, {ticks} sweeps of {size.rounds} ends of periods"
+    return Done(ticks, 2 * size.rounds, what)
 
 
 def no_beat(scene: Scene, size: Size) -> Done:
@@ -257,6 +269,8 @@ def clocks_change(scene: Scene, size: Size) -> Done:
 # --- A sweep that is killed --------------------------------------------------------------------------
 
 SWEEPING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = %s"
+WAITING = f"{SWEEPING} AND wait_event_type = 'Lock'"
+SWEEPER = "creditlane sweep"
 
 
 def killed_sweeping(scene: Scene, size: Size) -> Done:
@@ -264,27 +278,26 @@ def killed_sweeping(scene: Scene, size: Size) -> Done:
     with Calendar(scene, size.operations) as calendar:
         calendar.subscribe()
         hits = tries = left = 0
-        while hits < size.rounds:
+        while hits < size.rounds and tries < 12:  # in a year's months
             tries += 1
-            if tries > 4 * size.rounds + 4:
-                raise MissedError(f"no sweep was caught in {tries} tries")
-            general = calendar.general
-            general.says(" ready.")
             due = calendar.months_on(tries)
-            scene.have_due(SWEEP)
-            beat = scene.beat(f"killed-{tries}")
-            done = general.logged().count(SENT)
-            eventually(lambda: scene.value(SWEEPING, "creditlane sweep"), READY_SECONDS, "a sweep is under way")
-            time.sleep(scene.random.uniform(0, due / 20_000))
-            general.signal(signal.SIGSTOP)
-            amid = general.logged().count(SENT) == done and scene.value(SWEEPING, "creditlane sweep") > 0
-            general.kill()
-            hits += amid
-            left += scene.overdue() if amid else 0
-            beat.kill()
-            calendar.general = scene.general(f"general-{tries}")
+            done = calendar.general.logged().count(SENT)
+            with psycopg.connect(scene.database) as holding:
+                holding.execute("LOCK TABLE accounts")  # so that it is known when the sweep begins
+                calendar.tick()
+                eventually(lambda: scene.value(WAITING, SWEEPER), READY_SECONDS, "a sweep is under way")
+            time.sleep(scene.random.uniform(0, due / 50_000))
+            calendar.general.signal(signal.SIGSTOP)
+            amid = calendar.general.logged().count(SENT) == done and scene.value(SWEEPING, SWEEPER) > 0
+            if amid:
+                hits += 1
+                left += scene.overdue()
+                calendar.general.kill()
+                calendar.general = scene.general(f"general-{tries}")
+            else:
+                calendar.general.signal(signal.SIGCONT)
             calendar.sweep()
-    return Done(hits, size.rounds, f"{hits} × kill -9 amid a sweep ({tries} tries), {left:,} accounts were left due")
+    return Done(hits, size.rounds, f"{hits} × kill -9 amid a sweep, {tries} tries; {left:,} accounts were left due")
 
 
 ROWS = (
