@@ -76,6 +76,7 @@ class Calendar:
         scene.worker("worker")
         self.general = scene.general("general-0")
         scene.owning("worker")
+        self.general.says(" ready.")
 
     def __enter__(self) -> Self:
         return self
