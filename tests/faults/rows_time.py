@@ -16,8 +16,9 @@ from typing import Self
 from zoneinfo import ZoneInfo
 
 import psycopg
+from celery import Celery
+from kombu import Queue
 
-from creditlane.client import task_message
 from schedules.expiry import SCHEDULE
 from tests.faults.acts import Act, Done, Row, Size
 from tests.faults.producers import Client, Operation
@@ -73,6 +74,7 @@ class Calendar:
         self._notes = scene.notes("subscribers")
         self._notes.swept()
         self._client = Client(scene.broker.url, lanes=scene.lanes, result_url=scene.broker.result_url)
+        self._beat = Celery("ticks", broker=scene.broker.url, set_as_current=False)
         scene.worker("worker")
         self.general = scene.general("general-0")
         scene.owning("worker")
@@ -84,6 +86,7 @@ class Calendar:
     def __exit__(self, *_: object) -> None:
         self._notes.done()
         self._client.close()
+        self._beat.close()
 
     def send(self, *operations: Operation) -> None:
         """Send operations, and wait until the ledger has them."""
@@ -142,8 +145,8 @@ class Calendar:
 
     def tick(self) -> None:
         """Send what beat sends."""
-        id = f"tick-{next(self._numbers)}"
-        self._client._sender.send([task_message("schedules.expiry", id, "maintenance", b"{}", "")])
+        queue = Queue("maintenance", no_declare=True)
+        self._beat.send_task("schedules.expiry", queue=queue, exchange="", routing_key=queue.name, ignore_result=True)
 
 
 def one_of_two_killed(scene: Scene, size: Size) -> Done:
