@@ -151,7 +151,7 @@ class Calendar:
 
 def one_of_two_killed(scene: Scene, size: Size) -> Done:
     """Two beats, of which one ticks; it is killed each time, and the other takes over."""
-    rounds = 2 * size.rounds
+    rounds = 2 * size.rounds - 1
     hits = renewed = 0
     with Calendar(scene, size.contenders) as calendar:
         calendar.subscribe()
