@@ -366,8 +366,10 @@ def judge(
     if left:
         verdict.fault("O5", f"{left} messages are still in the lanes")
     for table, what in LEFT.items():
-        if found[table]:
-            verdict.fault("O5", f"{len(found[table])} {what}: {found[table][0]}")
+        # Who is killed leaves notices to a sweep, and only some acts have one; they move no credits.
+        rows = [row for row in found[table] if record.swept or row[0] != "notices.deliver"]
+        if rows:
+            verdict.fault("O5", f"{len(rows)} {what}: {rows[0]}")
     _purchases(verdict, record.sold, found["grants"])
     _periods(verdict, operations, found, policy)
     return verdict
