@@ -92,8 +92,6 @@ class Report:
             table.add_column(name, justify="right")
         table.add_column("what was done; why it is no pass", ratio=1)
         for number, row in ROWS.items():
-            if row.missing:
-                table.add_row(str(number), row.title, "[dim]not reachable yet[/]", "", "", "", "", row.missing)
             for (of, broker), outcome in sorted(self.outcomes.items()):
                 if of == number:
                     rounds = self.rounds[of, broker]
@@ -126,7 +124,6 @@ class Report:
             "seed": self.seed,
             "seconds": round(time.monotonic() - self.began, 1),
             "rows": {number: _together(by_broker) for number, by_broker in rows.items()},
-            "not_reachable": {str(number): row.missing for number, row in ROWS.items() if row.missing},
         }
 
 
@@ -199,9 +196,7 @@ def interrupt(*_: object) -> NoReturn:
 def show_rows() -> None:
     """List the rows and their acts."""
     for number, row in ROWS.items():
-        console.print(
-            f"{number:>3}  {row.title}" + (f" [dim](not reachable yet: {row.missing})[/]" if row.missing else "")
-        )
+        console.print(f"{number:>3}  {row.title}")
         for act in row.acts:
             only = "" if len(act.brokers) > 1 else f" [dim]({act.brokers[0]} only)[/]"
             console.print(f"       {act.name}{only}")
@@ -251,7 +246,7 @@ def main(
     report = Report(seed or secrets.token_hex(4))
     code = 0
     try:
-        run(report, [each for each in wanted if each.acts], broker, minutes, SMALL if quick else FULL, kept or KEPT)
+        run(report, wanted, broker, minutes, SMALL if quick else FULL, kept or KEPT)
     except StackError as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         code = 1
@@ -266,8 +261,6 @@ def main(
 
 def run(report: Report, wanted: list[Row], broker: Brokers, minutes: float, size: Size, kept: Path) -> None:
     """Run rows round robin until the time is over, each at least once on each broker."""
-    if not wanted:
-        return  # only rows that cannot be run yet
     console.print(f"seed {report.seed}: repeat with --seed {report.seed}", style="bold")
     deadline = time.monotonic() + 60 * minutes
     progress = Progress(

@@ -71,6 +71,4 @@ class Row:
 
     number: int
     title: str
-    acts: tuple[Act, ...] = ()
-    missing: str = ""
-    """Why it cannot be run yet."""
+    acts: tuple[Act, ...]

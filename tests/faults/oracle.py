@@ -11,7 +11,10 @@ by plain SQL, and says what does not fit:
 - **O3 the closing identity**: ``==`` on both sides, per grant, per account and in all;
 - **O4 order**: per account no gap in ``number`` and ``seq``, the chain of hashes unbroken, and the order is the order
   published;
-- **O5 nothing left**: every lane is empty, ready and unacknowledged, and so is the outbox.
+- **O5 nothing left**: every lane is empty, ready and unacknowledged, and so is the outbox; every event of a provider
+  is read, and nothing that it says waits;
+- **O7 what is due**: without any ledger, each purchase has its credits once, less the share whose money was returned,
+  and each plan that the calendar renews has given its credits at each of its instants, no earlier and none twice.
 
 O6, that the fault hit at all, is counted by the rows themselves.
 
@@ -24,25 +27,44 @@ import json
 import os
 import sys
 import tomllib
+from calendar import monthrange
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import msgspec
 import psycopg
 
-from tests.oracle.model import BUCKETS, Ledger, Row, meaning, micro
+from tests.oracle.model import BUCKETS, Row, meaning, micro
+from tests.oracle.plans import PlanLedger, share
 
 MAX_FAULTS = 20
 """Faults that a judgement spells out; further ones are only counted."""
 
 DEFAULT_DAYS = 30
 """How long refunded credits live unless the catalog says otherwise."""
+
+PLAN: Row = {
+    "unlimited": False,
+    "mode": "reset",
+    "source": "monthly",
+    "rollover_source": "rollover",
+    "rollover_cap": None,
+    "balance_cap": None,
+    "rollover_months": None,
+    "interval": "month",
+    "anchor": "subscription",
+    "zone": None,
+    "grace_days": 3,
+    "upgrade": "difference",
+}
+"""What a plan is unless the catalog says otherwise."""
 
 CAME_IN = BUCKETS[:3]
 
@@ -82,12 +104,27 @@ class Poison:
     code: str
 
 
+@dataclass(frozen=True, slots=True)
+class Sold:
+    """What a provider has sold."""
+
+    sold: str
+    """Its purchase."""
+    account: str
+    credits: str
+    paid_minor: int
+    returned_minor: int
+
+
 @dataclass
 class Record:
     """What all producers of a row published."""
 
     sent: list[Sent] = field(default_factory=list)
     poison: list[Poison] = field(default_factory=list)
+    sold: list[Sold] = field(default_factory=list)
+    swept: bool = False
+    """Whether schedules settle idle accounts by themselves."""
     refused: int = 0
     """Publications that the broker did not confirm; each was repeated until it did."""
     unfinished: list[str] = field(default_factory=list)
@@ -101,7 +138,11 @@ def read_record(files: Iterable[Path]) -> Record:
         finished = False
         for line in path.read_text(encoding="utf-8").splitlines():
             noted = json.loads(line)
-            if "account" in noted:
+            if "sold" in noted:
+                record.sold.append(Sold(**noted))
+            elif "swept" in noted:
+                record.swept = True
+            elif "account" in noted:
                 record.sent.append(Sent(*(noted[name] for name in Sent.__slots__)))
             elif "poison" in noted:
                 record.poison.append(Poison(noted["poison"], noted["queue"], noted["digest"], noted["code"]))
@@ -117,6 +158,7 @@ def read_record(files: Iterable[Path]) -> Record:
 def read_policy(catalog: Path) -> Row:
     """A catalog file as the second ledger takes it; read here, not by the reader under test."""
     tables = tomllib.loads(catalog.read_text(encoding="utf-8"))
+    catalog_zone = tables.get("catalog", {}).get("zone", "UTC")
 
     def welcome(name: str) -> Row:
         table = tables.get(name, {})
@@ -143,15 +185,31 @@ def read_policy(catalog: Path) -> Row:
             {
                 "name": name,
                 "credits": micro(pack.get("credits", 0)),
-                # Of one currency with two decimals, and only compared.
-                "minor": int(Fraction(pack["price"].split()[0]) * 100),
+                "minor": money(pack["price"])["minor"],
             }
             for name, pack in tables.get("packs", {}).items()
             if "price" in pack
         ],
+        "zone": catalog_zone,
+        "plans": {
+            name: {
+                **PLAN,
+                **plan,
+                "name": name,
+                "credits": micro(plan.get("monthly_credits", 0)),
+                "price": money(plan["price"]) if "price" in plan else None,
+            }
+            for name, plan in tables.get("plans", {}).items()
+        },
         "on_spent": tables.get("clawback", {}).get("on_spent", "debt"),
         "refund_days": tables.get("refunds", {}).get("refund_days", DEFAULT_DAYS),
     }
+
+
+def money(price: str) -> Row:
+    """Money as the catalog has it, of a currency with two decimals."""
+    amount, currency = price.split()
+    return {"minor": int(Fraction(amount) * 100), "currency": currency}
 
 
 # --- What the ledger says ----------------------------------------------------------------------------
@@ -169,10 +227,22 @@ QUERIES = {
     "quarantine": "SELECT queue, code, encode(sha256(body), 'hex'), task, operation, reason FROM quarantine"
     " ORDER BY id",
     "outbox": "SELECT task, operation FROM outbox ORDER BY id",
+    "payments": "SELECT account, operation, name, arguments::text FROM payment_operations ORDER BY number",
+    "unread": "SELECT event_id, type, status, code FROM payment_events WHERE status NOT IN ('done', 'ignored')"
+    " ORDER BY id",
+    "unsettled": "SELECT kind, key, status, code FROM payment_facts WHERE status IN ('waiting', 'parked')"
+    " ORDER BY kind, key",
     "clock": "SELECT ledger_now()",
 }
 """All that is read, in one snapshot."""
 
+
+LEFT = {
+    "outbox": "messages are still in the outbox",
+    "unread": "events of providers are not read",
+    "unsettled": "facts about payments wait",
+}
+"""Tables of :data:`QUERIES` that must be empty in the end, and what it means where they are not."""
 
 Tables = dict[str, list[tuple[Any, ...]]]
 """The rows of each table, by its name."""
@@ -285,6 +355,9 @@ def judge(
     for sent in record.sent:
         published.setdefault(sent.key, []).append(sent)
     letters = _replay(verdict, published, operations, found, policy)
+    if record.swept:
+        settled = {(each.account, each.id): each.name for each in operations if each.name == "credits.settle"}
+        letters = {key: name for key, name in settled.items() if key not in published} | letters
     _exactly_once(verdict, published, letters, operations, record.poison, found["quarantine"])
     _within(verdict, operations, found["entries"], started, found["clock"][0][0])
     _closes(verdict, found["accounts"], found["grants"])
@@ -292,8 +365,13 @@ def judge(
     _answers(verdict, record.sent, operations, answers or {}, all_answered)
     if left:
         verdict.fault("O5", f"{left} messages are still in the lanes")
-    if found["outbox"]:
-        verdict.fault("O5", f"{len(found['outbox'])} messages are still in the outbox: {found['outbox'][0]}")
+    for table, what in LEFT.items():
+        # Who is killed leaves notices to a sweep, and only some acts have one; they move no credits.
+        rows = [row for row in found[table] if record.swept or row[0] != "notices.deliver"]
+        if rows:
+            verdict.fault("O5", f"{len(rows)} {what}: {rows[0]}")
+    _purchases(verdict, record.sold, found["grants"])
+    _periods(verdict, operations, found, policy)
     return verdict
 
 
@@ -340,16 +418,19 @@ def _replay(
 ) -> dict[Key, str]:
     """Replay every account.
 
-    :returns: the operations that follow from others (the credit side of a transfer), with their names: the ledger sends
-        them itself.
+    :returns: the operations that follow from others (the credit side of a transfer) or from payments, with their
+        names: they are sent by what is judged itself.
     """
-    letters: dict[Key, tuple[str, Row]] = {}
+    letters: dict[Key, tuple[str, Row]] = {
+        (account, id): (name, meaning(name, json.loads(arguments)))
+        for account, id, name, arguments in found["payments"]
+    }
     by_account = _grouped((operation.account, operation) for operation in operations)
     entries = _by_account(found["entries"])
     grants = _by_account(found["grants"])
     holds = _by_account(found["holds"])
     for account, seen in _by_account(found["accounts"]).items():
-        ledger = Ledger(policy)
+        ledger = PlanLedger(policy)
         try:
             letters |= _replay_account(
                 verdict, account, ledger, published, by_account.get(account, []), entries.get(account, [])
@@ -376,7 +457,7 @@ def _without_nothing(said: Any) -> Any:
 def _replay_account(
     verdict: Judgement,
     account: str,
-    ledger: Ledger,
+    ledger: PlanLedger,
     published: Mapping[Key, Sequence[Sent]],
     operations: Sequence[Operation],
     entries: Sequence[tuple[Any, ...]],
@@ -432,7 +513,7 @@ def _replay_account(
 def _same_state(
     verdict: Judgement,
     account: str,
-    ledger: Ledger,
+    ledger: PlanLedger,
     row: Sequence[Any],
     grants: Sequence[Sequence[Any]],
     holds: Sequence[Sequence[Any]],
@@ -470,19 +551,26 @@ def read_answer(status: str, code: str | None, result: Row) -> Row:
         "charged": micro(result.get("charged", "0")),
         "uses": [(use["grant"], micro(use["amount"])) for use in result.get("grants", [])],
     }
-    for amount in ("required", "available", "shortfall", "owed", "forgiven"):
+    for amount in (
+        "required", "available", "shortfall", "owed", "forgiven", "allotted", "expired", "taken_back", "restored",
+        "frozen", "thawed",
+    ):  # fmt: skip
         if amount in result:
             read[amount] = micro(result[amount])
-    for same in ("grant", "hold", "to", "sender", "transfer", "refused"):
+    for same in ("grant", "hold", "to", "sender", "transfer", "refused", "plan", "plan_status", "plan_next"):
         if same in result:
             read[same] = result[same]
-    if "expires_at" in result:
-        read["expires_at"] = datetime.fromisoformat(result["expires_at"])
+    for instant in ("expires_at", "period_start", "period_end", "paid_until"):
+        if instant in result:
+            read[instant] = datetime.fromisoformat(result[instant])
     if "offer" in result:
-        read["offer"] = result["offer"]["pack"]
+        read["offer"] = result["offer"].get("pack", result["offer"].get("plan"))
     balance = result["balance"]
     read["balance"] = {
-        **{each: micro(balance.get(each, "0")) for each in ("available", "held", "debt", "in_transit", "upcoming")},
+        **{
+            each: micro(balance.get(each, "0"))
+            for each in ("available", "held", "debt", "in_transit", "upcoming", "frozen")
+        },
         "by_source": {source: micro(each) for source, each in balance.get("by_source", {}).items()},
     }
     return read
@@ -522,6 +610,81 @@ def _closes(verdict: Judgement, accounts: Sequence[tuple[Any, ...]], grants: Seq
             verdict.fault("O3", f"{account}: its buckets are not the sums of its grants'")
         total = [one + other for one, other in zip(total, buckets, strict=True)]
     check("the ledger", total)
+
+
+def _purchases(verdict: Judgement, sold: Sequence[Sold], grants: Sequence[tuple[Any, ...]]) -> None:
+    """Each purchase has come in once, and the share of it is gone whose money was returned; nothing else was bought."""
+    lots: dict[str, list[tuple[str, int, int]]] = {}
+    for account, _, _, _, _, _, _, purchase, origin, clawed_back, _, granted, *_ in grants:
+        if purchase is not None and origin is None:
+            lots.setdefault(purchase, []).append((account, granted, clawed_back))
+    if not sold:
+        return  # then purchases are what producers call so
+    for each in sold:
+        credits = micro(each.credits)
+        expected = [(each.account, credits, credits * each.returned_minor // each.paid_minor)]
+        came = lots.pop(each.sold, [])
+        if came != expected:
+            verdict.fault("O7", f"{each.sold} gave (account, credits, taken back) {came} instead of {expected}")
+    for purchase, came in lots.items():
+        verdict.fault("O7", f"{purchase} was never sold and gave {came}")
+
+
+def _periods(verdict: Judgement, operations: Sequence[Operation], found: Tables, policy: Row) -> None:
+    """A plan that the calendar renews has given its credits at the beginning of each period, and kept what it may.
+
+    Of accounts that do nothing but use what their plan gives them; no period that has begun may lack.
+    """
+    entries = _by_account(found["entries"])
+    available = {account: buckets[BUCKETS.index("available")] for account, _, _, _, _, *buckets in found["accounts"]}
+    for account, own in _grouped((each.account, each) for each in operations).items():
+        applied = [each for each in own if each.status == "applied"]
+        if not applied or {each.name for each in applied[1:]} - {"credits.consume", "credits.settle"}:
+            continue
+        plan = policy["plans"].get(applied[0].arguments.get("plan"))
+        if plan is None or plan["price"] is not None:
+            continue
+        starts = list(_starts(applied[0].applied_at, plan["zone"] or policy["zone"], found["clock"][0][0]))
+        written = entries.get(account, [])
+        gave = [(at, amount) for _, _, kind, _, amount, _, at, *_ in written if kind == "granted"]
+        if gave != [(start, plan["credits"]) for start in starts]:
+            verdict.fault("O7", f"{account} was given {gave} by {plan['name']}, whose periods begin {starts}")
+        for seq, _, _, _, _, _, at, _, recorded_at, _ in written:
+            if recorded_at < at:
+                verdict.fault("O7", f"{account}: entry {seq} was written at {recorded_at}, before its time, {at}")
+        left = _left(plan, starts, [(each.applied_at, each.charged) for each in applied])
+        if available[account] != left:
+            verdict.fault("O7", f"{account} has {available[account]} micro-credits of {plan['name']} instead of {left}")
+
+
+def _starts(anchor: datetime, zone: str, until: datetime) -> Iterator[datetime]:
+    """When the periods of a plan begin: on the same day of each month, or its last, by a clock on a wall of the zone.
+
+    An hour that is shown twice is the first of the two; one that is never shown is as much later as clocks are put on.
+    """
+    wall = anchor.astimezone(ZoneInfo(zone))
+    months = 0
+    start = anchor
+    while start <= until:
+        yield start
+        months += 1
+        year, month = divmod(wall.month - 1 + months, 12)
+        day = min(wall.day, monthrange(wall.year + year, month + 1)[1])
+        start = wall.replace(year=wall.year + year, month=month + 1, day=day, fold=0).astimezone(UTC)
+
+
+def _left(plan: Row, starts: Sequence[datetime], charges: Sequence[tuple[datetime, int]]) -> int:
+    """Micro-credits that are left of a plan's after so many periods, and what was charged at which instants."""
+    credits: int = plan["credits"]
+    left = 0
+    for start, end in zip(starts, [*starts[1:], None], strict=True):
+        if plan["mode"] == "reset":
+            left = 0
+        elif plan["mode"] == "rollover":
+            cap = share(plan["balance_cap"], credits) - credits
+            left = min(left, cap)
+        left += credits - sum(charge for at, charge in charges if start <= at and (end is None or at < end))
+    return left
 
 
 def _in_order(

@@ -100,6 +100,19 @@ class Notes:
         """Note a message that must end in quarantine."""
         self.write({"poison": label, "queue": queue, "digest": sha256(kept).hexdigest(), "code": code})
 
+    def swept(self) -> None:
+        """Note that schedules settle idle accounts from now on."""
+        self.write({"swept": True})
+
+    def sold(self, purchase: str, account: str, credits: str, paid_minor: int, returned_minor: int = 0) -> None:
+        """Note what a provider has sold, before anybody is told of it.
+
+        :param credits: as the catalog has them, a decimal number.
+        :param returned_minor: what of the money was given back.
+        """
+        self.write({"sold": purchase, "account": account, "credits": credits, "paid_minor": paid_minor,
+                    "returned_minor": returned_minor})  # fmt: skip
+
     def refused(self, error: Exception) -> None:
         """Note that the broker did not confirm; the same is published again."""
         self.write({"refused": type(error).__name__})

@@ -12,7 +12,7 @@ import psycopg
 
 from models.audit import audit
 from scripts.embedded import Postgres
-from tests.faults import rows_messages, rows_servers, rows_trust, rows_workers
+from tests.faults import rows_messages, rows_payments, rows_servers, rows_time, rows_trust, rows_workers
 from tests.faults.acts import Act, Row, Size
 from tests.faults.oracle import Judgement
 from tests.faults.stack import Broker, MissedError, Scene
@@ -27,8 +27,8 @@ ROWS: dict[int, Row] = {
             *rows_servers.ROWS,
             *rows_messages.ROWS,
             *rows_trust.ROWS,
-            Row(11, "beat twice; beat down across two period ends; a DST change", missing="needs plans and renewals"),
-            Row(14, "webhooks: forged, old, altered, repeated, lost", missing="needs payments"),
+            *rows_time.ROWS,
+            *rows_payments.ROWS,
         ),
         key=lambda row: row.number,
     )

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -32,13 +32,14 @@ from scripts.embedded import Postgres, Redis, free_port, last_lines, port_is_fre
 from scripts.rabbitmq import RabbitMQ
 from tests.faults.oracle import Judgement, judge, read_ledger, read_policy, read_record
 from tests.faults.producers import Notes, Spec
+from tests.support import travel
 from workers.ledger_writer import APPLICATION
 from workers.ownership import LANE_CLASS
 from workers.redis_lanes import keys_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CATALOG = ROOT / "models" / "catalogs" / "packs.toml"
-"""What the workers charge by, and what the oracle replays by."""
+"""What the workers charge by, and what the oracle replays by, unless an act has a catalog of its own."""
 
 LANES = 8
 """Few lanes, so that two workers have some each and every lane some accounts."""
@@ -414,6 +415,13 @@ class Process:
         """Send a signal."""
         self.process.send_signal(number)
 
+    def says(self, text: str, seconds: float = READY_SECONDS) -> None:
+        """Wait until it has logged a text.
+
+        :raises MissedError: when it does not.
+        """
+        eventually(lambda: text in self.logged(), seconds, f"{self.name} says {text!r}")
+
     def wait(self, seconds: float) -> int:
         """Wait for its end, and give its exit code.
 
@@ -449,6 +457,7 @@ class Scene:
         self.seed = seed
         self.random = Random(seed)
         self.lanes = LANES
+        self.catalog = CATALOG
         self.workers: list[Process] = []
         self.producers: list[Process] = []
         self.files: list[Path] = []
@@ -511,23 +520,97 @@ class Scene:
         :param entry: the module that runs Celery's command line, with arguments of its own.
         :param settings: environment variables.
         """
+        command = [
+            *entry, "-A", "workers.lane_app", "worker", "--pool", "solo", "--without-gossip", "--without-mingle",
+            "--loglevel", "INFO", "-n", f"{name}@%h",
+        ]  # fmt: skip
+        return self._start(name, command, settings)
+
+    def general(self, name: str, **settings: str) -> Process:
+        """Start a general worker, which sweeps and applies payments. It tells nobody of notices.
+
+        :param settings: environment variables.
+        """
+        command = [
+            "celery", "-A", "workers.app", "worker", "--pool", "threads", "--concurrency", "2",
+            "-Q", "payments,maintenance", "--without-gossip", "--without-mingle", "--loglevel", "INFO",
+            "-n", f"{name}@%h",
+        ]  # fmt: skip
+        return self._start(name, command, settings)
+
+    def beat(self, name: str, entry: Sequence[str] = ("celery", "-A", "schedules.app")) -> Process:
+        """Start a beat.
+
+        :param entry: the module that runs Celery's command line, with arguments of its own.
+        """
+        return self._start(name, [*entry, "beat", "--pidfile=", "--loglevel", "INFO"], {})
+
+    def relay(self, name: str, port: int, **settings: str) -> Process:
+        """Start a relay on a port of this machine.
+
+        :param settings: environment variables.
+        """
+        return self._start(name, ["workers.relay"], {"CREDITLANE_RELAY_PORT": str(port), **settings})
+
+    def _start(self, name: str, command: Sequence[str], settings: Mapping[str, str]) -> Process:
         environment = {
             "CREDITLANE_BROKER_URL": self.broker.url,
             "CREDITLANE_RESULT_URL": self.broker.result_url,
             "CREDITLANE_DATABASE_URL": self.database,
-            "CREDITLANE_CATALOG": "packs",
+            "CREDITLANE_CATALOG": str(self.catalog),
             "CREDITLANE_LANES": str(self.lanes),
             "CREDITLANE_BALANCE_SECONDS": "0.5",
             "CREDITLANE_MAX_RETRY_SECONDS": "2",
             **settings,
         }
-        command = [
-            *entry, "-A", "workers.lane_app", "worker", "--pool", "solo", "--without-gossip", "--without-mingle",
-            "--loglevel", "INFO", "-n", f"{name}@%h",
-        ]  # fmt: skip
         process = Process(name, command, environment, self.directory / f"{name}.log")
         self.workers.append(process)
         return process
+
+    def charge_by(self, catalog: str) -> None:
+        """Have workers that are yet to start, and the oracle, go by a catalog of the act's own.
+
+        :param catalog: as TOML.
+        """
+        self.catalog = self.directory / "catalog.toml"
+        self.catalog.write_text(catalog, encoding="utf-8")
+
+    # Time
+
+    def travel(self, to: datetime) -> None:
+        """Set the ledger's clock."""
+        travel(self.database, to - self.value("SELECT clock_timestamp()"))
+
+    def now(self) -> datetime:
+        """What time it is by the ledger's clock."""
+        now: datetime = self.value("SELECT ledger_now()")
+        return now
+
+    def overdue(self) -> int:
+        """How many accounts time has something for that nobody has applied."""
+        return int(self.value("SELECT count(*) FROM accounts WHERE next_due_at <= ledger_now()"))
+
+    def have_due(self, *schedules: str) -> None:
+        """Have schedules ticked for the last time long ago: the next beat that ticks sends them at once.
+
+        Beat measures by the clock of its host, which does not travel.
+        """
+        for schedule in schedules:
+            self.rows(
+                "INSERT INTO schedules (name, task, last_tick_at) VALUES (%s, '', now() - interval '99 days')"
+                " ON CONFLICT (name) DO UPDATE SET last_tick_at = excluded.last_tick_at",
+                schedule,
+            )
+
+    def tick(self, name: str, *schedules: str) -> None:
+        """Have a beat come, send what is due, and go."""
+        self.have_due(*schedules)
+        beat = self.beat(name)
+        query = "SELECT count(*) FROM schedules WHERE name = ANY(%s) AND last_tick_at > now() - interval '1 day'"
+        eventually(
+            lambda: self.value(query, list(schedules)) == len(schedules), READY_SECONDS, f"{name} ticks {schedules}"
+        )
+        beat.end()
 
     def owning(self, *names: str, lanes: int | None = None) -> None:
         """Wait until every lane has an owner and each of the named workers has some."""
@@ -642,7 +725,7 @@ class Scene:
         return judge(
             read_ledger(self.database),
             record,
-            read_policy(CATALOG),
+            read_policy(self.catalog),
             left=self.broker.depth().total,
             started=self.started,
             answers=self.broker.answers([each.reply for each in record.sent if each.reply is not None]),

@@ -33,8 +33,10 @@ from tests.faults.oracle import (
 )
 from tests.faults.producers import Notes, Operation, Spec, load
 from tests.faults.rows import FAIL, PASS, UNKNOWN, Outcome, Stage, play
+from tests.faults.rows_time import CATALOG as CALENDAR
+from tests.faults.rows_time import MONTH, PLANS
 from tests.faults.stack import CATALOG, ROOT, MissedError, RedisBroker, Scene
-from tests.support import Ledger, execute, value
+from tests.support import Ledger, execute, travel, value
 from workers.ledger_writer import LedgerWriter, connect
 from workers.quarantine import Quarantined, store
 
@@ -65,6 +67,7 @@ class Court:
                 jobs = [ledger.job(name, id, **said) for name, _, id, said in operations[first : first + BATCH]]
                 for number, answer in enumerate(ledger.write(*jobs), first):
                     self.answers[f"reply-{number}"] = {"status": "SUCCESS", "result": answer}
+        execute(database, "DELETE FROM outbox")  # notices: sent, as far as the ledger is concerned
 
     def judge(
         self, *tampering: str, quarantined: Sequence[Quarantined] = (), record: Record | None = None, **changed: Any
@@ -388,6 +391,121 @@ def test_an_unfinished_outbox_is_found(court: Court) -> None:
         " VALUES ('a', '', 'credits.receive', 'x', '{}', now())"
     )
     assert found(court.judge(statement), "O5", "outbox", "credits.receive")
+
+
+# O7
+
+Months = tuple[str, Record, dict[str, Any]]
+"""A database, what was noted of it, and the policy."""
+
+
+@pytest.fixture
+def months(tampered_database: str, tampered_ledger: Ledger, tmp_path: Path) -> Months:
+    """A ledger with a plan of each kind and a purchase, two months on."""
+    path = tmp_path / "catalog.toml"
+    path.write_text(CALENDAR, encoding="utf-8")
+    catalog = load_catalog(str(path))
+    tampered_ledger.writer.catalog = lambda: catalog
+    opened: list[Operation] = [
+        ("credits.open", plan, "open", {"account": plan, "kind": "pool", "plan": plan}) for plan in PLANS
+    ]
+    opened.append(("credits.open", "buyer", "open", {"account": "buyer", "kind": "pool"}))
+    used: list[Operation] = [
+        ("credits.consume", plan, f"use-{month}", {"account": plan, "amount": "3"})
+        for month in range(2) for plan in PLANS
+    ]  # fmt: skip
+    notes = Notes(tmp_path / "p.jsonl")
+    notes.swept()
+    notes.sold("stripe:cs_1", "buyer", "50", 600, 200)
+    notes.sent("p", *opened, *used)
+    notes.done()
+    for name, _, id, said in [*opened, *used[:3]]:
+        tampered_ledger.apply(name, id, **said)
+    travel(tampered_database, MONTH)
+    for name, _, id, said in used[3:]:
+        tampered_ledger.apply(name, id, **said)
+    travel(tampered_database, 2 * MONTH)
+    for plan in PLANS:
+        tampered_ledger.apply("credits.settle", "by a sweep", account=plan)
+    purchase = {"account": "buyer", "purchase": "stripe:cs_1"}
+    paid: list[tuple[str, dict[str, Any]]] = [
+        ("credits.grant", {**purchase, "amount": "50", "source": "pack"}),
+        ("credits.claw_back", {**purchase, "paid_minor": 600, "returned_minor": 200, "step": 1}),
+    ]
+    for number, (name, said) in enumerate(paid):
+        id = f"payment.{number:032x}"
+        tampered_ledger.apply(name, id, **said)
+        execute(
+            tampered_database,
+            "INSERT INTO payment_operations (operation, provider, livemode, effect, group_id, account, name, arguments,"
+            f" created_at) VALUES ('{id}', 'stripe', false, '{number}', 1, 'buyer', '{name}', '{json.dumps(said)}',"
+            " now())",
+        )
+    return tampered_database, read_record([tmp_path / "p.jsonl"]), read_policy(path)
+
+
+def judge_months(months: Months, *tampering: str, record: Record | None = None) -> Judgement:
+    """What the oracle says of plans and purchases that somebody has tampered with."""
+    database, noted, policy = months
+    with psycopg.connect(database, options="-c timezone=UTC") as connection:
+        connection.execute("SET session_replication_role = replica")
+        for table in ("accounts", "grants"):
+            connection.execute(f"ALTER TABLE {table} DROP CONSTRAINT {table}_close")
+        for statement in tampering:
+            connection.execute(statement)
+        tables = read_tables(connection)
+        connection.rollback()
+    return judge(tables, record or noted, policy)
+
+
+def test_plans_and_purchases_that_are_as_they_must_be_are_sound(months: Months) -> None:
+    sound = judge_months(months)
+    assert sound.holds, sound.faults
+    assert sound.operations == 4 + 6 + 3 + 2
+
+
+SECOND = "account = 'reset' AND kind = 'granted' AND grant_id = 2"
+LATER = "CREATE OR REPLACE FUNCTION ledger_now() RETURNS timestamptz LANGUAGE sql AS $$SELECT now() + '99 days'$$"
+
+
+def test_plans_and_purchases_that_are_not_are_found(months: Months) -> None:
+    for statement, check, words in (
+        (f"UPDATE entries SET at = at - interval '1 hour' WHERE {SECOND}", "O7", "whose periods begin"),
+        (f"UPDATE entries SET amount_micro = amount_micro + 1 WHERE {SECOND}", "O7", "whose periods begin"),
+        (f"DELETE FROM entries WHERE {SECOND}", "O7", "whose periods begin"),
+        (f"UPDATE entries SET recorded_at = at - interval '1 second' WHERE {SECOND}", "O7", "before its time"),
+        ("UPDATE accounts SET available_micro = available_micro + 1 WHERE account = 'keep'", "O7", "keep has"),
+        ("UPDATE accounts SET available_micro = available_micro + 1 WHERE account = 'carry'", "O7", "carry has"),
+        (LATER, "O7", "whose periods begin"),
+        ("UPDATE grants SET granted_micro = 1 WHERE account = 'buyer'", "O7", "stripe:cs_1 gave"),
+        ("UPDATE grants SET clawed_back_micro = 1 WHERE account = 'buyer'", "O7", "stripe:cs_1 gave"),
+        ("UPDATE grants SET purchase = 'stripe:cs_2' WHERE account = 'buyer'", "O7", "stripe:cs_2 was never sold"),
+        ("UPDATE grants SET account = 'keep', grant_id = 99 WHERE account = 'buyer'", "O7", "stripe:cs_1 gave"),
+        ("DELETE FROM operations WHERE name = 'credits.grant'", "O1", "is lost"),
+        ("DELETE FROM payment_operations WHERE name = 'credits.grant'", "O1", "never published"),
+        (
+            "UPDATE payment_operations SET arguments = jsonb_set(arguments::jsonb, '{amount}', '\"51\"')",
+            "O2", "not what follows",
+        ),
+        (
+            "INSERT INTO payment_events (provider, livemode, event_id, type, source, created_at, received_at, body)"
+            " VALUES ('stripe', false, 'evt_1', 'invoice.paid', 'webhook', now(), now(), '')",
+            "O5", "evt_1",
+        ),
+        (
+            "INSERT INTO payment_facts (provider, livemode, kind, key, group_id, event, fact, occurred_at, heard_at,"
+            " status) VALUES ('stripe', false, 'PackPaid', 'cs_9', 1, 1, '{}', now(), now(), 'waiting')",
+            "O5", "cs_9",
+        ),
+    ):  # fmt: skip
+        assert found(judge_months(months, statement), check, words), statement
+
+
+def test_what_nobody_sold_or_swept_is_found(months: Months) -> None:
+    _, record, _ = months
+    twice = [*record.sold, replace(record.sold[0], sold="stripe:cs_2")]
+    assert found(judge_months(months, record=replace(record, sold=twice)), "O7", "stripe:cs_2 gave", "[]")
+    assert found(judge_months(months, record=replace(record, swept=False)), "O1", "never published", "by a sweep")
 
 
 def test_a_producer_that_did_not_say_that_it_is_done_is_unfinished(tmp_path: Path) -> None:
