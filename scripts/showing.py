@@ -17,10 +17,9 @@ from rich.text import Text
 from creditlane.amounts import to_wire
 from creditlane.contract import Result
 from creditlane.rabbitmq import DEAD
+from creditlane.reports import EntryLine, HistoryLine
 from models.reading import (
     AccountSummary,
-    EntryLine,
-    HistoryLine,
     Owner,
     QuarantinedMessage,
     QuarantineLine,
