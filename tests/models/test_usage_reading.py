@@ -242,11 +242,11 @@ steps = st.lists(
         st.tuples(st.just("pass"), st.integers(1, 50)),
         st.tuples(st.just("roll up")),
     ),
-    max_size=12,
+    min_size=4, max_size=12,
 )  # fmt: skip
 questions = st.lists(
     st.tuples(
-        st.sampled_from(get_args(Grouping)), st.integers(0, 20), st.integers(1, 12),
+        st.sampled_from(get_args(Grouping)), st.integers(0, 6), st.integers(1, 12),
         st.sampled_from([None, "", *FEATURES]), st.sampled_from([None, *MEMBERS]), st.integers(1, 5),
     ),
     min_size=1, max_size=4,
