@@ -14,22 +14,35 @@ from creditlane.errors import (
 )
 from creditlane.inbox import Inbox, Notice
 from creditlane.lanes import lane_of
+from creditlane.reports import (
+    BalanceExplained,
+    Forecast,
+    GrantExplained,
+    HistoryPage,
+    OperationExplained,
+    Usage,
+)
 from creditlane.selling import Inquiry, Page, SaleCode
 
 __all__ = [
     "AlreadyReservedError",
     "Balance",
+    "BalanceExplained",
     "BrokerUnavailableError",
     "Buffer",
     "Code",
     "ContractError",
     "CreditClient",
     "CreditlaneError",
+    "Forecast",
+    "GrantExplained",
     "GrantUse",
+    "HistoryPage",
     "Inbox",
     "Inquiry",
     "NoAnswerError",
     "Notice",
+    "OperationExplained",
     "Page",
     "QuarantinedError",
     "RefusedError",
@@ -37,5 +50,6 @@ __all__ = [
     "Result",
     "SaleCode",
     "UnsentError",
+    "Usage",
     "lane_of",
 ]

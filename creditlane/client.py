@@ -12,12 +12,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import date, datetime
 from decimal import Decimal
 from itertools import count
 from os import PathLike
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 from uuid import uuid4
 
 import msgspec
@@ -50,6 +50,17 @@ from creditlane.errors import (
 )
 from creditlane.inbox import Inbox
 from creditlane.lanes import LANES, lane_of
+from creditlane.reports import (
+    FORECAST_DAYS,
+    BalanceExplained,
+    Forecast,
+    GrantExplained,
+    Grouping,
+    HistoryPage,
+    OperationExplained,
+    Status,
+    Usage,
+)
 from creditlane.selling import Inquiry, Ordered, Page
 from creditlane.sending import Outgoing, make_sender
 from creditlane.tls import tls_options
@@ -86,6 +97,8 @@ FULL_MARGIN_BYTES = 1024
 
 _encode = msgspec.json.Encoder().encode
 _EMBED = b',{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
+
+Explained = TypeVar("Explained", BalanceExplained, OperationExplained, GrantExplained)
 
 Member = tuple[str, str, bytes]
 """One operation of a batch: task name, operation id, arguments as JSON."""
@@ -511,6 +524,126 @@ class CreditClient(Operations):
         encoded = _encode({"account": account, "v": 1})
         answer = self._ask("queries.balance", str(uuid4()), QUERIES, encoded, f"account={account}", wait)
         return None if answer is None else msgspec.convert(answer, Balance)
+
+    def history(
+        self,
+        account: str,
+        *,
+        limit: int = 50,
+        before: int | None = None,
+        name: str | None = None,
+        feature: str | None = None,
+        member: str | None = None,
+        source: str | None = None,
+        status: Status | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        entries: bool = False,
+        wait: float = 10.0,
+    ) -> HistoryPage:
+        """A page of the account's operations, the newest first; an empty one for an account that does not exist.
+
+        :param limit: operations of the page, at most 1,000.
+        :param before: ``next_before`` of the page before.
+        :param name: only of this task, such as ``credits.consume``.
+        :param source: only those that moved credits of a grant of this source.
+        :param since: applied at this instant or later; ``until``: applied before.
+        :param entries: whether each comes with its entries.
+        :param wait: seconds.
+        """
+        arguments = {
+            "account": account, "limit": limit, "before": before, "name": name, "feature": feature, "member": member,
+            "source": source, "status": status, "since": since, "until": until, "entries": entries,
+        }  # fmt: skip
+        return msgspec.convert(self._read("history", arguments, wait), HistoryPage)
+
+    def usage(
+        self,
+        account: str | None,
+        *,
+        by: Grouping = "feature",
+        since: date | None = None,
+        until: date | None = None,
+        feature: str | None = None,
+        member: str | None = None,
+        limit: int = 50,
+        after: str | None = None,
+        wait: float = 10.0,
+    ) -> Usage | None:
+        """What the account used, with as many days before for comparison; ``None`` for one that does not exist.
+
+        :param account: ``None`` for all accounts together.
+        :param by: what is summed: by feature, member, day, week or month, UTC.
+        :param since: the first day; 30 days before ``until`` unless given.
+        :param until: the day after the last; tomorrow unless given. Both together at most 3,660 days.
+        :param limit: lines of the page, at most 1,000.
+        :param after: ``next_after`` of the page before.
+        :param wait: seconds.
+        """
+        arguments = {
+            "account": account, "by": by, "since": since, "until": until, "feature": feature, "member": member,
+            "limit": limit, "after": after,
+        }  # fmt: skip
+        return msgspec.convert(self._read("usage", arguments, wait), Usage | None)
+
+    def forecast(
+        self,
+        account: str,
+        *,
+        days: int = FORECAST_DAYS,
+        pace: Amount | None = None,
+        paid: bool = True,
+        wait: float = 10.0,
+    ) -> Forecast | None:
+        """How long the account's credits last and how many end unused; ``None`` for one that does not exist.
+
+        :param days: how far ahead, at most 366.
+        :param pace: credits a day; as over the last 30 days unless given.
+        :param paid: whether payments for the plan are taken to arrive in time.
+        :param wait: seconds.
+        """
+        arguments = {"account": account, "days": days, "pace": _wire(pace), "paid": paid}
+        return msgspec.convert(self._read("forecast", arguments, wait), Forecast | None)
+
+    def explain(self, account: str, *, wait: float = 10.0) -> BalanceExplained | None:
+        """Why the balance is what it is: what came in and went, by grant; ``None`` for an account that does not exist.
+
+        :param wait: seconds.
+        """
+        return self._explain(BalanceExplained, {"account": account}, wait)
+
+    def explain_operation(
+        self, account: str, operation: str, *, limit: int = 50, after: int = 0, wait: float = 10.0
+    ) -> OperationExplained | None:
+        """Which grants an operation took from or gave to; ``None`` when the account has no operation of this id.
+
+        :param limit: movements of the page, at most 1,000.
+        :param after: ``next_after`` of the page before.
+        :param wait: seconds.
+        """
+        arguments = {"account": account, "operation": operation, "limit": limit, "after": after}
+        return self._explain(OperationExplained, arguments, wait)
+
+    def explain_grant(
+        self, account: str, grant: int, *, limit: int = 50, after: int = 0, wait: float = 10.0
+    ) -> GrantExplained | None:
+        """What came into a grant, what it paid, and what is left; ``None`` when the account has none of this number.
+
+        :param limit: movements of the page, at most 1,000; it may have fewer and not be the last.
+        :param after: ``next_after`` of the page before.
+        :param wait: seconds.
+        """
+        arguments = {"account": account, "grant": grant, "limit": limit, "after": after}
+        return self._explain(GrantExplained, arguments, wait)
+
+    def _explain(self, kind: type[Explained], arguments: dict[str, Any], wait: float) -> Explained | None:
+        return msgspec.convert(self._read("explain", arguments, wait), kind | None)
+
+    def _read(self, name: str, arguments: dict[str, Any], wait: float) -> Any:
+        """Ask what is only read; arguments that are ``None`` are left out."""
+        given = {key: value for key, value in arguments.items() if value is not None}
+        shown = ", ".join(f"{key}={value}" for key, value in given.items())[:SHOWN_CHARACTERS]
+        return self._ask(f"queries.{name}", uuid4().hex, QUERIES, _encode({**given, "v": 1}), shown, wait)
 
     def notices(
         self, account: str, *, unread: bool = False, limit: int = 50, before: str | None = None, wait: float = 10.0

@@ -65,6 +65,8 @@ _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 """A NUL as JSON writes it; an escaped backslash before ``u0000`` makes it something else."""
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME, pattern=_CLEAN)]
+Key = Annotated[str, msgspec.Meta(max_length=MAX_NAME, pattern=_CLEAN)]
+"""A name, or nothing where none was given."""
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TEXT, pattern=_CLEAN)]
 Instant = Annotated[datetime, msgspec.Meta(tz=True)]
 

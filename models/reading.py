@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from psycopg import Connection
 
 from creditlane.amounts import format_amount
 from creditlane.codes import SENTENCES
+from creditlane.reports import EntryLine, HistoryLine, HistoryPage, Status
+from models.bisecting import first_operation
 from models.columns import PURCHASE_VALUES, SUBSCRIPTION_VALUES
 from models.rules.catalog import Catalog
 from models.rules.posting import FLOWS
@@ -29,8 +31,6 @@ MAX_PAGE_ENTRIES = 10_000
 DEFAULT_PAGE = 50
 """Rows of a page unless its caller says otherwise."""
 
-Status = Literal["applied", "rejected"]
-
 BUCKETS = ", ".join(f"{counter}_micro" for counter in COUNTERS)
 
 ACCOUNT = f"""
@@ -39,10 +39,12 @@ SELECT kind, status, email, locale, timezone, opened_at, updated_at, next_due_at
 FROM accounts WHERE account = %s
 """
 SUBSCRIPTION = f"SELECT {SUBSCRIPTION_VALUES} FROM subscriptions WHERE account = %s"
+GRANT_COLUMNS = f"""
+grant_id, source, priority, features, effective_at, expires_at, created_at, operation, purchase, price_minor,
+price_currency, price_per_micro, {BUCKETS}, clawed_back_micro, forgiven_micro, origin
+"""
 OPEN_GRANTS = f"""
-SELECT grant_id, source, priority, features, effective_at, expires_at, created_at, operation, purchase, price_minor,
-       price_currency, price_per_micro, {BUCKETS}, clawed_back_micro, forgiven_micro, origin
-FROM grants
+SELECT {GRANT_COLUMNS} FROM grants
 WHERE account = %(account)s
   AND (is_open OR grant_id = ANY(ARRAY(
           SELECT g.grant_id FROM purchases p JOIN grants g ON g.account = p.account AND g.purchase = p.purchase
@@ -327,9 +329,8 @@ def load_account(connection: Connection[Any], account: str) -> tuple[Account, da
         if found is None or instant is None:
             return None
         state = Account(account, found)
-        for grant_id, source, priority, features, *rest in grants:
-            scope = None if features is None else frozenset(features)
-            state.add_grant(Grant(grant_id, source, priority, scope, *rest))
+        for grant in grants:
+            state.add_grant(grant_of(grant))
         for purchase in purchases:
             state.purchases[purchase[1]] = purchase_of(purchase[1:])
         for hold in holds:
@@ -342,6 +343,12 @@ def load_account(connection: Connection[Any], account: str) -> tuple[Account, da
     if state.updated_at is not None:
         now = max(now, state.updated_at)
     return state, now
+
+
+def grant_of(row: Sequence[Any]) -> Grant:
+    """A grant of its :data:`GRANT_COLUMNS`."""
+    grant_id, source, priority, features, *rest = row
+    return Grant(grant_id, source, priority, None if features is None else frozenset(features), *rest)
 
 
 def _balance(state: Account, now: datetime) -> AccountBalance:
@@ -386,67 +393,6 @@ def _grant_line(grant: Grant, is_frozen: bool) -> GrantLine:
 # --- History -----------------------------------------------------------------------------------------
 
 
-class EntryLine(msgspec.Struct, kw_only=True, frozen=True):
-    """One entry: so many credits in or out of one grant; ``kind`` says which way."""
-
-    seq: int
-    kind: str
-    amount: str
-    change: str
-    """What it did to the available credits: the amount with its sign, or 0."""
-    balance: str
-    """The available credits after it, upcoming ones included."""
-    grant: int
-    source: str | None
-    """The grant's source."""
-    at: datetime
-    refers_to: str | None
-
-
-class HistoryLine(msgspec.Struct, kw_only=True, frozen=True):
-    """One operation, applied or refused."""
-
-    number: int
-    """Its place among the account's operations, from 1."""
-    operation: str
-    """Its id."""
-    name: str
-    status: str
-    code: str | None
-    feature: str | None
-    quantity: str | None
-    member: str | None
-    charged: str
-    change: str
-    """What it did to the available credits, with its sign; what time did meanwhile is not part of it."""
-    balance: str | None
-    """The spendable credits after it, as its answer told."""
-    applied_at: datetime
-    occurred_at: datetime | None
-    reason: str | None
-    """Why its sender sent it."""
-    actor: str | None
-    refusal: str | None
-    """Why the ledger refused it, where it says more than the code."""
-    subject: str | None
-    """The hold, charge, grant, purchase or transfer that it is about, the account that it gave to or got from, or the
-    source of what it granted."""
-    entries: int
-    """How many entries it wrote."""
-    lines: list[EntryLine] | None = None
-    """Its entries, where they were asked for."""
-    lapsed: list[EntryLine] = []
-    """What time did just before it: expiries, time-outs of holds."""
-
-
-class HistoryPage(msgspec.Struct, kw_only=True, frozen=True):
-    """A page of a history, the newest operation first."""
-
-    lines: list[HistoryLine]
-    next_before: int | None
-    """What to ask for next with ``before``; None at the beginning of the history."""
-
-
 _ENTER = [kind for kind, flow in FLOWS.items() if flow.enters == "available"]
 _LEAVE = [kind for kind, flow in FLOWS.items() if flow.leaves == "available"]
 _CHANGE = """
@@ -462,11 +408,15 @@ SELECT o.number, o.operation, o.name, o.status, o.code, o.feature, o.quantity_mi
 FROM operations o
 WHERE o.account = %(account)s
   AND o.number < coalesce(%(before)s, 9223372036854775807)
+  AND o.number >= coalesce(%(first)s, 1) AND o.number < coalesce(%(end)s, 9223372036854775807)
   AND (%(feature)s::text IS NULL OR o.feature = %(feature)s)
+  AND (%(member)s::text IS NULL OR o.member = %(member)s)
   AND (%(name)s::text IS NULL OR o.name = %(name)s)
   AND (%(status)s::text IS NULL OR o.status = %(status)s)
-  AND (%(since)s::timestamptz IS NULL OR o.applied_at >= %(since)s)
-  AND (%(until)s::timestamptz IS NULL OR o.applied_at < %(until)s)
+  AND (%(source)s::text IS NULL OR EXISTS (
+        SELECT FROM entries e JOIN grants g ON g.account = e.account AND g.grant_id = e.grant_id
+        WHERE e.account = o.account AND e.seq >= o.first_seq AND e.seq < o.first_seq + o.entries
+          AND g.source = %(source)s))
 ORDER BY o.number DESC LIMIT %(limit)s
 """
 _ENTRY = f"""
@@ -497,6 +447,8 @@ def history(
     feature: str | None = None,
     name: str | None = None,
     status: Status | None = None,
+    member: str | None = None,
+    source: str | None = None,
     since: datetime | None = None,
     until: datetime | None = None,
     with_entries: bool = False,
@@ -507,18 +459,21 @@ def history(
     :param limit: operations of the page, at most :data:`MAX_PAGE`; with entries a page may end earlier.
     :param before: only operations with a smaller number: ``next_before`` of the page before.
     :param name: the task name, such as ``credits.consume``.
+    :param member: who of a pool sent it.
+    :param source: those that moved credits of a grant of this source.
     :param since: applied at this instant or later; ``until``: applied before.
     :param with_entries: whether each line has its entries.
     :raises ValueError: for a limit that is none.
     """
-    _check_limit(limit)
-    filters = {"feature": feature, "name": name, "status": status, "since": since, "until": until}
+    check_limit(limit)
+    filters = {"feature": feature, "name": name, "status": status, "member": member, "source": source}
     signs = {"enter": _ENTER, "leave": _LEAVE}
     with connection.transaction(), connection.cursor() as cursor:
         cursor.execute(BY_INDEX)
-        found = cursor.execute(
-            HISTORY, {"account": account, "before": before, "limit": limit + 1, **filters, **signs}
-        ).fetchall()
+        first = None if since is None else first_operation(connection, account, since)
+        end = None if until is None else first_operation(connection, account, until)
+        page = {"account": account, "before": before, "limit": limit + 1, "first": first, "end": end}
+        found = cursor.execute(HISTORY, {**page, **filters, **signs}).fetchall()
         rows = found[: _page_length(found, limit) if with_entries else limit]
         beyond = found[len(rows)] if len(found) > len(rows) else None
         lines = [_history_line(row) for row in rows]
@@ -527,7 +482,7 @@ def history(
             written = cursor.execute(ENTRIES, {"account": account, "seqs": seqs, **signs}).fetchall()
             lines = _with_entries(lines, written)
         # Between filtered lines other operations are missing, so what time did would hang in the air.
-        if lines and not any(value is not None for value in filters.values()):
+        if lines and not any(value is not None for value in (*filters.values(), since, until)):
             span = {"account": account, "first": lines[-1].number, "last": lines[0].number}
             lapsed = cursor.execute(LAPSED, {**span, **signs}).fetchall()
             lines = _with_lapsed(lines, lapsed, None if beyond is None else beyond[9])
@@ -699,7 +654,7 @@ def quarantine(
     :param status: ``open``, ``replayed``, ``dropped``, or None for all.
     :raises ValueError: for a limit that is none.
     """
-    _check_limit(limit)
+    check_limit(limit)
     statement = OPEN_QUARANTINE if status == "open" else QUARANTINE  # the former has an index
     rows = connection.execute(statement, {"status": status, "before": before, "limit": limit + 1}).fetchall()
     lines = [_quarantine_line(row) for row in rows[:limit]]
@@ -767,6 +722,10 @@ def lane_owners(connection: Connection[Any], lane_class: int, presence_class: in
     )
 
 
-def _check_limit(limit: int) -> None:
+def check_limit(limit: int) -> None:
+    """Refuse a page of a length that none has.
+
+    :raises ValueError: for a limit that is none.
+    """
     if not 1 <= limit <= MAX_PAGE:
         raise ValueError(f"a page has 1 to {MAX_PAGE} rows, not {limit}")

@@ -87,10 +87,11 @@ def simulate(
 
     while moment < until:
         evening = min(moment + timedelta(days=1), until)
-        change_until(evening - timedelta.resolution)  # what changes with its end comes after what is spent by then
+        last = evening - timedelta.resolution
+        change_until(last)  # what changes with the day's end comes after what is spent by then
         wanted = pace_micro * ((evening - moment) // timedelta.resolution) // (86_400 * 10**6)
-        plan, missing = plan_burn(account, wanted, None, evening)
-        burn(account, plan, "consumed", evening, SIMULATED)
+        plan, missing = plan_burn(account, wanted, None, last)
+        burn(account, plan, "consumed", last, SIMULATED)
         account.entries = []
         spent += wanted - missing
         if missing and runs_out_at is None and not account.is_unlimited:

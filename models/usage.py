@@ -31,26 +31,32 @@ WATERMARK = "SELECT counted_until FROM usage_watermark WHERE id = 1 FOR UPDATE"
 FIRST = "SELECT min(applied_at) FROM operations"
 BEGIN = "INSERT INTO usage_watermark (id, counted_until) VALUES (1, %s)"
 ADVANCE = "UPDATE usage_watermark SET counted_until = %s WHERE id = 1"
-COUNT = """
+COUNTED = """
+SELECT o.account, (coalesce(o.occurred_at, o.applied_at) AT TIME ZONE 'UTC')::date AS day,
+       coalesce(o.feature, c.feature, '') AS feature, coalesce(o.member, c.member, h.member, '') AS member,
+       (o.name <> 'credits.refund')::int AS operations,
+       CASE WHEN o.name = 'credits.refund' THEN 0 ELSE coalesce(o.quantity_micro, 0) END AS quantity_micro,
+       CASE WHEN o.name = 'credits.refund' THEN 0 ELSE o.charged_micro END AS charged_micro,
+       CASE WHEN o.name = 'credits.refund' THEN -o.charged_micro ELSE 0 END AS refunded_micro
+FROM operations o
+-- The charge that a refund gives back of, the hold that a capture takes out of; the hold of a charge given back of.
+LEFT JOIN operations c ON c.account = o.account AND c.operation =
+    CASE o.name WHEN 'credits.refund' THEN o.arguments ->> 'operation'
+                WHEN 'credits.capture' THEN o.arguments ->> 'hold' END
+LEFT JOIN operations h ON h.account = c.account AND h.operation =
+    CASE c.name WHEN 'credits.capture' THEN c.arguments ->> 'hold' END
+WHERE {which} AND o.status = 'applied' AND o.name IN ('credits.consume', 'credits.capture', 'credits.refund')
+"""
+"""What operations are counted as, with the columns of ``usage_days``, each by itself; ``which`` is a condition on
+``o``."""
+
+COUNT = f"""
 WITH counted AS (
-    SELECT o.account, (coalesce(o.occurred_at, o.applied_at) AT TIME ZONE 'UTC')::date AS day,
-           coalesce(o.feature, c.feature, '') AS feature, coalesce(o.member, c.member, h.member, '') AS member,
-           (o.name <> 'credits.refund')::int AS operation,
-           coalesce(o.quantity_micro, 0) AS quantity_micro, o.charged_micro
-    FROM operations o
-    -- The charge that a refund gives back of, the hold that a capture takes out of; the hold of a charge given back of.
-    LEFT JOIN operations c ON c.account = o.account AND c.operation =
-        CASE o.name WHEN 'credits.refund' THEN o.arguments ->> 'operation'
-                    WHEN 'credits.capture' THEN o.arguments ->> 'hold' END
-    LEFT JOIN operations h ON h.account = c.account AND h.operation =
-        CASE c.name WHEN 'credits.capture' THEN c.arguments ->> 'hold' END
-    WHERE o.applied_at >= %(start)s AND o.applied_at < %(end)s AND o.status = 'applied'
-      AND o.name IN ('credits.consume', 'credits.capture', 'credits.refund')
+    {COUNTED.format(which="o.applied_at >= %(start)s AND o.applied_at < %(end)s")}
 ), written AS (
     INSERT INTO usage_days AS d
         (account, day, feature, member, operations, quantity_micro, charged_micro, refunded_micro)
-    SELECT account, day, feature, member, sum(operation), sum(quantity_micro * operation),
-           sum(charged_micro * operation), -sum(charged_micro * (1 - operation))
+    SELECT account, day, feature, member, sum(operations), sum(quantity_micro), sum(charged_micro), sum(refunded_micro)
     FROM counted GROUP BY account, day, feature, member ORDER BY account, day, feature, member
     ON CONFLICT (account, day, feature, member) DO UPDATE SET
         operations = d.operations + excluded.operations,

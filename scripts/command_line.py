@@ -98,6 +98,14 @@ from scripts.lane_state import lane_states
 from scripts.notices_commands import notices_app
 from scripts.payments_commands import payments_app
 from scripts.plan_commands import plan_app, simulate_account
+from scripts.reading_commands import (
+    EXPLAIN_EXAMPLES,
+    FORECAST_EXAMPLES,
+    USAGE_EXAMPLES,
+    show_explanation,
+    show_forecast,
+    show_usage,
+)
 from scripts.replay import EXPONENT
 from scripts.requeue import as_it_was, drop, mended, open_message, replay
 from scripts.showing import (
@@ -222,7 +230,7 @@ class StatusName(StrEnum):
         "creditlane account history alice",
         "creditlane account history alice --entries --limit 5",
         "creditlane account history alice --status rejected --since 2027-01-01",
-        "creditlane account history alice --before 951",
+        "creditlane account history alice --source pack --before 951",
         "creditlane account history alice --json | jq -r .operation",
     ),
 )
@@ -237,6 +245,10 @@ def account_history(
         str | None, typer.Option(help="Only these operations, such as consume.", show_default=False)
     ] = None,
     status: Annotated[StatusName | None, typer.Option(help="Only these.", show_default=False)] = None,
+    member: Annotated[str | None, typer.Option(help="Only of this member of a pool.", show_default=False)] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Only what moved credits of this source, such as pack.", show_default=False)
+    ] = None,
     since: Annotated[
         str | None, typer.Option(metavar="INSTANT", help="Applied then or later; UTC.", show_default=False)
     ] = None,
@@ -263,6 +275,8 @@ def account_history(
             feature=feature,
             name=name,
             status=None if status is None else status.value,
+            member=member,
+            source=source,
             since=None if since is None else parse_instant(since),
             until=None if until is None else parse_instant(until),
             with_entries=entries,
@@ -1079,6 +1093,9 @@ app.command(
 )(simulate_account)
 
 
+app.command("usage", rich_help_panel=STATE_PANEL, epilog=USAGE_EXAMPLES)(show_usage)
+app.command("forecast", rich_help_panel=STATE_PANEL, epilog=FORECAST_EXAMPLES)(show_forecast)
+app.command("explain", rich_help_panel=STATE_PANEL, epilog=EXPLAIN_EXAMPLES)(show_explanation)
 app.command("due", rich_help_panel=STATE_PANEL, epilog=DUE_EXAMPLES)(show_due)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from creditlane.amounts import parse_amount
 from models.pace import pace_micro
@@ -34,7 +32,7 @@ from scripts.command_parts import (
     show_json,
     unknown_account,
 )
-from scripts.showing import console, facts_table, instant, plain_table, said
+from scripts.showing import chart, console, facts_table, instant, plain_table, said
 
 plan_app = typer.Typer(
     help="Subscriptions: look at one, begin, change, renew, cancel, undo a renewal.",
@@ -284,27 +282,4 @@ def future_lines(future: Future) -> RenderableType:
     parts: list[RenderableType] = [facts_table(facts), "", table]
     if left > 0:
         parts.append(f"[dim]and {left} more; --json has all[/]")
-    return Group(*parts, "", chart(future))
-
-
-CHART_ROWS, CHART_COLUMNS = 8, 72
-BLOCKS = " ▁▂▃▄▅▆▇█"
-
-
-def chart(future: Future) -> RenderableType:
-    """The balance ahead, a column for each day, or for several where there are many."""
-    values = [Decimal(available) for _, available in future.daily]
-    each = -(-len(values) // CHART_COLUMNS)
-    columns = [min(values[start : start + each]) for start in range(0, len(values), each)]
-    top = max(columns) or Decimal(1)
-    lines = Table.grid(padding=(0, 1))
-    lines.add_column(justify="right", style="dim")
-    lines.add_column()
-    for row in range(CHART_ROWS, 0, -1):
-        filled = [int(8 * (value * CHART_ROWS / top - (row - 1))) for value in columns]
-        label = f"{top:f}" if row == CHART_ROWS else ""
-        lines.add_row(label, Text("".join(BLOCKS[min(8, max(0, eighths))] for eighths in filled), style="cyan"))
-    first, last = (at.astimezone(UTC).date().isoformat() for at in (future.daily[0][0], future.daily[-1][0]))
-    gap = max(1, len(columns) - len(first) - len(last))
-    lines.add_row("0", Text(first + " " * gap + last, style="dim"))
-    return lines
+    return Group(*parts, "", chart([(at, Decimal(available)) for at, available in future.daily]))

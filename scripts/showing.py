@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -17,10 +17,9 @@ from rich.text import Text
 from creditlane.amounts import to_wire
 from creditlane.contract import Result
 from creditlane.rabbitmq import DEAD
+from creditlane.reports import EntryLine, HistoryLine
 from models.reading import (
     AccountSummary,
-    EntryLine,
-    HistoryLine,
     Owner,
     QuarantinedMessage,
     QuarantineLine,
@@ -110,6 +109,32 @@ def facts_table(rows: Iterable[tuple[str, str]]) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+CHART_ROWS, CHART_COLUMNS = 8, 72
+BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def chart(daily: Sequence[tuple[datetime, Decimal]]) -> RenderableType:
+    """A balance ahead, a column for each day, or for several where there are many: then the lowest of them.
+
+    :param daily: what is there at the end of each day; at least one.
+    """
+    values = [available for _, available in daily]
+    each = -(-len(values) // CHART_COLUMNS)
+    columns = [min(values[start : start + each]) for start in range(0, len(values), each)]
+    top = max(columns) or Decimal(1)
+    lines = Table.grid(padding=(0, 1))
+    lines.add_column(justify="right", style="dim")
+    lines.add_column()
+    for row in range(CHART_ROWS, 0, -1):
+        filled = [int(8 * (value * CHART_ROWS / top - (row - 1))) for value in columns]
+        label = f"{top:f}" if row == CHART_ROWS else ""
+        lines.add_row(label, Text("".join(BLOCKS[min(8, max(0, eighths))] for eighths in filled), style="cyan"))
+    first, last = (at.astimezone(UTC).date().isoformat() for at in (daily[0][0], daily[-1][0]))
+    gap = max(1, len(columns) - len(first) - len(last))
+    lines.add_row("0", Text(first + " " * gap + last, style="dim"))
+    return lines
 
 
 # --- Operations --------------------------------------------------------------------------------------

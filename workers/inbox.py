@@ -6,7 +6,6 @@ from datetime import datetime
 from typing import Any
 
 import msgspec
-import psycopg
 from celery import shared_task
 
 from creditlane.contract import VERSION, Name
@@ -15,14 +14,7 @@ from models.catalog import load_catalog
 from models.database import connect, reader
 from models.reading import DEFAULT_PAGE
 from models.settings import settings
-
-RETRIES: dict[str, Any] = {
-    "autoretry_for": (psycopg.OperationalError,),
-    "max_retries": 3,
-    "retry_backoff": 1,
-    "retry_backoff_max": 4,
-    "retry_jitter": True,
-}
+from tasks.queries import RETRIES
 
 
 @shared_task(name="queries.notices", **RETRIES)

@@ -13,11 +13,11 @@ import pytest
 
 from creditlane.codes import Code
 from creditlane.contract import decode_message
+from creditlane.reports import HistoryLine
 from models import reading
 from models.database import connect
 from models.reading import (
     MAX_PAGE,
-    HistoryLine,
     account_balance,
     account_exists,
     account_summary,

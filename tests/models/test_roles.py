@@ -17,10 +17,13 @@ from creditlane.client import CreditClient
 from creditlane.lanes import lane_of
 from models.audit import audit, audit_new
 from models.database import connect as connect_reader
+from models.explaining import explain_balance, explain_grant, explain_operation
+from models.forecast import forecast
 from models.migrate import make_logins, upgrade
 from models.reading import account_summary, history, lane_owners, quarantine
 from models.roles import READER, READERS, WORKER, WORKERS
 from models.seal import make_seal
+from models.usage_reading import usage
 from scripts.embedded import Stack, temporary_stack
 from tests.conftest import LANES, Spawn
 from tests.proof import live
@@ -214,6 +217,12 @@ def test_the_read_side_works_in_the_readers_role(
     with connect_reader(reader_url, "test") as connection:
         assert account_summary(connection, "a", CATALOG) is not None
         assert len(history(connection, "a").lines) == 1
+        assert usage(connection, "a") is not None
+        assert usage(connection, None) is not None
+        assert forecast(connection, "a", CATALOG) is not None
+        assert explain_balance(connection, "a", CATALOG) is not None
+        assert explain_operation(connection, "a", "open") is not None
+        assert explain_grant(connection, "a", 1) is not None
         assert quarantine(connection).lines == []
         owned = lane_owners(connection, LANE_CLASS, PRESENCE_CLASS)
         assert len(owned.owners) == LANES

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import psycopg
 import pytest
 
 from creditlane.client import CreditClient
 from creditlane.contract import Balance
-from creditlane.errors import BrokerUnavailableError
+from creditlane.errors import BrokerUnavailableError, CreditlaneError
 from models import database as pools
 from models.settings import settings
-from tasks.queries import balance
+from tasks.queries import ahead, balance, explain, history, usage
 from tests.broker import Broker, on_both_brokers
 from tests.conftest import Spawn
 from tests.support import Ledger, eventually, execute, rows
@@ -54,6 +55,55 @@ def test_what_is_no_account_is_refused(account: object, configured: str) -> None
 def test_a_newer_query_is_not_guessed_at(configured: str) -> None:
     with pytest.raises(ValueError, match="contract version 2"):
         balance("alice", v=2)
+
+
+ASKED = {"history": history, "usage": usage, "forecast": ahead, "explain": explain}
+
+
+NONSENSE: list[tuple[str, dict[str, object], str]] = [
+    ("history", {}, "account"),
+    ("history", {"account": "a\x00b"}, "account"),
+    ("history", {"account": "a", "limit": 1001}, "limit"),
+    ("history", {"account": "a", "limit": 2.5}, "limit"),
+    ("history", {"account": "a", "before": 2**63}, "before"),
+    ("history", {"account": "a", "since": "2027-01-01T00:00:00"}, "since"),
+    ("history", {"account": "a", "status": "open"}, "status"),
+    ("history", {"account": "a", "member": "x" * 129}, "member"),
+    ("history", {"account": "a", "nonsense": 1}, "nonsense"),
+    ("usage", {"account": ""}, "account"),
+    ("usage", {"account": "a", "by": "hour"}, "by"),
+    ("usage", {"account": "a", "since": "2027-02-30"}, "since"),
+    ("usage", {"account": "a", "since": "2027-02-01T00:00:00Z"}, "since"),
+    ("usage", {"account": "a", "since": "2027-02-01", "until": "2027-02-01"}, "not before"),
+    ("usage", {"account": "a", "since": "0001-01-01", "until": "0001-01-02"}, "calendar"),
+    ("usage", {"account": "a", "limit": 0}, "limit"),
+    ("usage", {"account": "a", "after": "a\ud800"}, "after"),
+    ("usage", {"account": "a", "feature": "a\x00"}, "feature"),
+    ("forecast", {"account": "a", "days": 367}, "days"),
+    ("forecast", {"account": "a", "days": True}, "days"),
+    ("forecast", {"account": "a", "pace": 1.5}, "pace"),
+    ("forecast", {"account": "a", "pace": "-1"}, "pace"),
+    ("forecast", {"account": "a", "pace": "1e9"}, "amount"),
+    ("explain", {"account": "a", "operation": "o", "grant": 1}, "one of the two"),
+    ("explain", {"account": "a", "grant": 2**31}, "grant"),
+    ("explain", {"account": "a", "grant": 1, "after": -1}, "after"),
+    ("explain", {"account": "a", "operation": "\n"}, "operation"),
+]
+
+
+def test_what_makes_no_sense_is_refused_by_name(configured: str) -> None:
+    for query, arguments, named in NONSENSE:
+        with pytest.raises(ValueError, match=named):
+            ASKED[query](**arguments)
+
+
+def test_what_is_not_there_is_none_and_a_newer_version_is_not_guessed_at(configured: str) -> None:
+    for name, query in ASKED.items():
+        found = query(account="nobody")
+        assert found == ({"lines": [], "next_before": None} if name == "history" else None), name
+        for version in (2, "1", None):
+            with pytest.raises(ValueError, match="contract version"):
+                query(account="nobody", v=version)
 
 
 def test_its_sessions_cannot_write(configured: str) -> None:
@@ -107,6 +157,43 @@ def test_a_forked_child_has_a_pool_of_its_own(configured: str, ledger: Ledger) -
         assert connection.execute("SELECT 1").fetchone() == (1,)
 
 
+def ask_all(client: CreditClient, ledger: Ledger) -> None:
+    """Everything else that may be asked of alice, who has used 12 pictures, and of nobody."""
+    ledger.apply("credits.consume", "c-1", account="alice", feature="image", quantity=12, member="mia")
+    page = client.history("alice", limit=2, entries=True, member="mia", source="signup")
+    assert [(line.operation, line.charged) for line in page.lines] == [("c-1", "1.5")]
+    assert page.lines[0].lines is not None
+    used = client.usage("alice", since=datetime.now(UTC).date() - timedelta(days=7))
+    assert used is not None
+    assert [(line.key, str(line.quantity), str(line.credits)) for line in used.lines] == [("image", "12", "1.5")]
+    assert used.utilisation is not None
+    everyone = client.usage(None, by="day", feature="image", after="2020-01-01")
+    assert everyone is not None
+    assert str(everyone.total.used) == "1.5"
+    ahead = client.forecast("alice", days=10, pace="6")
+    assert ahead is not None
+    assert str(ahead.available) == "48.500001"
+    assert ahead.runs_out_at is not None
+    explained = client.explain("alice")
+    assert explained is not None
+    assert [lot.source for lot in explained.lots] == ["signup", "pack"]
+    charge = client.explain_operation("alice", "c-1")
+    assert charge is not None
+    assert [(each.grant, str(each.amount)) for each in charge.movements] == [(1, "1.5")]
+    grant = client.explain_grant("alice", 1, limit=1)
+    assert grant is not None
+    assert grant.next_after == 1
+    rest = client.explain_grant("alice", 1, after=grant.next_after)
+    assert rest is not None
+    assert [each.operation for each in rest.movements] == ["c-1"]
+    assert client.history("nobody").lines == []
+    assert (client.usage("nobody"), client.forecast("nobody"), client.explain("nobody")) == (None, None, None)
+    assert client.explain_operation("alice", "none") is None
+    assert client.explain_grant("alice", 9) is None
+    with pytest.raises(CreditlaneError, match="1000"):
+        client.history("alice", limit=1001)
+
+
 @on_both_brokers
 def test_through_a_real_worker(
     spawn: Spawn, database: str, client: CreditClient, broker: Broker, ledger: Ledger
@@ -127,6 +214,7 @@ def test_through_a_real_worker(
     assert str(found.available) == "50.000001"
     assert {source: str(amount) for source, amount in found.by_source.items()} == {"signup": "50", "pack": "0.000001"}
     assert client.balance("nobody") is None
+    ask_all(client, ledger)
     execute(
         database,
         "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'creditlane queries'"

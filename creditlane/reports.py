@@ -1,0 +1,308 @@
+"""What an account is told of its credits' past and future: history, usage, forecast and explanation."""
+
+from __future__ import annotations
+
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Literal
+
+import msgspec
+
+from creditlane.inbox import Advice
+
+MAX_SPAN_DAYS = 3660
+"""The longest span of days that usage is asked for."""
+
+MAX_FORECAST_DAYS = 366
+"""How far ahead a forecast looks at the most."""
+
+FORECAST_DAYS = 90
+"""How far ahead it looks unless its caller says otherwise."""
+
+Grouping = Literal["feature", "member", "day", "week", "month"]
+"""What usage is told by; days are UTC, weeks begin on Monday."""
+
+Status = Literal["applied", "rejected"]
+
+# --- History -----------------------------------------------------------------------------------------
+
+
+class EntryLine(msgspec.Struct, kw_only=True, frozen=True):
+    """One entry: so many credits in or out of one grant; ``kind`` says which way."""
+
+    seq: int
+    kind: str
+    amount: str
+    change: str
+    """What it did to the available credits: the amount with its sign, or 0."""
+    balance: str
+    """The available credits after it, upcoming ones included."""
+    grant: int
+    source: str | None
+    """The grant's source."""
+    at: datetime
+    refers_to: str | None
+
+
+class HistoryLine(msgspec.Struct, kw_only=True, frozen=True):
+    """One operation, applied or refused."""
+
+    number: int
+    """Its place among the account's operations, from 1."""
+    operation: str
+    """Its id."""
+    name: str
+    status: str
+    code: str | None
+    feature: str | None
+    quantity: str | None
+    member: str | None
+    charged: str
+    change: str
+    """What it did to the available credits, with its sign; what time did meanwhile is not part of it."""
+    balance: str | None
+    """The spendable credits after it, as its answer told."""
+    applied_at: datetime
+    occurred_at: datetime | None
+    reason: str | None
+    """Why its sender sent it."""
+    actor: str | None
+    refusal: str | None
+    """Why the ledger refused it, where it says more than the code."""
+    subject: str | None
+    """The hold, charge, grant, purchase or transfer that it is about, the account that it gave to or got from, or the
+    source of what it granted."""
+    entries: int
+    """How many entries it wrote."""
+    lines: list[EntryLine] | None = None
+    """Its entries, where they were asked for."""
+    lapsed: list[EntryLine] = []
+    """What time did just before it: expiries, time-outs of holds."""
+
+
+class HistoryPage(msgspec.Struct, kw_only=True, frozen=True):
+    """A page of a history, the newest operation first."""
+
+    lines: list[HistoryLine]
+    next_before: int | None
+    """What to ask for next with ``before``; None at the beginning of the history."""
+
+
+# --- Usage -------------------------------------------------------------------------------------------
+
+
+class UsageSums(msgspec.Struct, kw_only=True, frozen=True):
+    """What was used; amounts in credits."""
+
+    charges: int
+    """Consumes and captures that were applied."""
+    quantity: Decimal | None
+    """Units; None over several features, whose units have nothing in common."""
+    credits: Decimal
+    """What they were charged."""
+    refunded: Decimal
+    """What was given back in this time, of whichever charges."""
+    used: Decimal
+    """What they were charged less what was given back."""
+    used_before: Decimal | None
+    """``used`` of as many days before; None for one day, week or month among others."""
+    change_percent: float | None
+    """How much more was used than before, to a tenth; None where nothing was."""
+
+
+class UsageLine(UsageSums, kw_only=True, frozen=True):
+    """What was used of one feature, by one member, or in one day, week or month."""
+
+    key: str
+    """The feature or the member, empty for charges that name none; or the first day, such as ``2027-01-31``."""
+
+
+class Utilisation(msgspec.Struct, kw_only=True, frozen=True):
+    """How much of the credits that there were was used, by the ledger's time; what is held counts as neither."""
+
+    used: Decimal
+    left: Decimal
+    """What was there at the end, upcoming credits included."""
+    expired: Decimal
+    """What ended unused."""
+    percent: float | None
+    """``used`` of the three together, to a tenth; None where there were no credits."""
+
+
+class Usage(msgspec.Struct, kw_only=True, frozen=True):
+    """What an account, or all of them, used in a span of days."""
+
+    account: str | None
+    """None for all."""
+    by: Grouping
+    since: date
+    """The first day."""
+    until: date
+    """The day after the last."""
+    before: date
+    """The first of as many days before."""
+    as_of: datetime
+    total: UsageSums
+    utilisation: Utilisation | None
+    """None for all accounts, where only one feature or member was asked for, or of too many entries."""
+    lines: list[UsageLine]
+    """Features and members by what they used, the most first; days, weeks and months in order."""
+    next_after: str | None
+    """What to ask for next with ``after``; None at the end."""
+
+
+# --- Forecast ----------------------------------------------------------------------------------------
+
+
+class Lapse(msgspec.Struct, kw_only=True, frozen=True):
+    """Credits that will end unused."""
+
+    at: datetime
+    amount: Decimal
+
+
+class Evening(msgspec.Struct, kw_only=True, frozen=True):
+    """What will be left at the end of a day."""
+
+    at: datetime
+    available: Decimal
+
+
+class Forecast(msgspec.Struct, kw_only=True, frozen=True):
+    """What will become of an account's credits at its present pace."""
+
+    account: str
+    as_of: datetime
+    until: datetime
+    """How far ahead it looks."""
+    pace: Decimal
+    """Credits a day that are spent."""
+    available: Decimal
+    """What can be spent now."""
+    depleted_at: datetime | None
+    """When that is used up, if nothing came and nothing ended; None where nothing is spent, or it lasts very long."""
+    runs_out_at: datetime | None
+    """The end of the first day on which the pace cannot be kept, all that will come and end considered; None if that
+    is not by ``until``."""
+    expiring: list[Lapse]
+    expiring_total: Decimal
+    daily: list[Evening]
+    paid: bool
+    """Whether payments for the plan are taken to arrive in time."""
+    advice: Advice | None
+    """What there is to do; None for an account that is charged nothing."""
+
+
+# --- Explanation -------------------------------------------------------------------------------------
+
+
+class Buckets(msgspec.Struct, kw_only=True, frozen=True):
+    """Where credits came from and where they are: the first three together are all the others together."""
+
+    granted: Decimal
+    received: Decimal
+    """From other accounts, and carried over from lots that ended."""
+    restored: Decimal
+    """Refunds."""
+    available: Decimal
+    held: Decimal
+    in_transit: Decimal
+    """On their way to another account."""
+    consumed: Decimal
+    expired: Decimal
+    revoked: Decimal
+    """Taken back, and paid for debts."""
+    sent: Decimal
+    """To other accounts, and carried over into new lots."""
+
+
+class Lot(Buckets, kw_only=True, frozen=True):
+    """One grant: what came in, what it paid, and what is left."""
+
+    grant: int
+    source: str
+    priority: int
+    features: list[str] | None
+    """What it may be spent on; None for everything."""
+    effective_at: datetime
+    expires_at: datetime | None
+    created_at: datetime
+    operation: str
+    """What made it."""
+    purchase: str | None
+    origin: int | None
+    """The grant that it continues, because that had expired when its credits came back."""
+
+
+class BalanceExplained(msgspec.Struct, kw_only=True, frozen=True, tag_field="explains", tag="balance"):
+    """Why a balance is what it is; what time has made due counts as done."""
+
+    account: str
+    as_of: datetime
+    available: Decimal
+    """What can be spent now."""
+    upcoming: Decimal
+    """What takes effect later."""
+    frozen: Decimal
+    """Of disputed purchases."""
+    debt: Decimal
+    total: Buckets
+    """Of all grants ever."""
+    closed: Buckets
+    """Of those that nothing is left of."""
+    closed_grants: int
+    lots: list[Lot]
+    """The others, in the order in which they are spent."""
+
+
+class Movement(msgspec.Struct, kw_only=True, frozen=True):
+    """So many credits in or out of one grant."""
+
+    seq: int
+    kind: str
+    amount: Decimal
+    grant: int
+    source: str
+    priority: int
+    expires_at: datetime | None
+    """The grant's."""
+    at: datetime
+    operation: str | None
+    """What caused it; None where time did."""
+    name: str | None
+    """Its task name."""
+    feature: str | None
+    member: str | None
+    refers_to: str | None
+    """The hold, charge, purchase or transfer that it is about."""
+
+
+class OperationExplained(msgspec.Struct, kw_only=True, frozen=True, tag_field="explains", tag="operation"):
+    """Which grants an operation took from or gave to, in its order: for a charge, the order of burning."""
+
+    account: str
+    operation: str
+    name: str
+    status: Status
+    code: str | None
+    """Why it was refused."""
+    applied_at: datetime
+    feature: str | None
+    member: str | None
+    quantity: Decimal | None
+    charged: Decimal
+    given_back: Decimal
+    """What went back since, of a charge or a hold."""
+    movements: list[Movement]
+    next_after: int | None
+    """What to ask for next with ``after``; None at the end."""
+
+
+class GrantExplained(msgspec.Struct, kw_only=True, frozen=True, tag_field="explains", tag="grant"):
+    """The life of a grant: every movement in or out of it, the oldest first; as the ledger has recorded it."""
+
+    account: str
+    lot: Lot
+    movements: list[Movement]
+    next_after: int | None
+    """What to ask for next with ``after``; None at the end. A page may have fewer rows than were asked for."""
