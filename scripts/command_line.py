@@ -94,6 +94,7 @@ from scripts.command_parts import (
     unknown_account,
 )
 from scripts.due_command import DUE_EXAMPLES, show_due
+from scripts.import_command import IMPORT_EXAMPLES, import_accounts
 from scripts.lane_state import lane_states
 from scripts.notices_commands import notices_app
 from scripts.payments_commands import payments_app
@@ -148,7 +149,7 @@ app.add_typer(plan_app, name="plan")
 app.add_typer(notices_app, name="notices")
 app.add_typer(payments_app, name="payments")
 
-MONEY, STATE_PANEL = "Credits", "State"
+MONEY, STATE_PANEL, FILES = "Credits", "State", "Files"
 
 
 class Kind(StrEnum):
@@ -1080,6 +1081,9 @@ app.command(
 
 
 app.command("due", rich_help_panel=STATE_PANEL, epilog=DUE_EXAMPLES)(show_due)
+
+
+app.command("import", rich_help_panel=FILES, epilog=IMPORT_EXAMPLES)(import_accounts)
 
 
 def main() -> None:
