@@ -94,6 +94,7 @@ from scripts.command_parts import (
     unknown_account,
 )
 from scripts.due_command import DUE_EXAMPLES, show_due
+from scripts.export_command import EXPORT_EXAMPLES, export
 from scripts.import_command import IMPORT_EXAMPLES, import_accounts
 from scripts.lane_state import lane_states
 from scripts.notices_commands import notices_app
@@ -1083,6 +1084,7 @@ app.command(
 app.command("due", rich_help_panel=STATE_PANEL, epilog=DUE_EXAMPLES)(show_due)
 
 
+app.command("export", rich_help_panel=FILES, epilog=EXPORT_EXAMPLES)(export)
 app.command("import", rich_help_panel=FILES, epilog=IMPORT_EXAMPLES)(import_accounts)
 
 

@@ -51,6 +51,10 @@ KINDS = {
 """What was found, in words."""
 
 
+WORTH_HELP_BYTES = 1_000_000
+"""A file from which on other processes are worth their start."""
+
+
 class Existing(StrEnum):
     """What becomes of accounts that this import did not open."""
 
@@ -112,13 +116,13 @@ def import_accounts(
             _mapping(renamed or ()),
             frozenset(ignored or ()),
         )
-        source.size()
+        several = processes if source.size() >= WORTH_HELP_BYTES else 1
         load_catalog(where.catalog_name)
         order = Order(
             check_import_name(name), "" if dry_run else where.database_url, where.catalog_name, where.lanes,
             welcome, notify, existing is Existing.ADD,
         )  # fmt: skip
-        with Crew(order, processes) as crew:
+        with Crew(order, several) as crew:
             if not dry_run:
                 crew.own_lanes()
             with CountProgress("checking", "bytes", quiet=as_json) as progress:

@@ -21,15 +21,18 @@ from typing import Any, BinaryIO, NamedTuple
 import msgspec
 
 from creditlane.contract import ContractError, Message, decode_message
+from models.exporting import BALANCE
 from models.rules.catalog import Catalog
 from scripts.replay import read_instant
 
 ATTRIBUTES = ("kind", "email", "locale", "timezone", "plan", "opened_at")
 LOT = ("source", "amount", "effective_at", "expires_at", "priority", "features")
-BALANCE = "balance:"
-"""What the name of a column begins with that holds an account's credits of one source."""
-
-TOLD = frozenset({"status", "updated_at", "operations", "available", "held", "in_transit", "debt", "lot"})
+TOLD = frozenset(
+    {
+        "status", "updated_at", "operations", "current_plan", "available", "upcoming", "frozen", "held", "in_transit",
+        "debt", "lot",
+    }
+)  # fmt: skip
 """Columns of an export that say how an account stands: they are passed over."""
 
 MAX_LINE_BYTES = 1 << 20
@@ -146,21 +149,22 @@ def check_import_name(name: str) -> str:
     return name
 
 
-def open_id(name: str, account: str) -> str:
+def open_id(name: str, owner: str) -> str:
     """The operation id of an account's opening by an import: the same however often it is run.
 
     :param name: of the import.
+    :param owner: a digest of the account.
     """
-    return f"{prefix_of(name)}{_short(account, 24)}:open"
+    return f"{prefix_of(name)}{owner}:open"
 
 
-def lot_id(name: str, account: str, source: str, number: int) -> str:
-    """The operation id of one lot of an account.
+def lot_id(name: str, owner: str, source: str, number: int) -> str:
+    """The operation id of one lot of an account, likewise.
 
     :param number: which lot of this source it is, from 1.
     """
-    shown = source if len(source) <= LONG_SOURCE else _short(source, 24)
-    return f"{prefix_of(name)}{_short(account, 24)}:{number}:{shown}"
+    shown = source if len(source) <= LONG_SOURCE else _digest(source)
+    return f"{prefix_of(name)}{owner}:{number}:{shown}"
 
 
 def prefix_of(name: str) -> str:
@@ -487,7 +491,9 @@ class Checker:
         opened_at = attributes.pop("opened_at", None)
         if opened_at is not None:
             attributes["occurred_at"] = _instant(opened_at, "opened_at", line)
-        made = [self._operation(line, "", "credits.open", {"account": account, **attributes, "welcome": self.welcome})]
+        owner = _digest(account)
+        opening = {"account": account, **attributes, "welcome": self.welcome}
+        made = [_operation(line, "", "credits.open", opening, open_id(self.name, owner))]
         plan = attributes.get("plan")
         terms = None if plan is None else self.catalog.terms_of(plan)
         if plan is not None and terms is None:
@@ -507,28 +513,13 @@ class Checker:
                 raise LineError(
                     lot.line, lot.column, f"the plan gives its own {source} credits: leave one of the two out"
                 )
-            operation = self._operation(
-                lot.line, lot.column, "credits.grant", {"account": account, **fields}, numbers[source]
-            )
+            identity = lot_id(self.name, owner, source, numbers[source])
+            operation = _operation(lot.line, lot.column, "credits.grant", {"account": account, **fields}, identity)
             if self._has_ended(operation.message, lot):
                 ended.append(lot)
             else:
                 made.append(operation)
         return made, ended
-
-    def _operation(
-        self, line: int, column: str, name: str, arguments: dict[str, Any], number: int | None = None
-    ) -> Operation:
-        try:
-            raw = _encode(arguments)
-            message = decode_message(name, raw)
-        except ContractError as error:
-            raise _line_error(line, column, error) from None
-        account = arguments["account"]
-        identity = (
-            open_id(self.name, account) if number is None else lot_id(self.name, account, arguments["source"], number)
-        )
-        return Operation(line, name, identity, message, raw)
 
     def _has_ended(self, message: Message, lot: Lot) -> bool:
         starts, ends = getattr(message, "effective_at", None), getattr(message, "expires_at", None)
@@ -537,6 +528,14 @@ class Checker:
         if starts is not None and ends <= starts:
             raise LineError(lot.line, "expires_at", "is not after effective_at")
         return bool(ends <= self.now)
+
+
+def _operation(line: int, column: str, name: str, arguments: dict[str, Any], identity: str) -> Operation:
+    try:
+        raw = _encode(arguments)
+        return Operation(line, name, identity, decode_message(name, raw), raw)
+    except ContractError as error:
+        raise _line_error(line, column, error) from None
 
 
 _NOTHING = re.compile(r"0{1,13}(\.0{1,6})?\Z", re.ASCII)
@@ -565,5 +564,5 @@ def _line_error(line: int, column: str, error: Exception) -> LineError:
     return LineError(line, column, reason)
 
 
-def _short(text: str, characters: int) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:characters]
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]

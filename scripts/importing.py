@@ -20,18 +20,18 @@ from typing import Any, Self
 from zlib import crc32
 
 import msgspec
-import psycopg
 from psycopg import Connection
 
 from creditlane.codes import Code
-from creditlane.contract import Grant
+from creditlane.contract import Grant, Message
 from models.audit_processes import HelperError
 from models.catalog import load_catalog
 from models.rules.catalog import Notify
-from scripts.import_reading import BadLine, Checker, LineError, Operation, Record, Source, open_id, prefix_of
+from scripts.import_reading import BadLine, Checker, LineError, Operation, Record, Source, prefix_of
 from workers.bulk_writer import BulkWriter, LanesTakenError, known_accounts, own_lanes
 from workers.ledger_writer import CONFLICT, REPLAYED, Job, LedgerWriter, connect
 from workers.quarantine import Quarantined
+from workers.rows import texts
 
 CHUNK = 500
 """Accounts that are handed to a process, and written in one transaction."""
@@ -46,7 +46,11 @@ APPLICATION = "creditlane import"
 SILENT_SECONDS = 120.0
 """How long a process may wait for lines before the database takes its lanes from it."""
 
-OPENED_BY = "SELECT account FROM operations WHERE account = ANY(%s) AND operation = ANY(%s) AND name = 'credits.open'"
+WRITTEN = """
+SELECT o.account, o.operation, o.status, o.arguments::text
+FROM unnest(%s::text[], %s::text[]) AS k(account, operation)
+JOIN operations o ON o.account = k.account AND o.operation = k.operation
+"""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Found(msgspec.Struct, array_like=True):
 
     accounts: int = 0
     operations: int = 0
+    """Of lines that are good; of a pass that writes, those that are in the ledger now:"""
     applied: int = 0
     replayed: int = 0
     """Operations that an earlier run had applied."""
@@ -93,6 +98,16 @@ class Found(msgspec.Struct, array_like=True):
     def add(self, source: str, micro: int) -> None:
         """Count credits."""
         self.micro[source] = self.micro.get(source, 0) + micro
+
+    def count_operation(self, message: Message, *, replayed: bool = False) -> None:
+        """Count an operation that is in the ledger."""
+        self.operations += 1
+        if replayed:
+            self.replayed += 1
+        else:
+            self.applied += 1
+        if isinstance(message, Grant):
+            self.add(message.source, int(message.amount))
 
     def take(self, other: Found) -> None:
         """Add what another part came to."""
@@ -126,17 +141,22 @@ Progress = Callable[[int, int], None]
 
 
 class Crew:
-    """The processes of an import; each has the accounts of its own lanes."""
+    """The processes of an import; each has the accounts of its own lanes.
+
+    :param processes: how many; one is this one.
+    """
 
     def __init__(self, order: Order, processes: int) -> None:
         self._order = order
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Pipe] = []
         self._processes: list[BaseProcess] = []
-        for number in range(min(processes, order.lanes)):
+        self._alone = Hand(order, range(order.lanes)) if processes == 1 else None
+        several = 0 if processes == 1 else min(processes, order.lanes)
+        for number in range(several):
             ours, theirs = context.Pipe()
-            mine = range(number, order.lanes, min(processes, order.lanes))
-            process = context.Process(target=_work, args=(theirs, order, list(mine)), daemon=True)
+            lanes = range(number, order.lanes, several)
+            process = context.Process(target=_work, args=(theirs, order, lanes), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -150,6 +170,8 @@ class Crew:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._alone is not None:
+            self._alone.close()
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
@@ -163,9 +185,13 @@ class Crew:
 
         :raises LanesTakenError: when a worker does.
         """
-        for place in range(len(self._pipes)):
+        for place in range(self._places):
             self._send(place, OWN, [])
         self._finish()
+
+    @property
+    def _places(self) -> int:
+        return len(self._pipes) or 1
 
     def check(self, source: Source, progress: Progress) -> Found:
         """Check every line of a file."""
@@ -181,12 +207,12 @@ class Crew:
     def _pass(self, what: bytes, source: Source, progress: Progress) -> Found:
         self._found = Found()
         size = source.size()
-        chunks: list[list[Record]] = [[] for _ in self._pipes]
+        chunks: list[list[Record]] = [[] for _ in range(self._places)]
         for record in source.records():
             if isinstance(record, BadLine):
                 self._found.note(BAD, record)
                 continue
-            place = crc32(record.account.encode()) % self._order.lanes % len(self._pipes)
+            place = crc32(record.account.encode()) % self._order.lanes % self._places
             chunk = chunks[place]
             chunk.append(record)
             if len(chunk) == CHUNK:
@@ -201,6 +227,9 @@ class Crew:
         return self._found
 
     def _send(self, place: int, what: bytes, records: Sequence[Record]) -> None:
+        if self._alone is not None:
+            self._found.take(self._alone.do(what, records))
+            return
         while self._waiting[place] >= AHEAD:
             self._listen([place])
         try:
@@ -232,37 +261,49 @@ class Crew:
 # --- In a process ------------------------------------------------------------------------------------
 
 
-def _work(pipe: Pipe, order: Order, lanes: list[int]) -> None:
+def _work(pipe: Pipe, order: Order, lanes: Sequence[int]) -> None:
     """What a process does: chunks until there are no more, or until who asked is gone."""
     gc.freeze()  # what is there stays: only what comes is looked through
-    importer: Importer | None = None
     try:
-        catalog = load_catalog(order.catalog_name)
-        checker = Checker(order.name, catalog, order.welcome)
-        while True:
-            told = pipe.recv_bytes()
-            records = _decode_records(told[1:])
-            if told[:1] == CHECK:
-                found = Found()
-                check_records(records, checker, found)
-            elif told[:1] == OWN:
-                importer = Importer(order, checker, lanes)
-                found = Found()
-            else:
-                assert importer is not None
-                found = importer.write(records)
-            pipe.send_bytes(DONE + _encode(found))
+        hand = Hand(order, lanes)
+        try:
+            while True:
+                told = pipe.recv_bytes()
+                pipe.send_bytes(DONE + _encode(hand.do(told[:1], _decode_records(told[1:]))))
+        finally:
+            hand.close()
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except LanesTakenError as error:
         pipe.send_bytes(TAKEN + str(error).encode())
-    except psycopg.Error as error:
-        pipe.send_bytes(FAILED + f"the database: {type(error).__name__} {error.sqlstate or ''} {error}".encode())
     except Exception as error:
         pipe.send_bytes(FAILED + f"{type(error).__name__}: {error}".encode())
-    finally:
-        if importer is not None:
-            importer.close()
+
+
+class Hand:
+    """Does what a crew is asked for, with the accounts of some lanes."""
+
+    def __init__(self, order: Order, lanes: Sequence[int]) -> None:
+        self._order, self._lanes = order, lanes
+        self._checker = Checker(order.name, load_catalog(order.catalog_name), order.welcome)
+        self._importer: Importer | None = None
+
+    def do(self, what: bytes, records: Sequence[Record]) -> Found:
+        """Check records, write them, or own the lanes first."""
+        found = Found()
+        if what == CHECK:
+            check_records(records, self._checker, found)
+        elif what == OWN:
+            self._importer = Importer(self._order, self._checker, self._lanes)
+        else:
+            assert self._importer is not None
+            found = self._importer.write(records)
+        return found
+
+    def close(self) -> None:
+        """Give the lanes back."""
+        if self._importer is not None:
+            self._importer.close()
 
 
 def check_records(records: Iterable[Record], checker: Checker, found: Found) -> list[tuple[Record, list[Operation]]]:
@@ -313,25 +354,33 @@ class Importer:
         self._connection.close()
 
     def write(self, records: Sequence[Record]) -> Found:
-        """Write the good ones of some accounts: what is new in one transaction, what is known in another.
+        """Write the good ones of some accounts: those that are new in one transaction, the others in another.
 
         :raises psycopg.Error: when it is not known whether they are written: ask again.
         """
-        checked = Found()
-        good = check_records(records, self._checker, checked)
-        found = Found(counts=checked.counts, examples=checked.examples)
-        names = [record.account for record, _ in good]
-        there = known_accounts(self._connection, names)
-        ours = self._opened_here([name for name, opened in there.items() if opened])
+        found = Found()
+        good = check_records(records, self._checker, found)
+        found = Found(counts=found.counts, examples=found.examples)
+        there = known_accounts(self._connection, [record.account for record, _ in good])
+        opened = {name for name, is_open in there.items() if is_open}
+        written = self._written([each for each in good if each[0].account in opened])
         new: list[Job] = []
         known: list[Job] = []
         for record, operations in good:
             found.accounts += 1
+            account = record.account
             jobs = [Job(each.name, each.id, each.message, each.arguments, each.line) for each in operations]
-            if record.account not in there:
+            if account not in there:
                 new += jobs
-            elif not there[record.account] or record.account in ours:
+            elif account not in opened:
                 known += jobs
+            elif (account, jobs[0].operation) in written:
+                for job in jobs:
+                    # Byte for byte what an earlier run wrote: the ledger would answer as it did then.
+                    if written.get((account, job.operation)) == ("applied", job.arguments.decode()):
+                        found.count_operation(job.message, replayed=True)
+                    else:
+                        known.append(job)
             elif self._order.add_to_existing:
                 known += jobs[1:]
             else:
@@ -343,30 +392,25 @@ class Importer:
                     self._note(found, job)
         return found
 
-    def _opened_here(self, accounts: Sequence[str]) -> set[str]:
-        """Those of the accounts that an earlier run of this import opened."""
-        if not accounts:
-            return set()
-        ids = [open_id(self._order.name, account) for account in accounts]
-        return {account for (account,) in self._connection.execute(OPENED_BY, (list(accounts), ids))}
+    def _written(self, good: Sequence[tuple[Record, list[Operation]]]) -> dict[tuple[str, str], tuple[str, str]]:
+        """What the ledger has of the operations: status and arguments by account and id."""
+        pairs = [(record.account, each.id) for record, operations in good for each in operations]
+        if not pairs:
+            return {}
+        accounts, ids = zip(*pairs, strict=True)
+        rows = self._connection.execute(WRITTEN, (texts(accounts), texts(ids)))
+        return {(account, operation): (status, arguments) for account, operation, status, arguments in rows}
 
     def _note(self, found: Found, job: Job) -> None:
-        found.operations += 1
         answer = job.answer
         assert answer is not None
         if job.status == CONFLICT:
             what = f"these {job.message.source} credits" if isinstance(job.message, Grant) else "this account"
             found.note(CONFLICTS, BadLine(job.source, "", f"an earlier run imported {what} otherwise"))
         elif answer.status != "applied":
-            refusal = msgspec.json.decode(answer.result)
-            found.note(REFUSED, BadLine(job.source, "", refusal["code"]))
+            found.note(REFUSED, BadLine(job.source, "", msgspec.json.decode(answer.result)["code"]))
         else:
-            if job.status == REPLAYED:
-                found.replayed += 1
-            else:
-                found.applied += 1
-            if isinstance(job.message, Grant):
-                found.add(job.message.source, int(job.message.amount))
+            found.count_operation(job.message, replayed=job.status == REPLAYED)
 
 
 def _poison(job: Job, code: Code, reason: str, trace: str | None) -> Quarantined:

@@ -446,7 +446,7 @@ def test_an_instant_is_complete_and_has_its_offset(name: str, field: str, bad: o
 
 
 INSTANTS = [
-        ("credits.open", "occurred_at"),
+    ("credits.open", "occurred_at"),
     ("credits.grant", "effective_at"),
     ("credits.grant", "expires_at"),
     ("credits.consume", "occurred_at"),
