@@ -263,7 +263,9 @@ class Crew:
 
 def _work(pipe: Pipe, order: Order, lanes: Sequence[int]) -> None:
     """What a process does: chunks until there are no more, or until who asked is gone."""
-    gc.freeze()  # what is there stays: only what comes is looked through
+    # What is there stays, and what comes has no circles: looking for them took a tenth of the time.
+    gc.freeze()
+    gc.set_threshold(100_000)
     try:
         hand = Hand(order, lanes)
         try:
