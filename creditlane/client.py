@@ -818,7 +818,7 @@ def _failure(outcome: Outcome) -> CreditlaneError:
     """What a failed or revoked task raises where its answer is waited for."""
     if isinstance(outcome.result, dict):
         text = outcome.result.get("exc_message")
-        told = text[0] if isinstance(text, list) and text else text
+        told = ": ".join(map(str, text)) if isinstance(text, list) else text
         if outcome.result.get("exc_type") == QuarantinedError.__name__:
             return QuarantinedError(told)
         return CreditlaneError(f"{outcome.status.lower()}: {outcome.result.get('exc_type')}: {told}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 from psycopg import Connection
 
 from models.reading import DEFAULT_PAGE, MAX_PAGE
+from models.rules.facts import Stage
 
 Status = Literal["received", "done", "ignored", "parked", "dropped"]
 
@@ -112,9 +113,8 @@ GROUPS = """
 SELECT group_id FROM payment_aliases WHERE id = %(name)s
 UNION SELECT group_id FROM payment_facts WHERE purchase = %(name)s
 UNION SELECT group_id FROM payment_operations WHERE operation = %(name)s
-UNION SELECT group_id FROM payment_facts WHERE key = %(name)s AND kind = ANY(%(kinds)s)
+UNION SELECT group_id FROM payment_facts WHERE key = ANY(%(keys)s)
 """
-KINDS = ["PackPaid", "PeriodPaid", "RefundChanged", "DisputeChanged", "SubscriptionChanged", "PaymentFailed", "Linked"]
 NAMES = "SELECT DISTINCT id FROM payment_aliases WHERE group_id = ANY(%s) ORDER BY id LIMIT %s"
 FACTS = """
 SELECT kind, key, status, code, reason, occurred_at, heard_at, event, fact::text FROM payment_facts
@@ -229,5 +229,6 @@ def explain(connection: Connection[Any], name: str) -> Explanation | None:
 
 
 def _groups(connection: Connection[Any], name: str) -> list[int]:
-    found = connection.execute(GROUPS, {"name": name, "kinds": KINDS})
+    keys = [name, *(f"{name}:{stage}" for stage in get_args(Stage))]  # a dispute's facts are kept by its stages
+    found = connection.execute(GROUPS, {"name": name, "keys": keys})
     return sorted({group for (group,) in found})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 import msgspec
@@ -105,7 +105,16 @@ VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT (provider, livemode,
 PAY_ORDER = "UPDATE payment_orders SET status = 'paid', paid_by = %s WHERE id = %s AND status = 'quoted'"
 LOOK_AGAIN = "UPDATE payment_groups SET next_look_at = %s WHERE id = %s AND next_look_at IS DISTINCT FROM %s"
 PROVIDER_OF = "SELECT provider, livemode FROM payment_facts WHERE group_id = %s LIMIT 1"
-ACCOUNT_STATUS = "SELECT status FROM accounts WHERE account = %s"
+ACCOUNT_STATUSES = "SELECT account, status FROM accounts WHERE account = ANY(%s)"
+CURRENT = """
+SELECT p.effect FROM payment_operations p
+LEFT JOIN operations o ON o.account = p.account AND o.operation = p.operation
+WHERE p.account = (
+    SELECT account FROM payment_operations
+    WHERE group_id = %s AND name IN ('plans.renew', 'plans.change') ORDER BY number DESC LIMIT 1
+) AND p.name IN ('plans.renew', 'plans.change') AND o.status IS DISTINCT FROM 'rejected'
+ORDER BY p.number DESC LIMIT 1
+"""
 
 
 class TooManyFactsError(Exception):
@@ -195,6 +204,17 @@ def record(connection: Connection[Any], facts: Iterable[Fact], event: int) -> se
     return groups
 
 
+def is_known(connection: Connection[Any], fact: Fact) -> bool:
+    """Whether the last that was heard of an object is what a fact says, whenever that was."""
+    kind, key = key_of(fact)
+    row = connection.execute(KNOWN_FACT, (fact.provider, fact.livemode, kind, key)).fetchone()
+    if row is None:
+        return False
+    known = _decode(row[0])
+    same = {"occurred_at": known.occurred_at, "aliases": known.aliases, "account": known.account}
+    return bool(known == msgspec.structs.replace(fact, **same))
+
+
 def _names(fact: Fact) -> list[Alias]:
     """Every name under which a fact's object is known."""
     names = list(fact.aliases)
@@ -215,9 +235,6 @@ def _join(connection: Connection[Any], groups: set[int]) -> int:
             connection.execute(statement, (first, others))
         connection.execute("DELETE FROM payment_groups WHERE id = ANY(%s)", (others,))
     return first
-
-
-SomeFact = TypeVar("SomeFact", bound=Fact)
 
 
 def merge(known: Fact, heard: Fact) -> Fact:
@@ -279,9 +296,8 @@ def settle(connection: Connection[Any], group: int, catalog: Catalog) -> Settled
     issued = {
         effect: msgspec.json.decode(arguments) for effect, arguments in connection.execute(GROUP_OPERATIONS, (group,))
     }
-    resolution = resolve(
-        heard, issued, now, catalog, _orders(connection, heard), _bound(connection, provider, livemode, heard)
-    )
+    orders, bound = _orders(connection, heard), _bound(connection, provider, livemode, heard)
+    resolution = resolve(heard, issued, now, catalog, orders, bound, _current(connection, group))
     resolution = _within_account(connection, resolution)
     effects, messages = [], []
     for effect in resolution.effects:
@@ -314,26 +330,37 @@ def _bound(connection: Connection[Any], provider: str, livemode: bool, heard: Se
     return None if row is None else str(row[0])
 
 
+def _current(connection: Connection[Any], group: int) -> str | None:
+    """The last payment for the plan of the account that a group paid a plan of."""
+    row = connection.execute(CURRENT, (group,)).fetchone()
+    return None if row is None else str(row[0])
+
+
 def _within_account(connection: Connection[Any], resolution: Resolution) -> Resolution:
     """Send nothing to an account that is not open yet, and to a closed one what ends things alone.
 
     A refusal is an operation's answer for ever: what was paid for must not be refused because it came too early.
     """
-    if resolution.account is None or not resolution.effects:
+    accounts = {str(effect.arguments["account"]) for effect in resolution.effects}
+    if not accounts:
         return resolution
-    row = connection.execute(ACCOUNT_STATUS, (resolution.account,)).fetchone()
-    status = None if row is None else row[0]
-    if status == OPEN:
-        return resolution
-    effects = [each for each in resolution.effects if status == CLOSED and each.name == "credits.claw_back"]
-    if status == CLOSED:
-        verdict = Verdict("parked", "account_closed", f"the account {resolution.account!r} is closed")
-    else:
-        verdict = Verdict("waiting", "account_not_open", f"the account {resolution.account!r} was not opened yet")
-    verdicts = {
-        key: verdict if known.status == "applied" and (status != CLOSED or key[0] in GIVING) else known
-        for key, known in resolution.verdicts.items()
-    }
+    found = dict(connection.execute(ACCOUNT_STATUSES, (list(accounts),)).fetchall())
+    shut = {account: found.get(account) for account in accounts if found.get(account) != OPEN}
+    effects = [
+        effect
+        for effect in resolution.effects
+        if (account := effect.arguments["account"]) not in shut
+        or (shut[account] == CLOSED and effect.name == "credits.claw_back")
+    ]
+    verdicts = dict(resolution.verdicts)
+    for key, known in verdicts.items():
+        owner = resolution.accounts.get(key)
+        if owner is None or owner not in shut or known.status != "applied":
+            continue
+        if shut[owner] != CLOSED:
+            verdicts[key] = Verdict("waiting", "account_not_open", f"the account {owner!r} was not opened yet")
+        elif key[0] in GIVING:
+            verdicts[key] = Verdict("parked", "account_closed", f"the account {owner!r} is closed")
     return msgspec.structs.replace(resolution, effects=effects, verdicts=verdicts)
 
 

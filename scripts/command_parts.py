@@ -67,7 +67,7 @@ EXIT_CODES = """[bold]Exit codes[/]
 1  the audit found faults, or the message was quarantined
 2  the command makes no sense as it was given, or nothing tells where the ledger is
 3  refused by the ledger; the code is printed
-4  the broker or the database is away
+4  the broker, the database or the payment provider is away
 5  no answer in time; send it again with its id"""
 
 WHERE = (

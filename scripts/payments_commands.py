@@ -107,11 +107,14 @@ def _coloured(status: str) -> str:
 def payments_show(
     event: Annotated[int, typer.Argument(metavar="EVENT", help="A row of the inbox.", show_default=False)],
 ) -> None:
-    """Print an event's body, to the last byte as it came."""
+    """Print an event's body, to the last byte as it came; on a terminal without what could drive it."""
     with ledger() as connection:
         found = body(connection, event)
     if found is None:
         fail(f"the inbox has no row {event}", USAGE)
+    if sys.stdout.isatty():
+        console().print(said(found.decode("utf-8", "backslashreplace")), soft_wrap=True)
+        return
     sys.stdout.buffer.write(found)
     sys.stdout.flush()
 
@@ -139,11 +142,15 @@ def payments_retry(
     """Have parked events read again, or facts that wait looked at again; within a minute."""
     if not chosen and not waiting:
         fail("name events, or --waiting", USAGE)
+    if of is not None and not waiting:
+        fail("--of goes with --waiting", USAGE)
     with ledger(read_only=False) as connection:
         again = retry(connection, chosen or [], operator())
         groups = look_now(connection, of) if waiting else 0
     if chosen and not again:
         fail("none of them is parked", USAGE)
+    if of is not None and not groups:
+        fail(f"nothing of {of!r} waits or is parked", USAGE)
     if as_json:
         show_json({"events": again, "groups": groups})
     else:

@@ -263,6 +263,8 @@ def demo(as_json: JsonOption = False) -> None:
     except (OSError, ValueError):
         fail("no embedded stack runs here; start one by scripts/run", USAGE)
     where = deployment()
+    if where.database_url != state["database_url"]:
+        fail("the environment tells of another ledger than the embedded stack's; unset its CREDITLANE_…", USAGE)
     catalog = where.catalog
     clock = [add_months(datetime.now(UTC).replace(microsecond=0), -1, "UTC") - timedelta(hours=12)]
 

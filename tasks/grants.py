@@ -8,7 +8,7 @@ from creditlane.amounts import format_amount
 from creditlane.codes import Code
 from creditlane.contract import Adjust, Grant, Revoke
 from models.rules.burning import burn, came_in, check_room, new_grant, plan_burn
-from models.rules.claw_back import TakenBack, bought_with, come_due, families_of, take_back, worth_of
+from models.rules.claw_back import TakenBack, bought_with, come_due, families_of, take_back, worth_in_all
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import MAX_OPEN_GRANTS, Account
@@ -105,7 +105,7 @@ def revoke(account: Account, message: Revoke, context: Context) -> Outcome:
         families = bought_with(account, message.purchase)
     if not families:
         raise RefusedError(Code.UNKNOWN_GRANT)
-    revocable = sum(worth_of(*family) for family in families)
+    revocable = worth_in_all(families)
     wanted = revocable if message.amount is None else int(message.amount)
     if wanted > revocable or not wanted:
         raise RefusedError(

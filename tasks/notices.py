@@ -29,8 +29,9 @@ class Told:
         self._account = account
         self._now = now
         self._notify = catalog.notify
+        self._watches = bool(self._notify.low_balance) or DEPLETED in self._notify.kinds
         last = account.updated_at
-        self._before = 0 if last is None else account.spendable(last)
+        self._before = account.spendable(last) if self._watches and last is not None else 0
         self._reference = account.reference
         self._settled = self._before
         self._entries = len(account.entries)
@@ -41,7 +42,8 @@ class Told:
     def settled(self) -> None:
         """Time has passed."""
         account = self._account
-        self._settled = account.spendable(self._now)
+        if self._watches:
+            self._settled = account.spendable(self._now)
         self._reference = account.reference  # another one, where a renewal brought credits in
         entries = account.entries[self._entries :]
         renewed = {taken.grant for renewal in account.renewals for taken in renewal.taken}
@@ -58,7 +60,8 @@ class Told:
         if code is None:
             self._operation(message, operation, outcome)
             self._renewed()
-        self._balance(self._account.spendable(self._now))
+        if self._watches:
+            self._balance(self._account.spendable(self._now))
 
     def _operation(self, message: Message, operation: str, outcome: Outcome) -> None:
         now = self._now

@@ -13,7 +13,7 @@ from creditlane.contract import CancelPlan, ChangePlan, Paid, RenewPlan, Subscri
 from models.rules.burning import check_room, new_grant, pay_debt
 from models.rules.calendar import add_months, month_start, months_passed
 from models.rules.catalog import Terms
-from models.rules.claw_back import take_back, worth_of
+from models.rules.claw_back import come_due, take_back, worth_of
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import PAYMENT_SLACK, Account, Subscription
@@ -110,7 +110,9 @@ def change(account: Account, message: ChangePlan, context: Context) -> Outcome:
     To a higher one at once: what more it gives for the period under way is the catalog's choice, and never more than
     the highest plan of the period has, however often one changes. If what was paid for begins now and outlasts the
     period under way, that ends, and one of the new plan begins. To a lower one with the next renewal; changing back
-    before that calls it off. Refusals: ``unknown_plan``, ``no_subscription``.
+    before that calls it off. Where what was paid for it ends sooner than what was paid for before, as of a year that is
+    given up for a month, the rest of that was given back and is not allotted. Refusals: ``unknown_plan``,
+    ``no_subscription``.
     """
     terms = _terms(message.plan, context)
     subscription = _active(account)
@@ -119,6 +121,13 @@ def change(account: Account, message: ChangePlan, context: Context) -> Outcome:
     if terms.plan == subscription.terms.plan:
         return _outcome(account, subscription)
     if terms.rank < subscription.terms.rank:
+        until = message.period_end if message.payment is not None else None
+        if (
+            until is not None
+            and subscription.paid_until is not None
+            and until < subscription.paid_until - PAYMENT_SLACK
+        ):
+            subscription.paid_until = until
         subscription.pending = terms
         subscription.pending_at = subscription.paid_until or subscription.period_end
         return _outcome(account, subscription, _catch_up(account, subscription, context))
@@ -327,7 +336,7 @@ def undo(account: Account, message: UndoRenewal, context: Context) -> Outcome:
             post(account, lot, "unexpired", taken.expired, now, operation)
             post(account, lot, "rolled_out", taken.expired, now, operation)
             post(account, back, "rolled_in", taken.expired, now, operation)
-            pay_debt(account, back, taken.expired, now, operation)
+            come_due(account, back, now, operation, context.catalog)  # the purchase may have been returned meanwhile
     subscription.renewal = msgspec.structs.replace(renewal, undone=True)
     outcome = _outcome(account, subscription)
     assert outcome.details is not None

@@ -97,14 +97,14 @@ class Life:
         if outcome == "succeeded":
             self.bought.append(session["id"])
 
-    def subscribe(self, price: str, trial_days: int = 0) -> None:
+    def subscribe(self, price: str, trial_days: int = 0, **given: Any) -> None:
         """Begin a subscription, if there is none."""
         if self.subscription is not None:
             return
         data: dict[str, Any] = {}
         if trial_days:
             data["trial_end"] = int((self.now + timedelta(days=trial_days)).timestamp())
-        session = self._session(price, "subscription", subscription_data=data)
+        session = self._session(price, "subscription", subscription_data=data, **given)
         done = self.stripe.complete(session["id"])
         self.subscription = done["subscription"]
         self._note_invoice()
@@ -245,12 +245,14 @@ def books(database: str, ledger: Ledger, life: Life) -> Iterator[Books]:
 
 
 def state(database: str, account: str) -> dict[str, Any]:
-    """What an account has come to: its lots, its debt, its plan; but for names, and when it came to it."""
+    """What an account has come to: its credits by what they are, its debt, its plan.
+
+    Not by which way: a refund takes of a month's credits what would be carried later, or of what was carried.
+    """
     lots = rows(
         database,
-        "SELECT source, sum(granted_micro + received_micro + restored_micro), sum(available_micro),"
-        " sum(expired_micro + revoked_micro), sum(sent_micro), price_minor, price_per_micro"
-        " FROM grants WHERE account = %s GROUP BY source, is_open, price_minor, price_per_micro ORDER BY 1, 2, 3, 4",
+        "SELECT source, features, price_minor, price_per_micro, sum(available_micro) FROM grants"
+        " WHERE account = %s AND is_open GROUP BY 1, 2, 3, 4 ORDER BY 1, 3, 4",
         account,
     )
     (totals,) = rows(database, "SELECT available_micro, debt_micro FROM accounts WHERE account = %s", account)
@@ -275,12 +277,16 @@ def ends(database: str, account: str) -> list[float]:
 
 
 def refused(database: str) -> list[tuple[Any, ...]]:
-    """Operations of payments that the ledger refused; but for the end of a plan that has ended already."""
+    """Operations of payments that the ledger refused.
+
+    But for the end of a plan that has ended already, and for months that were over before the present plan began.
+    """
     return rows(
         database,
         "SELECT p.effect, o.code, o.result::text, p.arguments::text FROM payment_operations p"
         " JOIN operations o ON o.account = p.account AND o.operation = p.operation WHERE o.status = 'rejected'"
-        " AND NOT (o.name = 'plans.cancel' AND o.code = 'no_subscription')",
+        " AND NOT (o.name = 'plans.cancel' AND o.code = 'no_subscription')"
+        " AND NOT (o.code = 'already_renewed' AND (p.arguments ->> 'period_end')::timestamptz < ledger_now())",
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from uuid import NAMESPACE_OID, uuid5
 
 import msgspec
+import psycopg
 from celery import shared_task
 from celery.utils.log import get_task_logger
 from psycopg import Connection
@@ -127,8 +128,7 @@ class Processor:
         provider, body, attempts = row
         facts = self._read(provider, bytes(body), attempts)
         if isinstance(facts, End):
-            self._end(event, facts)
-            return Done(status=facts.status, code=facts.code, reason=facts.reason)
+            return self._concluded(event, facts)
         with alone(self._connection):
             with self._connection.transaction():
                 if self._connection.execute(HOLD_EVENT, (event,)).fetchone() is None:
@@ -138,9 +138,13 @@ class Processor:
                         groups = record(self._connection, facts, event)
                         settled, rows = self._settle(groups)
                 except TooManyFactsError as error:
-                    end = End("parked", "too_many", str(error))
-                    self._end(event, end)
-                    return Done(status=end.status, code=end.code, reason=end.reason)
+                    return self._concluded(event, End("parked", "too_many", str(error)))
+                except psycopg.OperationalError:
+                    raise
+                except Exception as error:
+                    logger.exception("payment event %d", event)
+                    reason = f"{type(error).__name__}: see the log, then retry"
+                    return self._concluded(event, End("parked", "internal_error", reason))
                 self._end(event, End("done" if facts else "ignored"))
                 crash_point("payment-before-commit")
             crash_point("payment-after-commit")
@@ -199,6 +203,10 @@ class Processor:
             logger.warning("payment event %d is parked: %s: %s", event, end.code, end.reason)
         values = msgspec.structs.asdict(end) | {"event": event, "failed": int(end.status == "received")}
         self._connection.execute(END_EVENT, values)
+
+    def _concluded(self, event: int, end: End) -> Done:
+        self._end(event, end)
+        return Done(status=end.status, code=end.code, reason=end.reason)
 
     def _settle(self, groups: set[int]) -> tuple[list[Settled], list[OutboxRow]]:
         """Keep what groups amount to, and its messages and notices."""

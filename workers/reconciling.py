@@ -17,8 +17,8 @@ from celery.utils.log import get_task_logger
 from psycopg import Connection
 
 from models.payment_inbox import store
-from models.payments import now_of
-from workers.providers.base import Adapter, VerificationError
+from models.payments import is_known, now_of
+from workers.providers.base import Adapter, Parked, VerificationError, no_fetch
 from workers.stripe_api import MissingError, StripeApi
 
 logger = get_task_logger(__name__)
@@ -117,8 +117,9 @@ SELECT kind, key, provider, fact::jsonb ->> 'account', code, reason, heard_at FR
 WHERE status IN ('waiting', 'parked') AND heard_at >= %s ORDER BY heard_at
 """
 PARKED = """
-SELECT id, provider, type, code, reason, received_at FROM payment_events
-WHERE status = 'parked' AND received_at >= %s ORDER BY id
+SELECT id, provider, type, coalesce(code, 'not_read'), coalesce(reason, 'no worker has read it yet'), received_at
+FROM payment_events
+WHERE received_at >= %s AND (status = 'parked' OR status = 'received' AND received_at < %s) ORDER BY id
 """
 
 
@@ -159,18 +160,21 @@ class Report(msgspec.Struct, kw_only=True):
             self.differences.append(difference)
 
 
-def event_of(kind: str, object: Mapping[str, Any], livemode: bool) -> bytes:
+def event_of(kind: str, object: Mapping[str, Any], livemode: bool, at: datetime | None = None) -> bytes:
     """An event that says what an object says, as the provider would have written it.
 
     :param kind: the event's type.
+    :param at: when it said so, of an object that may come to be again what it was; else when it came to be so.
     """
     told = msgspec.json.encode(object, order="deterministic")
+    created = _instant(object) if at is None else int(at.timestamp())
+    seen = b"" if at is None else str(created).encode()
     envelope = {
-        "id": f"object_{hashlib.sha256(kind.encode() + told).hexdigest()[:40]}",
+        "id": f"object_{hashlib.sha256(kind.encode() + seen + told).hexdigest()[:40]}",
         "object": "event",
         "type": kind,
         "api_version": VERSION,
-        "created": _instant(object),
+        "created": created,
         "livemode": livemode,
         "data": {"object": msgspec.Raw(told)},
     }
@@ -218,10 +222,15 @@ class Reconciler:
             since = self._since(listed, now, deep)
             report.since = since if report.since is None else min(since, report.since)
             found: dict[str, Mapping[str, Any]] = {}
-            for object in self._listed(listed, since, deep):
+            # The oldest first: what comes later follows on it.
+            for object in reversed(list(self._listed(listed, since, deep))):
                 found[str(object["id"])] = object
                 for kind in listed.types(object):
-                    report.taken += self._take(event_of(kind, object, self._livemode))
+                    told = event_of(kind, object, self._livemode)
+                    if listed.kind == "subscription":
+                        report.taken += self._take_state(told, event_of(kind, object, self._livemode, now))
+                    else:
+                        report.taken += self._take(told)
                 report.compared[listed.kind] = len(found)
                 progress(listed.kind, len(found))
             report.compared[listed.kind] = len(found)
@@ -231,7 +240,7 @@ class Reconciler:
     def look_up(self, subscription: str) -> int:
         """Take up all payments for a subscription, as one of them is missing; gives how many there are."""
         number = 0
-        for invoice in self._api.invoices_of(subscription):
+        for invoice in reversed(list(self._api.invoices_of(subscription))):
             if invoice.get("status") == "paid":
                 number += self._take(event_of("invoice.paid", invoice, self._livemode))
         return number
@@ -261,6 +270,20 @@ class Reconciler:
             report.taken += self._take(msgspec.json.encode(event))
             report.compared["undelivered event"] = number
             progress("undelivered event", number)
+
+    def _take_state(self, told: bytes, told_now: bytes) -> int:
+        """Take up what a subscription is now, unless that is what was heard last: it does not say since when.
+
+        :param told: the event that says so, of the time at which the subscription was made.
+        :param told_now: the same, of now.
+        """
+        try:
+            facts = self._adapter.normalise(self._adapter.read(told_now), no_fetch)
+        except VerificationError:
+            facts = ()
+        if isinstance(facts, Parked) or not facts:
+            return self._take(told)
+        return 0 if all(is_known(self._connection, fact) for fact in facts) else self._take(told_now)
 
     def _take(self, body: bytes) -> int:
         """Put an event into the inbox and apply it, if it was not there; gives whether that led to anything."""
@@ -360,6 +383,6 @@ def operations(connection: Connection[Any], report: Report, since: datetime) -> 
         )
         if not any(each.what.endswith(f" {key}") for each in report.differences):
             report.add(difference)
-    for row in connection.execute(PARKED, (since,)):
+    for row in connection.execute(PARKED, (since, now - SETTLING)):
         id, provider, type, code, reason, received_at = row
         report.add(Difference(code=code, what=f"event {id} {type}", provider=provider, reason=reason, at=received_at))

@@ -107,38 +107,61 @@ def pay_debt(
 
 
 def pay_with(
-    account: Account, grant: Grant, most_micro: int, now: datetime, operation: str | None, at: datetime | None = None
+    account: Account,
+    grant: Grant,
+    most_micro: int,
+    now: datetime,
+    operation: str | None,
+    at: datetime | None = None,
+    purchase: str | None = None,
 ) -> None:
-    """Pay the account's debt out of a lot, with so much of it at the most; a lot that is frozen pays none."""
-    payment = min(account.debt, most_micro)
-    if payment and grant.purchase not in account.frozen:
+    """Pay the account's debt out of a lot, with so much of it at the most.
+
+    :param purchase: pay no more than what is owed for this one. A lot that is frozen pays but for its own: those
+        credits are away with its money.
+    """
+    if not (account.debt and most_micro):
+        return
+    if purchase is None and grant.purchase in account.frozen:
+        purchase = grant.purchase
+    owed = account.debt if purchase is None else account.purchases[purchase].owed_micro
+    payment = min(owed, most_micro)
+    if payment:
         post(account, grant, "debt_paid", payment, now, operation, at=at)
-        _make_good(account, OWED, grant, payment)
+        _make_good(account, OWED, grant, payment, purchase=purchase)
 
 
-def _make_good(account: Account, kind: str, grant: Grant, amount_micro: int, root: int | None = None) -> None:
+def _make_good(
+    account: Account,
+    kind: str,
+    grant: Grant,
+    amount_micro: int,
+    root: int | None = None,
+    purchase: str | None = None,
+) -> None:
     """Note that credits of a lot were taken now for what a claw-back could not take: undone, they go back to it.
 
     :param kind: ``owed`` or ``forgiven``; what is so of the oldest lots is made good first.
-    :param root: the lot whose family it is of, where not any's will do.
+    :param root: the lot whose family it is of, where not any's will do; ``purchase`` likewise.
     """
     missing = sorted(
         (taking.root, name, place)
-        for name, purchase in account.purchases.items()
-        for place, taking in enumerate(purchase.takings)
+        for name, known in account.purchases.items()
+        if purchase in (None, name)
+        for place, taking in enumerate(known.takings)
         if taking.kind == kind and root in (None, taking.root)
     )
     named = [(account.purchases[name], account.purchases[name].takings[place]) for _, name, place in missing]
-    for purchase, taking in named:
+    for known, taking in named:
         amount = min(taking.amount_micro, amount_micro)
         if not amount:
             break
         amount_micro -= amount
         taking.amount_micro -= amount
-        place = next(place for place, each in enumerate(purchase.takings) if each is taking)
-        purchase.note(Taking(taking.root, grant.id, REVOKED, amount), place)
+        place = next(place for place, each in enumerate(known.takings) if each is taking)
+        known.note(Taking(taking.root, grant.id, REVOKED, amount), place)
         if not taking.amount_micro:
-            purchase.takings.remove(taking)
+            known.takings.remove(taking)
 
 
 def came_in(account: Account, now: datetime) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
+from operator import attrgetter
 from typing import NamedTuple
 
 from models.rules.burning import Plan, pay_debt, pay_with, room_of, successor
@@ -50,7 +51,20 @@ def bought_with(account: Account, purchase: str) -> list[Family]:
 
 def worth_of(root: Grant, lots: Sequence[Grant]) -> int:
     """What of a family can still be taken back: not what expired unspent, nor what was taken back before."""
-    return max(0, gave(lots) - sum(lot.expired for lot in lots) - root.clawed_back)
+    return max(0, _left(root, lots))
+
+
+def worth_in_all(families: Sequence[Family]) -> int:
+    """What of families of lots can still be taken back together.
+
+    One of which more was taken back than there was, since the rest lapsed after others had paid its debt, makes the
+    others worth as much less: nothing is taken twice.
+    """
+    return max(0, sum(_left(root, lots) for root, lots in families))
+
+
+def _left(root: Grant, lots: Sequence[Grant]) -> int:
+    return gave(lots) - sum(lot.expired for lot in lots) - root.clawed_back
 
 
 def gave(lots: Sequence[Grant]) -> int:
@@ -141,12 +155,20 @@ def take_what_is_due(
     catalog: Catalog,
     at: datetime | None = None,
 ) -> TakenBack:
-    """Take back what is to be away of a purchase's credits and is not yet; what its lots are not worth is gone."""
+    """Take back what is to be away of a purchase's credits and is not yet; what its lots are not worth is gone.
+
+    A lot whose debt another one has paid may have credits beyond its worth: what is owed is paid out of them at once.
+    """
     families = bought_with(account, purchase.purchase)
-    wanted = min(_missing(purchase, families), sum(worth_of(*family) for family in families))
+    wanted = min(_missing(purchase, families), worth_in_all(families))
     if wanted <= 0:
         return NOTHING
-    return take_back(account, families, wanted, now, operation, catalog, purchase, at)
+    taken = take_back(account, families, wanted, now, operation, catalog, purchase, at)
+    if taken.away_micro and taken.kind == OWED:
+        own = (lot for _, lots in families for lot in lots if lot.available)
+        for lot in sorted(own, key=attrgetter("key"), reverse=True):
+            pay_with(account, lot, lot.available, now, operation, at, purchase.purchase)
+    return taken
 
 
 def _missing(purchase: Purchase, families: Sequence[Family]) -> int:

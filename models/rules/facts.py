@@ -29,6 +29,9 @@ PURCHASE_ALIASES = frozenset({
     "session", "checkout", "order", "payment_intent", "charge", "invoice", "capture", "sale", "transaction", "transfer",
 })  # fmt: skip
 
+PAYMENT_ALIASES = frozenset({"payment_intent", "charge", "capture", "sale", "transaction", "transfer"})
+"""Those that name the payment itself: an order, a checkout or an invoice may have been paid in several."""
+
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
     """What was sold: credits follow ``price`` in the catalog, times ``quantity``."""
@@ -111,6 +114,9 @@ class RefundChanged(Fact, frozen=True, kw_only=True):
         return Returned(self.key, 1 if settled else 2, self.amount_minor if settled else 0)
 
 
+Stage = Literal["created", "updated", "funds_withdrawn", "funds_reinstated", "closed"]
+
+
 class DisputeChanged(Fact, frozen=True, kw_only=True):
     """A stage of a dispute; ``key`` is dispute and stage.
 
@@ -118,7 +124,7 @@ class DisputeChanged(Fact, frozen=True, kw_only=True):
     """
 
     dispute: str
-    stage: Literal["created", "updated", "funds_withdrawn", "funds_reinstated", "closed"]
+    stage: Stage
     status: str
     """The provider's own word. ``lost`` is not for ever: money moves only with ``withdrawn_minor``."""
     is_open: bool

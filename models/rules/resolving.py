@@ -18,6 +18,7 @@ from creditlane.amounts import format_amount
 from creditlane.contract import MAX_NAME, MAX_TEXT
 from models.rules.catalog import Catalog, Money, Sold, SoldGrant
 from models.rules.facts import (
+    PAYMENT_ALIASES,
     PURCHASE_ALIASES,
     DisputeChanged,
     Fact,
@@ -29,7 +30,7 @@ from models.rules.facts import (
     SubscriptionChanged,
 )
 from models.rules.payments import returned_minor
-from models.rules.state import PAYMENT_SLACK
+from models.rules.state import HALF_MONTH, PAYMENT_SLACK
 
 PATIENCE_SECONDS = 3600
 """How long a fact waits for the one that it follows on, before it is applied without."""
@@ -108,12 +109,15 @@ class Resolution(msgspec.Struct, frozen=True):
     """What a group of facts amounts to."""
 
     account: str | None
+    """Whose the group is; what was paid may say otherwise of itself."""
     effects: list[Effect]
     """Those that are to be sent, in order."""
     verdicts: dict[Key, Verdict]
     notices: list[Telling]
     missing: tuple[str, ...] = ()
     """Subscriptions of which a payment is waited for that was not heard of."""
+    accounts: dict[Key, str] = {}
+    """Whose a fact is, where that is known of itself."""
 
 
 APPLIED, NOTED = Verdict("applied"), Verdict("noted")
@@ -136,6 +140,7 @@ def resolve(
     catalog: Catalog,
     orders: Mapping[str, Order],
     bound: str | None = None,
+    current: str | None = None,
 ) -> Resolution:
     """Say what a group of facts amounts to, beyond what was sent before.
 
@@ -144,8 +149,9 @@ def resolve(
     :param now: an aware instant.
     :param orders: those that the facts name and that were quoted.
     :param bound: whose the group's customer or subscription is, where that is known otherwise.
+    :param current: the :attr:`Effect.key` of the last payment for the account's plan, of whichever subscription.
     """
-    return _Resolving(sorted(heard, key=_in_time), issued, now, catalog, orders, bound).resolve()
+    return _Resolving(sorted(heard, key=_in_time), issued, now, catalog, orders, bound, current).resolve()
 
 
 def _in_time(heard: Heard) -> tuple[datetime, Key]:
@@ -172,15 +178,23 @@ class _Resolving:
         catalog: Catalog,
         orders: Mapping[str, Order],
         bound: str | None,
+        current: str | None,
     ) -> None:
         self.heard = heard
         self.issued = dict(issued)
         self.now = now
         self.catalog = catalog
         self.orders = orders
+        self.current = current
         self.effects: list[Effect] = []
         self.verdicts: dict[Key, Verdict] = {}
+        self.accounts: dict[Key, str] = {}
         self.account = self._account(bound)
+        self.owners: dict[str, str] = {}
+        for arguments in issued.values():
+            purchase = arguments.get("purchase") or arguments.get("payment")
+            if purchase is not None:
+                self.owners.setdefault(purchase, str(arguments["account"]))
 
     def _account(self, bound: str | None) -> str | None:
         """Whose it is: as it was before, else as what was paid says, else any of it, else as it is known otherwise."""
@@ -197,6 +211,12 @@ class _Resolving:
             return None if order is None else order.account
         return paid.account
 
+    def _owner(self, paid: PackPaid | PeriodPaid) -> str:
+        """Whose a payment is: whose it was before, else as it says, else as what it belongs to."""
+        account = self.owners.get(purchase_name(paid)) or self._account_of(paid) or self.account
+        assert account is not None
+        return account
+
     def resolve(self) -> Resolution:
         """See :func:`resolve`."""
         for heard in self.heard:
@@ -209,6 +229,8 @@ class _Resolving:
             return Resolution(None, [], self.verdicts, [])
         states = self._returned()
         for heard in self.heard:
+            if isinstance(heard.fact, PackPaid | PeriodPaid):
+                self.accounts[heard.key] = self._owner(heard.fact)
             if isinstance(heard.fact, PackPaid):
                 self.verdicts[heard.key] = self._pack(heard.fact)
         subscriptions = {
@@ -221,7 +243,7 @@ class _Resolving:
             self._claw_back(state)
         for ending in endings:  # what was returned is taken before anything ends
             self._lifecycle(ending, states)
-        return Resolution(self.account, self.effects, self.verdicts, self._notices(), self._missing())
+        return Resolution(self.account, self.effects, self.verdicts, self._notices(), self._missing(), self.accounts)
 
     def _missing(self) -> tuple[str, ...]:
         found = set()
@@ -231,10 +253,10 @@ class _Resolving:
                 found.add(fact.subscription if isinstance(fact, PeriodPaid) else fact.key)
         return tuple(sorted(found))
 
-    def _send(self, effect: Effect) -> None:
-        """Add an operation, once."""
+    def _send(self, account: str, effect: Effect) -> None:
+        """Add an operation on an account, once."""
         if effect.key not in self.issued:
-            arguments = {"account": self.account, **effect.arguments}
+            arguments = {"account": account, **effect.arguments}
             self.issued[effect.key] = arguments
             self.effects.append(msgspec.structs.replace(effect, arguments=arguments))
 
@@ -261,8 +283,9 @@ class _Resolving:
         return verdict
 
     def _order(self, paid: PackPaid, order: Order) -> Verdict:
-        if order.account != self.account:
-            return Verdict("parked", "other_account", f"the order {order.id!r} is not of {self.account!r}")
+        owner = self._owner(paid)
+        if order.account != owner:
+            return Verdict("parked", "other_account", f"the order {order.id!r} is not of {owner!r}")
         if (paid.currency, paid.paid_minor) < (order.price.currency, order.price.minor) or (
             paid.currency != order.price.currency
         ):
@@ -322,7 +345,8 @@ class _Resolving:
             arguments["unit_price"] = _unit_price(amount_minor, paid.currency, credits)
         if grant.expires_days is not None:
             arguments["expires_in"] = grant.expires_days * DAY_SECONDS  # from when it is given: late news cost no time
-        self._send(Effect(key=key, name="credits.grant", arguments=arguments, purchase=purchase, order=order))
+        effect = Effect(key=key, name="credits.grant", arguments=arguments, purchase=purchase, order=order)
+        self._send(self._owner(paid), effect)
 
     # --- Subscriptions -------------------------------------------------------------------------------
 
@@ -403,7 +427,7 @@ class _Resolving:
             return Verdict("parked", "second_plan", "the same payment was for another plan, and an account has one")
         if trial:
             return self._trial(key, period, sold, purchase)
-        self._send(self._paid(key, period, sold, purchase, earlier))
+        self._send(self._owner(period), self._paid(key, period, sold, purchase, earlier))
         return APPLIED
 
     def _trial(self, key: str, period: PeriodPaid, sold: Sold, purchase: str) -> Verdict:
@@ -415,7 +439,8 @@ class _Resolving:
         arguments: dict[str, Any] = {"amount": format_amount(credits), "source": TRIAL, "purchase": purchase}
         if ends is not None:
             arguments["expires_at"] = ends.isoformat()
-        self._send(Effect(key=key, name="credits.grant", arguments=arguments, purchase=purchase))
+        effect = Effect(key=key, name="credits.grant", arguments=arguments, purchase=purchase)
+        self._send(self._owner(period), effect)
         return APPLIED
 
     def _paid(self, key: str, period: PeriodPaid, sold: Sold, purchase: str, earlier: Sequence[PeriodPaid]) -> Effect:
@@ -426,7 +451,8 @@ class _Resolving:
         }
         if period.period_end is not None and period.period_end > start_of(period):
             arguments["period_end"] = period.period_end.isoformat()
-        if period.reason == "update" and any(not each.trial for each in earlier):
+        owner = self._owner(period)
+        if period.reason == "update" and any(not each.trial and self._owner(each) == owner for each in earlier):
             return Effect(key=key, name="plans.change", arguments=arguments, purchase=purchase)
         terms = self.catalog.terms_of(sold.name)
         assert terms is not None
@@ -457,9 +483,10 @@ class _Resolving:
             if not ends:
                 return NOTED
             return self._wait(state.at, "no_period", "no payment for it was heard of yet") or NOTED
+        owner = self.accounts[state.key] = self._owner(paid[-1])
         if not ends:
             if sent and sent[-1].startswith("cancel:"):
-                self._send(self._resumed(changed, paid, len(sent)))
+                self._send(owner, self._resumed(changed, paid, len(sent)))
             return APPLIED
         unheard = any(
             item.period_start is not None
@@ -474,6 +501,9 @@ class _Resolving:
             waits = self._wait(state.at, "earlier_period", "the payment of its last period was not heard of yet")
             if waits is not None:
                 return waits
+        last = next((effect.key for effect in reversed(self.effects) if _is_period(effect)), self.current)
+        if last is not None and last not in {f"period:{period.key}" for period in paid}:
+            return Verdict("noted", "other_subscription", "another subscription paid for the account's plan since")
         of_last = states.get(purchase_name(paid[-1]))
         returned = of_last is not None and 0 < of_last["paid_minor"] <= of_last["returned_minor"]
         at = "now" if returned and changed.is_final else "period_end"
@@ -481,7 +511,8 @@ class _Resolving:
         if not sent or not sent[-1].startswith((f"{begins}{at}:", f"{begins}now:")):
             reason = f"{changed.provider}: the subscription ends"
             self._send(
-                Effect(key=f"{begins}{at}:{len(sent)}", name="plans.cancel", arguments={"at": at, "reason": reason})
+                owner,
+                Effect(key=f"{begins}{at}:{len(sent)}", name="plans.cancel", arguments={"at": at, "reason": reason}),
             )
         return APPLIED
 
@@ -499,25 +530,35 @@ class _Resolving:
 
     def _returned(self) -> dict[str, dict[str, Any]]:
         """Of each purchase what is away of its payment now; a fact whose purchase is not known waits for it."""
-        states: dict[str, dict[str, Any]] = {}
+        returned: dict[str, list[Heard]] = {}
+        paid_for: dict[str, list[PackPaid | PeriodPaid]] = {}
         for facts in _joined(self.heard):
-            returns = [each for each in facts if isinstance(each.fact, RefundChanged | DisputeChanged)]
-            if not returns:
-                continue
             paid = [each.fact for each in facts if isinstance(each.fact, PackPaid | PeriodPaid)]
-            purchases = {purchase_name(each) for each in paid}
-            verdict = APPLIED
-            if not paid:
-                verdict = Verdict("waiting", "no_purchase", "what it is a refund or dispute of was not heard of yet")
-            elif len(purchases) > 1:
-                names = ", ".join(sorted(purchases))
-                verdict = Verdict("parked", "ambiguous", f"it may be of each of {names}: revoke by hand"[:MAX_TEXT])
-            for each in returns:
-                self.verdicts[each.key] = verdict
-            if verdict is APPLIED:
-                purchase = purchases.pop()
-                states[purchase] = self._state(purchase, paid, returns)
-        return states
+            for each in facts:
+                if not isinstance(each.fact, RefundChanged | DisputeChanged):
+                    continue
+                of: dict[str, list[PackPaid | PeriodPaid]] = {}
+                for payment in paid:
+                    if not _contradicts(each.fact, payment):
+                        of.setdefault(purchase_name(payment), []).append(payment)
+                self.verdicts[each.key] = self._of(each.fact, of)
+                if self.verdicts[each.key] is APPLIED:
+                    for purchase, payments in of.items():
+                        returned.setdefault(purchase, []).append(each)
+                        paid_for[purchase] = payments
+                        self.accounts[each.key] = self._owner(payments[0])
+        return {purchase: self._state(purchase, paid_for[purchase], each) for purchase, each in returned.items()}
+
+    @staticmethod
+    def _of(fact: RefundChanged | DisputeChanged, purchases: Iterable[str]) -> Verdict:
+        """Whether it can be said what a refund or dispute takes of the purchases that it may be of."""
+        names = sorted(purchases)
+        if not names:
+            return Verdict("waiting", "no_purchase", "what it is a refund or dispute of was not heard of yet")
+        if len(names) > 1 and fact.returned.amount_minor:
+            reason = f"it may be of each of {', '.join(names)}: revoke by hand"
+            return Verdict("parked", "ambiguous", reason[:MAX_TEXT])
+        return APPLIED
 
     def _state(self, purchase: str, paid: Sequence[PackPaid | PeriodPaid], returns: Sequence[Heard]) -> dict[str, Any]:
         currency = paid[0].currency
@@ -539,6 +580,7 @@ class _Resolving:
                 is_open = fact.is_open and fact.stage != "closed"
                 disputes[fact.dispute] = is_open and disputes.get(fact.dispute, True)
         return {
+            "account": self._owner(paid[0]),
             "purchase": purchase,
             "paid_minor": max(amounts),
             "returned_minor": returned_minor(told),
@@ -557,12 +599,13 @@ class _Resolving:
         if not same:
             step = len(before) + 1
             self._send(
+                state["account"],
                 Effect(
                     key=f"claw_back:{purchase}:{step}",
                     name="credits.claw_back",
                     arguments={**state, "step": step},
                     purchase=purchase,
-                )
+                ),
             )
 
     def _notices(self) -> list[Telling]:
@@ -592,8 +635,21 @@ def start_of(period: PeriodPaid) -> datetime:
 
 
 def _follows(period: PeriodPaid, earlier: Sequence[PeriodPaid]) -> bool:
-    """Whether a period that is known ends where this one begins, or is under way there."""
-    return any(_covers(each, start_of(period)) for each in earlier)
+    """Whether the period is known that ends where this one begins, or that a change of plan was made in."""
+    start = start_of(period)
+    if period.reason != "update":
+        return any(_covers(each, start) and _ends(each, start) for each in earlier)
+    before = {line.price for line in period.credited}
+    return any(_is_amid(each, start) and (not before or each.price in before) for each in earlier)
+
+
+def _is_amid(period: PeriodPaid, at: datetime) -> bool:
+    """Without slack: what was paid a day before may be of the period before."""
+    return start_of(period) <= at and (period.period_end is None or at < period.period_end)
+
+
+def _ends(period: PeriodPaid, at: datetime) -> bool:
+    return period.period_end is None or period.period_end <= at + HALF_MONTH
 
 
 def _covers(period: PeriodPaid, at: datetime) -> bool:
@@ -609,12 +665,23 @@ def _is_of(key: str, subscription: str) -> bool:
     return key.startswith((f"cancel:{subscription}:", f"resume:{subscription}:"))
 
 
+def _is_period(effect: Effect) -> bool:
+    return effect.key.startswith("period:") and _is_plan(effect.arguments)
+
+
 def _is_plan(arguments: Mapping[str, Any] | None) -> bool:
     return arguments is not None and "plan" in arguments
 
 
 def _unit_price(minor: int, currency: str, credits_micro: int) -> dict[str, Any]:
     return {"minor": minor, "currency": currency, "per": format_amount(credits_micro)}
+
+
+def _contradicts(returned: RefundChanged | DisputeChanged, paid: PackPaid | PeriodPaid) -> bool:
+    """Whether what gave money back names another payment than this one: they have but an order in common."""
+    own = {alias for alias in paid.aliases if alias.kind in PAYMENT_ALIASES}
+    named = {alias for alias in returned.aliases if alias.kind in PAYMENT_ALIASES}
+    return not own & named and bool({alias.kind for alias in own} & {alias.kind for alias in named})
 
 
 def _joined(heard: Sequence[Heard]) -> list[list[Heard]]:

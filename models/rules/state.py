@@ -372,6 +372,11 @@ class Purchase:
         """What was taken because of it and not given back, in micro-credits."""
         return sum(taking.amount_micro for taking in self.takings)
 
+    @property
+    def owed_micro(self) -> int:
+        """What of that is debt that nothing has paid yet, in micro-credits."""
+        return sum(taking.amount_micro for taking in self.takings if taking.kind == OWED)
+
     def note(self, taking: Taking, place: int | None = None) -> None:
         """Add what was taken: as the last, or below what stands at a place; like and like are one."""
         at = len(self.takings) if place is None else place

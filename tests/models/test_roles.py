@@ -32,8 +32,11 @@ PASSWORDS = {WORKER: secrets.token_urlsafe(16), READER: secrets.token_urlsafe(16
 LEDGER = ("operations", "entries")
 ONCE = (*LEDGER, "seals", "seal_leaves", "audits")
 STATE = ("accounts", "grants", "holds", "receipts", "checkpoints", "checkpoint_grants", "subscriptions",
-         "purchases", "schedules")  # fmt: skip
-PASSING = ("outbox", "notices", "deliveries", "quarantine", "usage_days", "usage_watermark")
+         "purchases", "schedules", "payment_events", "payment_facts", "payment_aliases", "payment_bindings",
+         "payment_orders", "payment_watermarks")  # fmt: skip
+PASSING = ("outbox", "notices", "deliveries", "quarantine", "usage_days", "usage_watermark", "payment_groups")
+SENT = ("payment_operations",)
+"""Written once, but for the group that their facts are of."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def test_every_table_has_the_rights_that_each_group_needs_and_no_more(database: 
     expected = {
         (WORKERS, table): rights
         for tables, rights in (
-            (ONCE, {"SELECT", "INSERT"}),
+            ((*ONCE, *SENT), {"SELECT", "INSERT"}),
             (STATE, {"SELECT", "INSERT", "UPDATE"}),
             (PASSING, {"SELECT", "INSERT", "UPDATE", "DELETE"}),
             (("alembic_version",), {"SELECT"}),
@@ -141,7 +144,7 @@ def test_a_reader_writes_nothing(stack: Stack, ledger: Ledger, database: str, lo
     live(ledger, "a")
     with psycopg.connect(as_role(stack, database, READER), autocommit=True) as connection:
         connection.execute("SET default_transaction_read_only = off")
-        for table in (*ONCE, *STATE, *PASSING):
+        for table in (*ONCE, *STATE, *PASSING, *SENT):
             for statement in (f"INSERT INTO {table} DEFAULT VALUES", f"SELECT FROM {table} FOR UPDATE"):
                 with pytest.raises(psycopg.Error) as refused:
                     connection.execute(statement)
@@ -187,10 +190,11 @@ def test_a_worker_does_the_work_of_the_ledger_in_its_role(
     for task in (
         "schedules.expiry", "schedules.audit", "schedules.audit_new", "schedules.seal", "schedules.usage",
         "schedules.retention", "schedules.notices", "schedules.deliveries", "schedules.warnings",
+        "schedules.payments",
     ):  # fmt: skip
         app.send_task(task, queue="maintenance").get(timeout=60)
     assert app.send_task("queries.balance", ("alice",), queue="queries").get(timeout=60)["available"] == "49"
-    assert app.send_task("notices.read", ("alice",), queue="notices").get(timeout=60) == 0
+    assert app.send_task("notices.read", ("alice",), queue="notices").get(timeout=60) == 1  # of the refund
     eventually(lambda: value(database, "SELECT count(*) FROM entries WHERE kind = 'expired'") > 0)
     assert value(database, "SELECT count(*) FROM seals") == 1
     assert value(database, "SELECT count(*) FROM checkpoints") == 1

@@ -295,7 +295,7 @@ class Ledger:
         if not named:
             raise Refusal("unknown_grant")
         roots = sorted(named, key=lambda root: int(root["number"]))
-        revocable = sum(self.worth(root) for root in roots)
+        revocable = self.worth_together(roots)
         wanted = said.get("amount", revocable)
         if wanted == 0 or wanted > revocable:
             raise Refusal("exceeds_original")
@@ -373,10 +373,14 @@ class Ledger:
         if purchase not in self.returned:
             return {}
         roots = [lot for lot in self.lots if lot["purchase"] == purchase and lot["origin"] is None]
-        wanted = min(self.should_be_away(purchase), sum(self.worth(root) for root in roots))
+        wanted = min(self.should_be_away(purchase), self.worth_together(roots))
         if wanted <= 0:
             return {}
-        return self.take_from(roots, wanted, operation, at, now, self.returned[purchase]["pile"])
+        details = self.take_from(roots, wanted, operation, at, now, self.returned[purchase]["pile"])
+        if "owed" in details:
+            for lot in reversed(in_burn_down_order([lot for lot in self.lots if lot["purchase"] == purchase])):
+                self.pay_debt_with(lot, lot["available"], at, now, operation, purchase)
+        return details
 
     def put_back(self, purchase: str, operation: str, now: datetime) -> Row:
         """Go down the pile: what is open on a slip is let go, then what covered it goes back to where it came from."""
@@ -390,12 +394,11 @@ class Ledger:
         while left:
             slip = pile[-1]
             root = slip["root"]
-            covered = sum(much for _, much in slip["covers"])
             if slip["what"] == "credits":
                 much = min(left, slip["much"])
                 going[slip["lot"]["number"]] = going.get(slip["lot"]["number"], 0) + much
-            elif covered < slip["much"]:
-                much = min(left, slip["much"] - covered)
+            elif self.open_on(slip):
+                much = min(left, self.open_on(slip))
                 if slip["what"] == "forgiven":
                     root["forgiven"] -= much
                 else:
@@ -688,24 +691,36 @@ class Ledger:
             self.cover("forgiven", lot, taken, root)
         return int(taken + self.pay_debt_with(lot, came - taken, at, now, operation))
 
-    def pay_debt_with(self, lot: Row, most: int, at: datetime, now: datetime, operation: str | None) -> int:
-        """A lot pays what is owed, unless it is frozen; gives how much."""
-        paid = 0 if self.is_frozen(lot) else min(most, self.debt)
+    def pay_debt_with(
+        self, lot: Row, most: int, at: datetime, now: datetime, operation: str | None, purchase: str | None = None
+    ) -> int:
+        """A lot pays what is owed, for one purchase or for all; a frozen one for its own. Gives how much."""
+        if purchase is None and self.is_frozen(lot):
+            purchase = lot["purchase"]
+        owed = self.debt
+        if purchase is not None:
+            owed = sum(self.open_on(slip) for slip in self.returned[purchase]["pile"] if slip["what"] == "debt")
+        paid = min(most, owed)
         if paid:
             self.move("debt_paid", lot, paid, now, operation, None, at)
-            self.cover("debt", lot, paid)
+            self.cover("debt", lot, paid, purchase=purchase)
         return int(paid)
 
-    def cover(self, what: str, lot: Row, much: int, root: Row | None = None) -> None:
+    def open_on(self, slip: Row) -> int:
+        """What of a slip nothing stands in for."""
+        return int(slip["much"] - sum(much for _, much in slip["covers"]))
+
+    def cover(self, what: str, lot: Row, much: int, root: Row | None = None, purchase: str | None = None) -> None:
         """Note which credits stood in for what could not be taken, on the slips of the oldest lots first."""
         open_slips = [
             slip
-            for known in self.returned.values()
+            for name, known in self.returned.items()
+            if purchase is None or name == purchase
             for slip in known["pile"]
             if slip["what"] == what and (root is None or slip["root"] is root)
         ]
         for slip in sorted(open_slips, key=lambda slip: int(slip["root"]["number"])):
-            part = min(much, slip["much"] - sum(each for _, each in slip["covers"]))
+            part = min(much, self.open_on(slip))
             if part:
                 slip["covers"].append([lot, part])
                 much -= part
@@ -724,6 +739,13 @@ class Ledger:
         came = sum(lot["granted"] + lot["received"] for lot in family)
         lapsed = sum(lot["expired"] for lot in family)
         return int(max(0, came - self.carried(family) - lapsed - root["clawed_back"]))
+
+    def worth_together(self, roots: list[Row]) -> int:
+        """What of families has neither lapsed nor been taken back, what was taken too much of one is of the others."""
+        lots = [lot for root in roots for lot in self.family_of(root)]
+        came = sum(lot["granted"] + lot["received"] for lot in lots) - sum(self.carried([lot]) for lot in lots)
+        away = sum(lot["expired"] for lot in lots) + sum(root["clawed_back"] for root in roots)
+        return int(max(0, came - away))
 
     def carried(self, family: list[Row]) -> int:
         """What one of a family handed to another: it is in both, and counts once."""

@@ -180,6 +180,9 @@ class PlanLedger(Ledger):
         if wanted["name"] == plan["is"]["name"]:
             return self.state()
         if height(wanted) < height(plan["is"]):
+            sooner = said.get("period_end") if "payment" in said else None
+            if sooner is not None and plan["paid_until"] is not None and plan["paid_until"] - sooner > DAY:
+                plan["paid_until"] = sooner
             plan["next"] = wanted
             plan["next_from"] = plan["paid_until"] or plan["end"]
             return self.state(allotted=self.renew_what_is_overdue(now, operation))
@@ -337,7 +340,8 @@ class PlanLedger(Ledger):
             self.move("unexpired", lot, expired, now, operation)
             self.move("rolled_out", lot, expired, now, operation)
             self.move("rolled_in", home, expired, now, operation)
-            self.take_what_is_owed(home, expired, now, now, operation)
+            self.bring_to_its_share(home["purchase"], operation, now, now)
+            self.take_what_is_owed(home, home["available"], now, now, operation)
         return {**self.state(), **details}
 
     def home_for(self, lot: Row, operation: str, now: datetime) -> Row:

@@ -370,6 +370,7 @@ class Both:
         self.check_due()
         self.check_live(new)
         self.check_same()
+        self.check_purchases()
         self.auditor.check(self.account)
         return result
 
@@ -414,6 +415,18 @@ class Both:
                 grant = self.account.grants[entry.grant]
                 assert grant.effective_at <= self.now
                 assert grant.expires_at is None or self.now < grant.expires_at
+
+    def check_purchases(self) -> None:
+        """What is to be away of a purchase is away, or there is no more to take; what it owes, it pays itself."""
+        for name, purchase in self.account.purchases.items():
+            lots = [lot for lot in self.account.grants.values() if lot.purchase == name]
+            given = sum(lot.granted + lot.received for lot in lots if lot.origin is None)
+            away = sum(lot.clawed_back for lot in lots)
+            share = Fraction(min(purchase.returned_minor, purchase.paid_minor), purchase.paid_minor or 1)
+            lapsed = sum(lot.expired for lot in lots)
+            assert int(given * share) <= away or given <= lapsed + away, name
+            if any(taking.kind == "owed" for taking in purchase.takings):
+                assert not (purchase.is_frozen and any(lot.available for lot in lots)), name
 
     def check_same(self) -> None:
         """Every grant, every hold, the debt and every entry are the same in both."""

@@ -55,7 +55,7 @@ def test_the_sweep_and_the_audit_are_scheduled(beat: dict[str, Any]) -> None:
 
 
 def test_scheduled_tasks_go_to_a_queue_that_a_general_worker_takes(beat: dict[str, Any]) -> None:
-    assert set(beat["queues"].values()) == {"maintenance"}
+    assert set(beat["queues"].values()) == {"maintenance", "payments"}
 
 
 def test_a_tick_of_the_sweep_that_nobody_took_is_dropped_before_the_next(beat: dict[str, Any]) -> None:

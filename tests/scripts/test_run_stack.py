@@ -20,8 +20,11 @@ from typing import Any
 import psycopg
 import pytest
 from pydantic import SecretStr, ValidationError
+from typer.testing import CliRunner
 
 from models.settings import Settings, listed
+from scripts import command_parts, payments_demo
+from scripts.command_line import app
 from scripts.embedded import StackError, free_port, process_exists, temporary_directory, wait_until
 from scripts.replay import ReplayError, Usage, recognise
 from scripts.run_stack import Plan, check_features, parse_credits, parse_scale, prepare_payments, wait_for
@@ -150,6 +153,38 @@ def test_a_signal_stops_all_that_was_started(started: tuple[subprocess.Popen[str
     assert process.wait(20) == 0
     assert_gone(found["pids"])
     assert not (data / "stack.json").exists()
+
+
+@pytest.mark.timeout(300)
+def test_a_month_on_a_fake_provider_closes_to_zero_as_often_as_it_is_played(
+    started: tuple[subprocess.Popen[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, data = started
+    for name in ("BROKER_URL", "DATABASE_URL", "RESULT_URL", "LANES", "CATALOG"):
+        monkeypatch.delenv(f"CREDITLANE_{name}", raising=False)
+    for module in (command_parts, payments_demo):
+        monkeypatch.setattr(module, "STATE", data / "stack.json")
+    accounts = set()
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["payments", "demo", "--json"])
+        assert result.exit_code == 0, result.output
+        played = json.loads(result.stdout)
+        assert played["closes"] is True
+        accounts.add(played["account"])
+        steps = played["steps"]
+        spendable = [100, 600, 570, 1070, 1050, 1070, 1050, 1150, 1050, 1050, 1150, 1250, 1150, 1150, 1150, 1250]
+        assert [step["available_micro"] // 10**6 for step in steps] == spendable
+        assert {step["what"]: step["frozen_micro"] for step in steps if step["frozen_micro"]} == {
+            "disputes it: what is left of it is frozen": 100_000_000
+        }
+        assert not any(step["debt_micro"] for step in steps)
+        assert "takes up 1 that was lost" in steps[-1]["what"]
+        purchases = played["purchases"]
+        money = [(each["paid"]["minor"], each["returned"]["minor"]) for each in purchases]
+        assert money == [(500, 100), (1900, 0), (1900, 0), (500, 0), (500, 500), (500, 0)]
+        given = [(each["given_micro"] // 10**6, each["left_micro"] // 10**6) for each in purchases]
+        assert given == [(100, 80), (500, 470), (500, 500), (100, 100), (100, 0), (100, 100)]
+    assert len(accounts) == 2
 
 
 @pytest.mark.timeout(180)

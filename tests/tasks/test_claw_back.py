@@ -36,6 +36,19 @@ kinds = ["refunded", "purchase_frozen", "purchase_thawed"]
     "yearly.toml",
 )
 
+KEPT = parse_catalog(
+    """
+[catalog]
+name = "kept"
+[plans.kept]
+monthly_credits = "12"
+price = "120 EUR"
+interval = "year"
+mode = "accumulate"
+""",
+    "kept.toml",
+)
+
 
 def tell(own: Lane, returned: int, step: int, frozen: bool = False, paid: int = 100, **more: Any) -> dict[str, Any]:
     """So much of the purchase is away."""
@@ -123,6 +136,16 @@ def test_a_refund_that_fails_after_the_lot_has_ended_comes_back_in_one_that_cont
     assert uses(tell(own, 40, 3)) == [(2, "4")]
     own.wait(days=30)
     assert own.available() == "0"
+
+
+def test_what_comes_back_in_place_of_an_ended_lot_pays_what_else_is_owed() -> None:
+    own = lane({**PACK, "expires_in": 60}, "4")
+    tell(own, 100, 1)
+    own("consume", amount="4")
+    assert own("revoke", grant=2)["owed"] == "4"
+    own.wait(seconds=60)
+    assert tell(own, 0, 2)["balance"] == {"available": "6", "by_source": {"pack": "6"}}
+    assert last_kinds(own, 1) == [("debt_paid", 3, "4")]
 
 
 def test_what_no_account_can_ever_be_credited_with_lapses_instead_of_coming_back() -> None:
@@ -245,6 +268,27 @@ def test_what_comes_back_to_a_frozen_lot_is_frozen_and_pays_no_debt_before_it_th
     assert last_kinds(own, 1) == [("debt_paid", 1, "2")]
 
 
+@pytest.mark.parametrize("way", ["release", "time", "refund"])
+def test_what_comes_back_to_a_frozen_lot_pays_what_is_owed_for_its_own_purchase(way: str) -> None:
+    """Else it would lapse frozen, and its owner owe what nobody ever used."""
+    own = lane({**PACK, "expires_in": 60}, "2")
+    own("consume" if way == "refund" else "hold", "h", amount="10", **({} if way == "refund" else {"ttl": 60}))
+    own("consume", amount="2")
+    assert own("revoke", grant=2)["owed"] == "2"
+    assert tell(own, 100, 1, frozen=True)["owed"] == "10"
+    own.wait(seconds=60 if way == "time" else 0)
+    if way == "time":
+        own("settle")
+    else:
+        own(way, **{"operation" if way == "refund" else "hold": "h"})
+    own.wait(seconds=60)
+    assert own("settle")["balance"] == {"available": "0", "debt": "2"}, "what is owed for others is owed yet"
+    assert last_kinds(own, 1) == [("debt_paid", 1, "10")]
+    assert tell(own, 100, 2)["thawed"] == "0"
+    back = tell(own, 0, 3)
+    assert (back["restored"], back["balance"]) == ("10", {"available": "8", "by_source": {"pack": "8"}})
+
+
 def test_a_grant_of_a_frozen_purchase_is_frozen_and_can_be_revoked() -> None:
     own = lane()
     tell(own, 0, 1, frozen=True)
@@ -285,6 +329,42 @@ def test_half_a_year_that_is_refunded_in_its_third_month() -> None:
     until(own, 6)
     assert tell(own, 0, 2, paid=12_000)["restored"] == "42"
     assert own.available() == "48"
+
+
+@pytest.mark.parametrize(("returned", "left"), [(0, "12"), (50, "12"), (75, "6"), (100, "0")])
+def test_what_had_lapsed_of_a_returned_purchase_is_taken_when_a_renewal_is_undone(returned: int, left: str) -> None:
+    own = year()
+    until(own, 1)
+    tell(own, returned, 1)
+    assert own("plans.undo", actor="anna", reason="wrong")["balance"]["available"] == left
+
+
+def test_what_a_purchase_owes_is_paid_out_of_its_own_lots_before_it_can_be_spent() -> None:
+    """Of the second month's lot nothing is left: it paid what was owed for the first, of which it comes back now."""
+    own = Lane(KEPT)
+    own("open", kind="pool")
+    own("plans.subscribe", plan="kept", payment="pi_1")
+    own("hold", "h", amount="12", ttl=30 * 86_400)
+    assert tell(own, 50, 1)["owed"] == "6"
+    until(own, 1)
+    assert own("settle")["balance"] == {"available": "0", "held": "12"}
+    own("release", hold="h")
+    assert own.available() == "12"
+    assert tell(own, 100, 2)["balance"] == {"available": "0"}
+    assert tell(own, 50, 3)["balance"]["available"] == "12"
+
+
+def test_what_lapses_after_others_have_paid_its_debt_is_not_taken_again() -> None:
+    own = year()
+    own("hold", "h", amount="9", ttl=30 * 86_400)
+    assert tell(own, 50, 1)["owed"] == "3"
+    until(own, 1)
+    assert own("settle")["balance"]["available"] == "3", "6 were taken, and 3 paid the debt"
+    own.wait(days=3)
+    own("settle")
+    assert last_kinds(own, 1) == [("expired", 1, "9")]
+    everything = tell(own, 100, 2)
+    assert (everything["charged"], everything["balance"]) == ("3", {"available": "0"})
 
 
 def test_a_month_of_a_disputed_year_is_frozen_as_it_comes_and_carried_as_it_is() -> None:

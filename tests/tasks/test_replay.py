@@ -61,9 +61,14 @@ def test_what_an_operation_works_on_is_at_hand_however_long_ago(
         job("credits.revoke", "v-2", account="a", grant=4, amount="0.5"),
         job("credits.revoke", "v-3", account="a", grant=4),
     )
+    ledger.write(
+        job("credits.claw_back", "w-1", account="a", purchase="p-3", paid_minor=1, returned_minor=1, step=1),
+        job("credits.claw_back", "w-2", account="a", purchase="p-3", paid_minor=1, returned_minor=0, step=2),
+        job("credits.consume", "w-3", account="a", amount=100, partial=True),
+    )
     report = replayed(ledger)
     assert report.faults == []
-    assert report.replayed == report.operations == 1 + 160 + 56 + 3
+    assert report.replayed == report.operations == 1 + 160 + 56 + 3 + 3
 
 
 def test_what_a_repeated_message_settled_is_settled_at_its_time(ledger: Ledger) -> None:

@@ -301,6 +301,18 @@ def test_a_claw_back_waits_for_its_lots_and_finds_them_in_the_same_batch_and_in_
     assert ledger.writer.connection.execute("SELECT step, taken_micro FROM purchases").fetchall() == [(4, 3_000_000)]
 
 
+def test_a_lot_that_comes_when_others_of_its_purchase_are_used_up_counts_together_with_them(
+    ledger: Ledger, database: str
+) -> None:
+    own = opened(ledger, database, BOUGHT)
+    own("consume", amount="5")
+    own("revoke", purchase="pi_1", amount="2")
+    assert away(own, 20, 1)["charged"] == "0"
+    granted = own("grant", **BOUGHT)
+    assert "taken_back" not in granted, "of 10 that were given 2 are to be away, and are"
+    assert granted["balance"] == {"available": "3", "by_source": {"pack": "3"}}
+
+
 def test_what_is_read_of_a_disputed_purchase_is_what_was_answered(ledger: Ledger, database: str) -> None:
     own = opened(ledger, database, BOUGHT, {**BOUGHT, "purchase": "pi_2"})
     told = away(own, 20, 1, frozen=True)["balance"]

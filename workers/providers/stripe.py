@@ -25,6 +25,7 @@ from models.rules.facts import (
     PaymentFailed,
     PeriodPaid,
     RefundChanged,
+    Stage,
     Status,
     SubscriptionChanged,
 )
@@ -150,9 +151,15 @@ class _Period(msgspec.Struct):
     end: Seconds
 
 
+class _DiscountAmount(msgspec.Struct):
+    amount: Minor
+
+
 class _InvoiceLine(msgspec.Struct):
     amount: Minor
+    """Before discounts."""
     period: _Period
+    discount_amounts: list[_DiscountAmount] | None = None
     quantity: Quantity | None = None
     parent: _LineParent | None = None
     pricing: _Pricing | None = None
@@ -164,6 +171,11 @@ class _InvoiceLine(msgspec.Struct):
             return None
         details = self.parent.subscription_item_details or self.parent.invoice_item_details
         return None if details is None or details.subscription is None else details
+
+    @property
+    def discounted(self) -> int:
+        """What it came to."""
+        return self.amount - sum(discount.amount for discount in self.discount_amounts or ())
 
     @property
     def is_credit(self) -> bool:
@@ -502,7 +514,7 @@ def _invoice_paid(event: Event, fetch: Fetch) -> Iterable[Fact]:
         price = None if priced is None else id_of(priced.price)
         if price is None:
             raise ParkedError("malformed", "a line of a subscription without a price")
-        amount = money_of(line.amount, currency)
+        amount = money_of(line.discounted, currency)
         quantity = 1 if line.quantity is None else line.quantity
         if line.is_credit:
             credits[item].append(Line(price=price, quantity=quantity, amount_minor=amount))
@@ -613,7 +625,7 @@ def _refund(event: Event, fetch: Fetch) -> Iterable[Fact]:
     )
 
 
-_STAGES: dict[str, Literal["created", "updated", "funds_withdrawn", "funds_reinstated", "closed"]] = {
+_STAGES: dict[str, Stage] = {
     "charge.dispute.created": "created",
     "charge.dispute.updated": "updated",
     "charge.dispute.funds_withdrawn": "funds_withdrawn",

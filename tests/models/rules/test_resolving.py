@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from models.catalog import parse_catalog
+from models.rules.calendar import add_months
 from models.rules.catalog import Money
 from models.rules.facts import (
     Alias,
@@ -85,7 +86,7 @@ def pack(*lines: tuple[str, int, int | None], paid: int = 499, key: str = "cs_1"
 def period(start: datetime, invoice: str, price: str = "price_basic", reason: str = "cycle",
            **changes: Any) -> PeriodPaid:  # fmt: skip
     """A paid month of the subscription ``sub_1``."""
-    end = start + timedelta(days=31)
+    end = add_months(start, 1, "UTC")
     fields = about(f"invoice:{invoice}", f"payment_intent:pi_{invoice}", at=start) | {
         "subscription": "sub_1", "price": price, "period_start": start, "period_end": end, "reason": reason,
         "currency": "EUR", "amount_minor": 900, "paid_minor": 900,
@@ -116,10 +117,11 @@ def subscribed(status: str = "active", **changes: Any) -> SubscriptionChanged:
 
 
 def settle(*facts: Fact, issued: dict[str, Any] | None = None, at: datetime = NOW,
-           orders: dict[str, Order] | None = None, bound: str | None = None) -> Resolution:  # fmt: skip
+           orders: dict[str, Order] | None = None, bound: str | None = None,
+           current: str | None = None) -> Resolution:  # fmt: skip
     """What facts that were heard just now amount to, whatever order they stand in."""
     found = [
-        resolve([Heard(fact, NOW) for fact in order], issued or {}, at, CATALOG, orders or {}, bound)
+        resolve([Heard(fact, NOW) for fact in order], issued or {}, at, CATALOG, orders or {}, bound, current)
         for order in itertools.islice(itertools.permutations(facts), 120)
     ]
     assert all(each == found[0] for each in found)
@@ -273,7 +275,7 @@ def test_a_trial_gives_what_the_catalog_says_and_the_plan_begins_with_its_first_
     (grant,) = settle(trial).effects
     assert grant.name == "credits.grant"
     assert (grant.arguments["amount"], grant.arguments["source"]) == ("5", "trial")
-    assert grant.arguments["expires_at"] == (NOW + timedelta(days=31)).isoformat()
+    assert grant.arguments["expires_at"] == add_months(NOW, 1, "UTC").isoformat()
     over = period(JANUARY, "in_1", reason="create", trial=True, amount_minor=0, paid_minor=0)
     found = settle(over, period(FEBRUARY, "in_2"))
     assert [effect.name for effect in found.effects] == ["plans.renew"]
@@ -473,3 +475,100 @@ def test_the_name_of_a_purchase_fits_the_ledger() -> None:
     long = purchase_name(pack(("price_small", 1, 499), key="x" * 255))
     assert long.startswith("stripe:sha256:")
     assert len(long) <= 128
+
+
+# --- Several in one group ----------------------------------------------------------------------------
+
+
+def test_a_refund_is_of_the_payment_that_it_names_though_an_order_was_for_several() -> None:
+    named = Linked(key="ch_1", **about("order:ord_1", "checkout:ch_1", "transaction:tran_1", "subscription:sub_1"))
+    first, second = (
+        period(start, f"in_{number}", reason="create", **about(f"transaction:tran_{number}", at=start))
+        for number, start in ((1, JANUARY), (2, FEBRUARY))
+    )
+    back = refund(900, of="transaction:tran_2", aliases=about("order:ord_1", "transaction:tran_2")["aliases"])
+    before = settle(named, first, back)
+    assert became(before, back) == ("waiting", "no_purchase")
+    found = settle(named, first, second, back)
+    assert names(found)[-1] == "claw_back:stripe:tran_2:1"
+    assert became(found, back) == ("applied", None)
+    of_the_order = refund(900, key="re_2", of="order:ord_1")
+    assert became(settle(named, first, of_the_order), of_the_order) == ("applied", None)
+
+
+def test_a_dispute_of_several_payments_freezes_each_and_a_refund_is_of_one() -> None:
+    bought = [pack(("price_small", 1, 499), key=key, **about(f"capture:{key}")) for key in ("A", "B")]
+    both = about("capture:A", "capture:B", account=None)
+    open_, closed = (msgspec.structs.replace(dispute(stage), **both) for stage in ("created", "closed"))
+    frozen = settle(*bought, open_)
+    assert [effect.arguments["frozen"] for effect in frozen.effects if effect.name == "credits.claw_back"] == [True] * 2
+    back = refund(499, of="capture:B")
+    thawed = settle(*bought, open_, closed, back, issued=sent(frozen))
+    assert {effect.purchase: effect.arguments["returned_minor"] for effect in thawed.effects} == {
+        "stripe:A": 0, "stripe:B": 499,
+    }  # fmt: skip
+    taken = msgspec.structs.replace(dispute("funds_withdrawn", 499, 1), **both)
+    assert became(settle(*bought, taken), taken) == ("parked", "ambiguous")
+
+
+def test_each_payment_is_for_the_account_that_it_names() -> None:
+    shared = Linked(key="x", **about("session:A", "session:B", account=None))
+    bought = [pack(("price_small", 1, 499), key=key, **about(f"session:{key}", f"capture:{key}", account=account))
+              for key, account in (("A", "alice"), ("B", "bob"))]  # fmt: skip
+    back = refund(499, of="capture:B")
+    found = settle(shared, *bought, back)
+    assert [(effect.name, effect.arguments["account"]) for effect in found.effects] == [
+        ("credits.grant", "alice"), ("credits.grant", "bob"), ("credits.claw_back", "bob"),
+    ]  # fmt: skip
+    assert found.accounts["RefundChanged", "re_1"] == "bob"
+    # What was given before stays where it was given, whatever is said of it later.
+    moved = msgspec.structs.replace(bought[1], account="carol")
+    again = settle(shared, bought[0], moved, back, issued=sent(settle(shared, *bought)))
+    assert [effect.arguments["account"] for effect in again.effects] == ["bob"]
+
+
+def test_a_subscription_that_was_given_to_another_account_pays_for_theirs() -> None:
+    first = period(FEBRUARY, "in_1", reason="create")
+    theirs = period(MARCH, "in_2", account="bob")
+    changed = period(MARCH + timedelta(days=9), "in_3", "price_more", "update", account="bob", credited=(
+        Line(price="price_basic", quantity=1, amount_minor=-300),
+    ))  # fmt: skip
+    found = settle(first, theirs, changed, subscribed(ends_at=MARCH + timedelta(days=31)))
+    assert [(effect.name, effect.arguments["account"]) for effect in found.effects] == [
+        ("plans.renew", "alice"), ("plans.renew", "bob"), ("plans.change", "bob"), ("plans.cancel", "bob"),
+    ]  # fmt: skip
+
+
+def test_a_subscription_that_ends_leaves_the_plan_that_another_one_pays_for() -> None:
+    paid, over = period(FEBRUARY, "in_1", reason="create"), subscribed("canceled")
+    back = refund(900, of="invoice:in_1")
+    for others in ("period:si_2:1:price_more", None):
+        found = settle(over, paid, back, issued=sent(settle(paid)), current=others)
+        assert names(found)[0] == "claw_back:stripe:in_1:1"
+        assert names(found)[1:] == ([] if others else ["cancel:sub_1:1:now:0"])
+        assert became(found, over) == (("noted", "other_subscription") if others else ("applied", None))
+    assert names(settle(over, paid, current="period:si_2:1:price_more"))[-1].startswith("cancel:")  # it paid since
+
+
+def test_a_period_waits_for_the_change_of_plan_before_it() -> None:
+    year = period(JANUARY, "in_1", "price_yearly", "create", period_end=JANUARY + timedelta(days=365))
+    to_month = period(FEBRUARY, "in_2", "price_basic", "update", period_end=MARCH)
+    month = period(MARCH, "in_3")
+    early = settle(year, month)
+    assert became(early, month) == ("waiting", "earlier_period")
+    assert early.missing == ("sub_1",)
+    assert [effect.name for effect in settle(year, to_month, month).effects] == [
+        "plans.renew", "plans.change", "plans.renew",
+    ]  # fmt: skip
+    soon = period(MARCH + timedelta(hours=1), "in_7", "price_more", "update")
+    assert became(settle(to_month, year, soon), soon) == ("applied", None)  # it may be of the year
+    ended = msgspec.structs.replace(to_month, reason="create")
+    assert became(settle(ended, soon), soon) == ("waiting", "earlier_period")
+    # A change says which plan it ended.
+    begun = period(FEBRUARY, "in_4", reason="create")
+    up = period(FEBRUARY + timedelta(days=3), "in_5", "price_more", "update")
+    down = period(FEBRUARY + timedelta(days=6), "in_6", "price_basic", "update", credited=(
+        Line(price="price_more", quantity=1, amount_minor=-1500),
+    ))  # fmt: skip
+    assert became(settle(begun, down), down) == ("waiting", "earlier_period")
+    assert names(settle(begun, up, down))[1:] == [f"period:{up.key}", f"period:{down.key}"]
