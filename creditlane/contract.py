@@ -105,6 +105,13 @@ class Open(Message):
     email: Annotated[str, msgspec.Meta(max_length=254, pattern=_CLEAN)] | None = None
     locale: Annotated[str, msgspec.Meta(max_length=35, pattern=r"^[A-Za-z0-9_-]+\Z")] | None = None
     timezone: Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[A-Za-z0-9_+/-]+\Z")] | None = None
+    welcome: bool = True
+    """Whether it gets the catalog's sign-up credits; an account that is brought along from elsewhere had its own."""
+    occurred_at: Instant | None = None
+    """Since when it is somebody's, where that was before; kept on the operation's row."""
+
+    def __post_init__(self) -> None:
+        _in_calendar(self.occurred_at, "occurred_at")
 
 
 class Grant(Message):

@@ -94,6 +94,8 @@ from scripts.command_parts import (
     unknown_account,
 )
 from scripts.due_command import DUE_EXAMPLES, show_due
+from scripts.export_command import EXPORT_EXAMPLES, export
+from scripts.import_command import IMPORT_EXAMPLES, import_accounts
 from scripts.lane_state import lane_states
 from scripts.notices_commands import notices_app
 from scripts.payments_commands import payments_app
@@ -156,7 +158,7 @@ app.add_typer(plan_app, name="plan")
 app.add_typer(notices_app, name="notices")
 app.add_typer(payments_app, name="payments")
 
-MONEY, STATE_PANEL = "Credits", "State"
+MONEY, STATE_PANEL, FILES = "Credits", "State", "Files"
 
 
 class Kind(StrEnum):
@@ -1097,6 +1099,10 @@ app.command("usage", rich_help_panel=STATE_PANEL, epilog=USAGE_EXAMPLES)(show_us
 app.command("forecast", rich_help_panel=STATE_PANEL, epilog=FORECAST_EXAMPLES)(show_forecast)
 app.command("explain", rich_help_panel=STATE_PANEL, epilog=EXPLAIN_EXAMPLES)(show_explanation)
 app.command("due", rich_help_panel=STATE_PANEL, epilog=DUE_EXAMPLES)(show_due)
+
+
+app.command("export", rich_help_panel=FILES, epilog=EXPORT_EXAMPLES)(export)
+app.command("import", rich_help_panel=FILES, epilog=IMPORT_EXAMPLES)(import_accounts)
 
 
 def main() -> None:

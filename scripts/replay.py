@@ -272,7 +272,7 @@ def _usage(row: dict[str, str], shape: Shape, drawn: str, digest: str, number: i
         quantity = _quantity([_number(row[column], column) for column in shape.quantity], shape.scale)
     occurred_at = None
     if shape.time is not None and row[shape.time].strip():
-        occurred_at = _instant(row[shape.time].strip(), shape.time)
+        occurred_at = read_instant(row[shape.time].strip(), shape.time)
     return Usage(line, account, feature, quantity, occurred_at, usage_id(digest, number, account))
 
 
@@ -312,7 +312,11 @@ def _quantity(numbers: Iterable[Decimal], scale: Decimal) -> Decimal:
     return quantity
 
 
-def _instant(text: str, column: str) -> datetime:
+def read_instant(text: str, column: str) -> datetime:
+    """Read an instant of a file; UTC unless it says otherwise.
+
+    :raises ValueError: with the column and what to write instead.
+    """
     try:
         moment = datetime.fromisoformat(text)
         # A time without a zone is taken for UTC: the file does not say where it was written.

@@ -17,7 +17,7 @@ from tasks.plans import begin
 
 @operation(Open, opens=True)
 def open_account(account: Account, message: Open, context: Context) -> Outcome:
-    """Create the account, and give a user or a lead what the catalog welcomes them with.
+    """Create the account, and give a user or a lead what the catalog welcomes them with, unless told not to.
 
     A pool starts empty. A ``plan`` begins at once. Refusals: ``account_exists``, ``unknown_plan``.
     (ledger rules: operations, open)
@@ -44,7 +44,7 @@ def open_account(account: Account, message: Open, context: Context) -> Outcome:
 def _welcome(account: Account, message: Open, context: Context) -> Plan:
     """Give what the catalog welcomes a user or a lead with."""
     welcome = {"user": context.catalog.signup, "lead": context.catalog.lead}.get(message.kind, Welcome())
-    if not welcome.credits:
+    if not welcome.credits or not message.welcome:
         return []
     expires_at = None
     if welcome.expires_days is not None:

@@ -336,6 +336,11 @@ class LedgerWriter:
         taken, self.outbox = self.outbox, []
         return taken
 
+    @property
+    def loads(self) -> type[Loaded]:
+        """What reads the accounts of a batch."""
+        return Loaded
+
     def write(
         self,
         jobs: Sequence[Job],
@@ -379,7 +384,7 @@ class LedgerWriter:
         :raises PoisonError: when a job's code raises then.
         """
         stages.begin()
-        loaded = Loaded(self.connection, jobs)
+        loaded = self.loads(self.connection, jobs)
         stages.end("read")
         crash_point("after-load")
         spendable_before = (

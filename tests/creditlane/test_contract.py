@@ -65,6 +65,8 @@ FULL: dict[str, dict[str, Any]] = {
         "email": "a@example.org",
         "locale": "fr-FR",
         "timezone": "America/Argentina/Buenos_Aires",
+        "welcome": False,
+        "occurred_at": "2019-05-01T00:00:00Z",
         "v": 1,
     },
     "credits.grant": {
@@ -398,6 +400,7 @@ WRONG: dict[tuple[str, str], list[Any]] = {
     ("credits.open", "kind"): ["admin", "", 1, "User"],
     ("credits.open", "locale"): ["", "f" * 36, "fr FR", "fr\n", 1],
     ("credits.open", "timezone"): ["", "Europe Paris", "../../etc/passwd\x00", "x" * 65, 2],
+    ("credits.open", "welcome"): ["false", 1, 0, ""],
     ("credits.grant", "priority"): [-1, 1001, "1", 1.5, 2**63],
     ("credits.grant", "features"): [[], [""], "image", [1], ["a"] * 65, ["a\x00"], {}],
     ("credits.grant", "expires_in"): [0, -1, "60", 1.5, 100 * 366 * 24 * 3600 + 1, 2**64],
@@ -417,6 +420,7 @@ def test_an_argument_of_a_wrong_type_or_out_of_range_is_named(name: str, field: 
 @pytest.mark.parametrize(
     ("name", "field"),
     [
+        ("credits.open", "occurred_at"),
         ("credits.grant", "effective_at"),
         ("credits.grant", "expires_at"),
         ("credits.consume", "occurred_at"),
@@ -442,6 +446,7 @@ def test_an_instant_is_complete_and_has_its_offset(name: str, field: str, bad: o
 
 
 INSTANTS = [
+    ("credits.open", "occurred_at"),
     ("credits.grant", "effective_at"),
     ("credits.grant", "expires_at"),
     ("credits.consume", "occurred_at"),

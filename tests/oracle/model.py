@@ -151,7 +151,7 @@ class Ledger:
             raise Refusal("account_exists")
         self.opened = True
         kind = said.get("kind", "user")
-        if kind == "pool":
+        if kind == "pool" or not said.get("welcome", True):
             return {}
         welcome = self.policy["signup"] if kind == "user" else self.policy["lead"]
         if welcome["credits"] == 0:
