@@ -92,7 +92,7 @@ class Life:
         """Buy a pack by a debit, which comes about or fails later."""
         session = self._session("price_rollover_two_hundred", "payment")
         self.stripe.complete(session["id"], "pending")
-        self.now += timedelta(days=1)
+        self.now += timedelta(hours=1)
         self.stripe.settle(session["id"], outcome)  # type: ignore[arg-type]
         if outcome == "succeeded":
             self.bought.append(session["id"])
@@ -115,11 +115,14 @@ class Life:
             self.bought.append(invoice["id"])
 
     def renew(self, outcome: str = "succeeded") -> None:
-        """A month after the subscription began, or where its trial ends."""
+        """Where the month that was paid for ends, or the trial; a year is longer than a life is played."""
         if self.subscription is None:
             return
         (item,) = self.stripe.within(self.subscription, "items")
-        self.now = max(self.now, datetime.fromtimestamp(item["current_period_end"], UTC))
+        ends = datetime.fromtimestamp(item["current_period_end"], UTC)
+        if ends > self.begins_at + timedelta(days=40):
+            return
+        self.now = max(self.now, ends)
         self.stripe.renew(self.subscription, outcome)  # type: ignore[arg-type]
         self._note_invoice()
 
@@ -263,17 +266,6 @@ def state(database: str, account: str) -> dict[str, Any]:
         account,
     )
     return {"lots": lots, "totals": totals, "plan": plan}
-
-
-def ends(database: str, account: str) -> list[float]:
-    """When the credits that are left expire, in seconds since 1970."""
-    found = rows(
-        database,
-        "SELECT extract(epoch FROM expires_at)::float8 FROM grants"
-        " WHERE account = %s AND is_open AND expires_at IS NOT NULL ORDER BY 1",
-        account,
-    )
-    return [each for (each,) in found]
 
 
 def refused(database: str) -> list[tuple[Any, ...]]:

@@ -258,33 +258,36 @@ def changed(**changes: Any) -> bytes:
     return body(envelope("invoice.paid", {}, **changes))
 
 
-REFUSED: dict[str, tuple[str, bytes, dict[str, str]]] = {
-    "forged": ("bad_signature", RAW, now_signed(RAW, secret="whsec_forged")),
-    "unsigned": ("no_signature", RAW, {}),
-    "altered": ("bad_signature", RAW.replace(b"cus_made", b"cus_evil"), now_signed(RAW)),
-    "with a line's end": ("bad_signature", RAW + b"\n", now_signed(RAW)),
-    "empty": ("bad_signature", b"", now_signed(RAW)),
-    "empty and signed": ("not_json", b"", now_signed(b"")),
-    "no UTF-8": ("not_json", b"\xff\xfe" + RAW, now_signed(RAW)),
-    "a signature that is not ASCII": ("bad_signature", RAW, {"Stripe-Signature": "t=1,v1=\xe9"}),
-    "a signature of many": ("bad_signature", RAW, {"Stripe-Signature": "t=1" + ",v1=0" * 1500}),
-    "a signature that is none": ("bad_signature", RAW, {"Stripe-Signature": "t=,v1=,=,"}),
-    "an array": ("not_an_event", b"[]", now_signed(b"[]")),
-    "an array of events": ("not_an_event", b"[%b]" % RAW, now_signed(b"[%b]" % RAW)),
-    "no JSON": ("not_json", b"id=evt_1", now_signed(b"id=evt_1")),
-    "a number": ("not_an_event", b"1", now_signed(b"1")),
-    "an id with NUL": ("not_an_event", changed(id="evt_\0"), now_signed(changed(id="evt_\0"))),
-    "an id of half a pair": ("not_an_event", changed(id="evt_\ud800"), now_signed(changed(id="evt_\ud800"))),
-    "a type with NUL": ("not_an_event", changed(type="\0"), now_signed(changed(type="\0"))),
-    "no livemode": ("not_an_event", changed(livemode=None), now_signed(changed(livemode=None))),
-    "no data": ("not_an_event", changed(data=None), now_signed(changed(data=None))),
-    "nested deeply": ("not_json", b'{"a":' * 200_000, now_signed(b'{"a":' * 200_000)),
-}
+def refused() -> dict[str, tuple[str, bytes, dict[str, str]]]:
+    """What is not proven, signed now, and the code that it is refused with."""
+    return {
+        "forged": ("bad_signature", RAW, now_signed(RAW, secret="whsec_forged")),
+        "unsigned": ("no_signature", RAW, {}),
+        "altered": ("bad_signature", RAW.replace(b"cus_made", b"cus_evil"), now_signed(RAW)),
+        "with a line's end": ("bad_signature", RAW + b"\n", now_signed(RAW)),
+        "empty": ("bad_signature", b"", now_signed(RAW)),
+        "empty and signed": ("not_json", b"", now_signed(b"")),
+        "no UTF-8": ("not_json", b"\xff\xfe" + RAW, now_signed(RAW)),
+        "a signature that is not ASCII": ("bad_signature", RAW, {"Stripe-Signature": "t=1,v1=\xe9"}),
+        "a signature of many": ("bad_signature", RAW, {"Stripe-Signature": "t=1" + ",v1=0" * 1500}),
+        "a signature that is none": ("bad_signature", RAW, {"Stripe-Signature": "t=,v1=,=,"}),
+        "an array": ("not_an_event", b"[]", now_signed(b"[]")),
+        "an array of events": ("not_an_event", b"[%b]" % RAW, now_signed(b"[%b]" % RAW)),
+        "no JSON": ("not_json", b"id=evt_1", now_signed(b"id=evt_1")),
+        "a number": ("not_an_event", b"1", now_signed(b"1")),
+        "an id with NUL": ("not_an_event", changed(id="evt_\0"), now_signed(changed(id="evt_\0"))),
+        "an id of half a pair": ("not_an_event", changed(id="evt_\ud800"), now_signed(changed(id="evt_\ud800"))),
+        "a type with NUL": ("not_an_event", changed(type="\0"), now_signed(changed(type="\0"))),
+        "no livemode": ("not_an_event", changed(livemode=None), now_signed(changed(livemode=None))),
+        "no data": ("not_an_event", changed(data=None), now_signed(changed(data=None))),
+        "nested deeply": ("not_json", b'{"a":' * 200_000, now_signed(b'{"a":' * 200_000)),
+    }
 
 
 def test_what_is_not_proven_is_refused_with_a_code(relay: Served, database: str, broker: Broker) -> None:
-    answers = {why: relay.send(raw, headers) for why, (_, raw, headers) in REFUSED.items()}
-    assert {why: answer.code for why, answer in answers.items()} == {why: code for why, (code, _, _) in REFUSED.items()}
+    sent = refused()
+    answers = {why: relay.send(raw, headers) for why, (_, raw, headers) in sent.items()}
+    assert {why: answer.code for why, answer in answers.items()} == {why: code for why, (code, _, _) in sent.items()}
     assert {answer.status for answer in answers.values()} == {400}
     assert {answer.headers["connection"] for answer in answers.values()} == {"close"}
     assert (stored(database), told(broker)) == ([], [])
