@@ -148,11 +148,6 @@ class Report(msgspec.Struct, kw_only=True):
     total: int = 0
     """How many differences there are, those beyond :data:`MAX_DIFFERENCES` included."""
 
-    @property
-    def agrees(self) -> bool:
-        """Whether there is no difference."""
-        return not self.total
-
     def add(self, difference: Difference) -> None:
         """Note a difference."""
         self.total += 1

@@ -286,9 +286,7 @@ class _Resolving:
         owner = self._owner(paid)
         if order.account != owner:
             return Verdict("parked", "other_account", f"the order {order.id!r} is not of {owner!r}")
-        if (paid.currency, paid.paid_minor) < (order.price.currency, order.price.minor) or (
-            paid.currency != order.price.currency
-        ):
+        if paid.currency != order.price.currency or paid.paid_minor < order.price.minor:
             return Verdict(
                 "parked", "other_amount", f"{Money(paid.paid_minor, paid.currency)} was paid, not {order.price}"
             )
