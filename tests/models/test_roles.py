@@ -33,14 +33,14 @@ from workers.ownership import LANE_CLASS, PRESENCE_CLASS
 PASSWORDS = {WORKER: secrets.token_urlsafe(16), READER: secrets.token_urlsafe(16)}
 
 LEDGER = ("operations", "entries")
-ONCE = (*LEDGER, "seals", "seal_leaves", "audits", "catalogs")
-KEYS = {**dict.fromkeys((*LEDGER, "seal_leaves"), "account"), "catalogs": "label"}
+ONCE = (*LEDGER, "seals", "seal_leaves", "audits", "redemptions", "catalogs")
+KEYS = {**dict.fromkeys((*LEDGER, "seal_leaves"), "account"), "redemptions": "code", "catalogs": "label"}
 """A column of a table of those; of the others it is ``cutoff``."""
 STATE = ("accounts", "grants", "holds", "receipts", "checkpoints", "checkpoint_grants", "subscriptions",
          "purchases", "schedules", "payment_events", "payment_facts", "payment_aliases", "payment_bindings",
-         "payment_orders", "payment_watermarks")  # fmt: skip
+         "payment_orders", "payment_watermarks", "allowances", "referrals")  # fmt: skip
 PASSING = ("outbox", "notices", "deliveries", "quarantine", "usage_days", "usage_watermark", "payment_groups")
-SENT = ("payment_operations",)
+SENT = ("payment_operations", "codes")
 """Written once, but for the group that their facts are of."""
 
 
