@@ -1,4 +1,4 @@
-"""A catalog's file that is replaced under a worker that runs: each operation by the catalog in force when it is applied."""
+"""A catalog replaced under a worker that runs: each operation by the one in force when it is applied."""
 
 from __future__ import annotations
 
