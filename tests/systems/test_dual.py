@@ -67,7 +67,7 @@ def test_deductions_take_the_monthly_credits_first(system: System) -> None:
     member, _ = subscriber(system)
     member.buy("forty")
     used = member.burn(110)
-    assert [(use.source, use.amount) for use in used.grants] == [("monthly", 100), ("purchased", 10)]
+    assert [(use.source, f"{use.amount:f}") for use in used.grants] == [("monthly", "100"), ("purchased", "10")]
     assert member.by_source == {"purchased": "30"}
 
 
@@ -101,7 +101,8 @@ def test_the_balance_is_told_by_source_with_its_total(system: System) -> None:
     member, _ = subscriber(system)
     bought = member.buy("forty")
     assert bought.balance is not None
-    assert (bought.balance.available, bought.balance.by_source) == (140, {"monthly": 100, "purchased": 40})
+    assert bought.balance.available == 140
+    assert member.by_source == {"monthly": "100", "purchased": "40"}
 
 
 def test_there_is_a_rollback_procedure_for_a_reset(system: System) -> None:

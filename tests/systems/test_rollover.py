@@ -93,7 +93,7 @@ def test_consumption_is_in_the_order_of_expiration(system: System) -> None:
     with system.connect() as connection:
         explained = explain_operation(connection, member.account, used.id)
     assert explained is not None
-    assert [(use.grant, use.amount) for use in used.grants] == [(2, 10), (1, 5)]
+    assert [(use.grant, f"{use.amount:f}") for use in used.grants] == [(2, "10"), (1, "5")]
 
 
 def test_the_worked_example(system: System) -> None:
