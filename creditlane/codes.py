@@ -23,6 +23,8 @@ class Code(StrEnum):
     ID_CONFLICT = "id_conflict"
     UNKNOWN_ACCOUNT = "unknown_account"
     ACCOUNT_CLOSED = "account_closed"
+    ACCOUNT_FROZEN = "account_frozen"
+    ALREADY_CONVERTED = "already_converted"
     ACCOUNT_EXISTS = "account_exists"
     INVALID = "invalid"
     UNKNOWN_PLAN = "unknown_plan"
@@ -36,8 +38,18 @@ class Code(StrEnum):
     UNKNOWN_GRANT = "unknown_grant"
     UNKNOWN_CHARGE = "unknown_charge"
     UNKNOWN_TRANSFER = "unknown_transfer"
+    UNKNOWN_MEMBER = "unknown_member"
+    CODE_UNKNOWN = "code_unknown"
+    CODE_EXISTS = "code_exists"
+    CODE_EXPIRED = "code_expired"
+    CODE_USED = "code_used"
+    SELF_REFERRAL = "self_referral"
+    ALREADY_REFERRED = "already_referred"
     EXCEEDS_ORIGINAL = "exceeds_original"
     LIMIT_REACHED = "limit_reached"
+    DAILY_LIMIT = "daily_limit"
+    MEMBER_LIMIT = "member_limit"
+    POOL_EXHAUSTED = "pool_exhausted"
     INSUFFICIENT_CREDITS = "insufficient_credits"
     NOT_TRANSFERABLE = "not_transferable"
 
@@ -60,6 +72,8 @@ SENTENCES: dict[Code, str] = {
     Code.UNKNOWN_ACCOUNT: "The account was never opened; send credits.open first.",
     Code.ACCOUNT_EXISTS: "The account is already open; use it, no second opening is needed.",
     Code.ACCOUNT_CLOSED: "The account is closed and takes no operations.",
+    Code.ACCOUNT_FROZEN: "The account was frozen by an administrator: it gives no credits out until it is thawed.",
+    Code.ALREADY_CONVERTED: "What this lead had went to another account; a lead is converted once.",
     Code.INVALID: "The arguments contradict each other; the reason says which.",
     Code.UNKNOWN_PLAN: "The catalog has no such plan; name one that it has.",
     Code.NO_SUBSCRIPTION: "The account has no plan under way; send plans.subscribe first.",
@@ -72,8 +86,18 @@ SENTENCES: dict[Code, str] = {
     Code.UNKNOWN_GRANT: "The account has no such grant or purchase.",
     Code.UNKNOWN_CHARGE: "The account has no charge with this operation id; name a consume or capture that applied.",
     Code.UNKNOWN_TRANSFER: "The account has made no transfer with this operation id.",
+    Code.UNKNOWN_MEMBER: "The pool does not list this member; send pools.set_member first.",
+    Code.CODE_UNKNOWN: "There is no such code; look at its spelling.",
+    Code.CODE_EXISTS: "A code of this text was issued before; choose another.",
+    Code.CODE_EXPIRED: "The code was withdrawn, or its time is over.",
+    Code.CODE_USED: "The code was used as often as it may be, in all or by this account.",
+    Code.SELF_REFERRAL: "An account cannot refer itself, nor the one that referred it.",
+    Code.ALREADY_REFERRED: "The account was referred before; that happens once.",
     Code.EXCEEDS_ORIGINAL: "More would be given back than was taken; refund at most what is left of the charge.",
     Code.LIMIT_REACHED: "The account has as many open grants or holds as it may; close some first.",
+    Code.DAILY_LIMIT: "The account did this as much today as the catalog allows; try again tomorrow.",
+    Code.MEMBER_LIMIT: "The member has used what the pool allows it in this period; see required and available.",
+    Code.POOL_EXHAUSTED: "The pool's balance does not cover this; see required, available and shortfall.",
     Code.INSUFFICIENT_CREDITS: "The balance does not cover this; see required, available and shortfall.",
     Code.NOT_TRANSFERABLE: "There are enough credits, but not of sources that may be given away; "
     "see required, available and shortfall.",

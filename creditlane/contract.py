@@ -69,6 +69,17 @@ Key = Annotated[str, msgspec.Meta(max_length=MAX_NAME, pattern=_CLEAN)]
 """A name, or nothing where none was given."""
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TEXT, pattern=_CLEAN)]
 Instant = Annotated[datetime, msgspec.Meta(tz=True)]
+GiftCode = Annotated[str, msgspec.Meta(min_length=4, max_length=64, pattern=r"^[A-Z0-9]+\Z")]
+"""The text of a gift or referral code as :func:`normal_code` gives it."""
+
+MAX_CODES = 1000
+"""Codes that one ``codes.issue`` may make."""
+
+MAX_USES = 1_000_000
+"""How often one code may be redeemed."""
+
+Lifetime = Annotated[int, msgspec.Meta(ge=1, le=100 * 366 * 24 * 3600)]
+"""Seconds."""
 
 
 class UnitPrice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -109,6 +120,10 @@ class Open(Message):
     """Whether it gets the catalog's sign-up credits; an account that is brought along from elsewhere had its own."""
     occurred_at: Instant | None = None
     """Since when it is somebody's, where that was before; kept on the operation's row."""
+    referral_code: GiftCode | None = None
+    """The code of who referred it; a bad one is told of in the answer, and the account opened all the same."""
+    lead: Name | None = None
+    """The lead that it was before: what that one has left follows."""
 
     def __post_init__(self) -> None:
         _in_calendar(self.occurred_at, "occurred_at")
@@ -217,6 +232,8 @@ class Refund(Message):
     # The field is called as on the wire; the class variable of the base names the task.
     charge: Name = msgspec.field(name="operation")
     amount: Micro | None = None
+    actor: Text | None = None
+    """The administrator who gives it back; the caller itself unless sent."""
     reason: Text | None = None
 
     def __post_init__(self) -> None:
@@ -297,6 +314,172 @@ class Transfer(Message):
             raise ValueError("to is the account itself: nothing would change hands")
 
 
+class Convert(Message):
+    """``credits.convert``: a lead has signed up; what is left of its credits goes to the user ``to``, once."""
+
+    operation: ClassVar[str] = "credits.convert"
+
+    to: Name
+
+    def __post_init__(self) -> None:
+        if self.to == self.account:
+            raise ValueError("to is the lead itself: nothing would change hands")
+
+
+class ByHand(Message):
+    """What an administrator does to an account; both words stand in its history."""
+
+    actor: Text
+    reason: Text
+
+
+class FreezeAccount(ByHand):
+    """``accounts.freeze``: the account gives no credits out until it is thawed."""
+
+    operation: ClassVar[str] = "accounts.freeze"
+
+
+class ThawAccount(ByHand):
+    """``accounts.thaw``: it may spend again."""
+
+    operation: ClassVar[str] = "accounts.thaw"
+
+
+class CloseAccount(ByHand):
+    """``accounts.close``: it takes no operations any more; what is left of its credits is revoked."""
+
+    operation: ClassVar[str] = "accounts.close"
+
+
+class ReopenAccount(ByHand):
+    """``accounts.reopen``: a closed account is there again, as empty as it was closed."""
+
+    operation: ClassVar[str] = "accounts.reopen"
+
+
+class SetMember(Message):
+    """``pools.set_member``: list a member of a pool, and say how much it may use in a period."""
+
+    operation: ClassVar[str] = "pools.set_member"
+
+    member: Name
+    limit: Micro | None = None
+    """Credits; none means no limit of its own."""
+    period: Literal["day", "week", "month", "total"] = "month"
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            _not_negative(self.limit, "limit")
+
+
+class RemoveMember(Message):
+    """``pools.remove_member``: it may use the pool no more."""
+
+    operation: ClassVar[str] = "pools.remove_member"
+
+    member: Name
+
+
+class IssueCodes(Message):
+    """``codes.issue``: make gift codes, paid for by the account, or given by an administrator."""
+
+    operation: ClassVar[str] = "codes.issue"
+
+    codes: Annotated[list[GiftCode], msgspec.Meta(min_length=1, max_length=MAX_CODES)]
+    """Their texts, chosen by the sender: see :func:`creditlane.gift_codes.new_code`."""
+    amount: Micro
+    """Credits for each use."""
+    uses: Annotated[int, msgspec.Meta(ge=1, le=MAX_USES)] = 1
+    """How often each may be redeemed, in all."""
+    per_account: Annotated[int, msgspec.Meta(ge=1, le=MAX_USES)] = 1
+    """How often by one account."""
+    expires_at: Instant | None = None
+    """Until when it can be redeemed; the catalog's ``gifts.code_days`` unless sent, this or the next."""
+    expires_in: Lifetime | None = None
+    credits_expire_in: Lifetime | None = None
+    """Seconds that its credits live from when they are redeemed; only of an administrator's codes: those that an
+    account pays for have the ends of the lots that paid."""
+    source: Name | None = None
+    """Only of an administrator's codes: ``promotion`` unless sent."""
+    message: Text | None = None
+    """A word to who redeems it."""
+    actor: Text | None = None
+    """The administrator who gives them: nothing is taken from the account. With a reason, both or neither."""
+    reason: Text | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self.amount, "amount")
+        _in_calendar(self.expires_at, "expires_at")
+        if self.expires_at is not None and self.expires_in is not None:
+            raise ValueError("send expires_at or expires_in, not both")
+        if len(set(self.codes)) < len(self.codes):
+            raise ValueError("codes has one twice")
+        if (self.actor is None) != (self.reason is None):
+            raise ValueError("send actor and reason, both or neither")
+        if self.actor is None and (self.source is not None or self.credits_expire_in is not None):
+            raise ValueError(
+                "source and credits_expire_in are for codes that an administrator gives, with actor and reason"
+            )
+
+
+class RedeemCode(Message):
+    """``codes.redeem``: get the credits of a gift code."""
+
+    operation: ClassVar[str] = "codes.redeem"
+
+    code: GiftCode
+
+
+class WithdrawCodes(Message):
+    """``codes.withdraw``: end codes of the account; what was paid for uses that are left comes back."""
+
+    operation: ClassVar[str] = "codes.withdraw"
+
+    codes: Annotated[list[GiftCode], msgspec.Meta(min_length=1, max_length=MAX_CODES)]
+    actor: Text | None = None
+    reason: Text | None = None
+
+
+class ConcludeCode(Message):
+    """``codes.conclude``: somebody has redeemed a code that the account paid for. The ledger sends it itself."""
+
+    operation: ClassVar[str] = "codes.conclude"
+
+    code: GiftCode
+    issue: Name
+    """The operation id of the ``codes.issue``."""
+    place: Annotated[int, msgspec.Meta(ge=0, lt=MAX_CODES)]
+    """The code's place in its list."""
+    slot: Annotated[int, msgspec.Meta(ge=0, lt=MAX_USES)]
+    """Which use it was, from 0."""
+    redeemed_by: Name
+
+
+class IssueReferral(Message):
+    """``referrals.issue``: give the account the code by which it refers others; it has one, for ever."""
+
+    operation: ClassVar[str] = "referrals.issue"
+
+    code: GiftCode
+
+
+class ClaimReferral(Message):
+    """``referrals.claim``: the account says who referred it."""
+
+    operation: ClassVar[str] = "referrals.claim"
+
+    code: GiftCode
+
+
+class RewardReferral(Message):
+    """``referrals.reward``: somebody was referred by the account. The ledger sends it itself."""
+
+    operation: ClassVar[str] = "referrals.reward"
+
+    referee: Name
+    code: GiftCode
+
+
 class Parcel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Credits of one lot on their way to another account, with what they keep of it."""
 
@@ -358,8 +541,35 @@ def concluding_id(sender: str, transfer: str) -> str:
     return f"{CONCLUDING}{_digest(sender, transfer)}"
 
 
-RESERVED = RECEIVING, CONCLUDING = "transfer.receive:", "transfer.conclude:"
+RESERVED = RECEIVING, CONCLUDING, CONVERTING, REDEEMED, REWARDING = (
+    "transfer.receive:", "transfer.conclude:", "lead.convert:", "code.conclude:", "referral.reward:",
+)  # fmt: skip
 """What the ids of the ledger's own operations begin with."""
+
+
+def converting_id(lead: str, to: str) -> str:
+    """The operation id under which a lead is converted that was named when its user's account was opened."""
+    return f"{CONVERTING}{_digest(lead, to)}"
+
+
+def redeemed_id(code: str, slot: int) -> str:
+    """The operation id under which who paid for a code learns of one of its uses."""
+    return f"{REDEEMED}{_digest(code, str(slot))}"
+
+
+def rewarding_id(referrer: str, referee: str) -> str:
+    """The operation id under which a referrer is rewarded for a referee: once."""
+    return f"{REWARDING}{_digest(referrer, referee)}"
+
+
+def normal_code(text: str) -> str:
+    """The text of a code as people type it, in the one form that it is kept in: capitals and digits, nothing else.
+
+    >>> normal_code(" abcd-efgh ")
+    'ABCDEFGH'
+    """
+    return "".join(text.split()).replace("-", "").upper()
+
 
 PAYMENT = "payment."
 """What the ids of operations begin with that follow from a payment."""
@@ -377,6 +587,12 @@ def check_reserved(name: str, operation_id: str, message: Message) -> None:
         derived = operation_id == receiving_id(message.sender, message.transfer)
     elif isinstance(message, Confirm | Bounce):
         derived = operation_id == concluding_id(message.account, message.transfer)
+    elif isinstance(message, ConcludeCode):
+        derived = operation_id == redeemed_id(message.code, message.slot)
+    elif isinstance(message, RewardReferral):
+        derived = operation_id == rewarding_id(message.account, message.referee)
+    elif isinstance(message, Convert) and operation_id.startswith(CONVERTING):
+        derived = operation_id == converting_id(message.account, message.to)
     elif isinstance(message, ClawBack):
         if not operation_id.startswith(PAYMENT):
             raise ContractError(Code.INVALID_MESSAGE, f"{name} under this id: it follows from a payment alone")
@@ -384,7 +600,7 @@ def check_reserved(name: str, operation_id: str, message: Message) -> None:
     else:
         derived = not operation_id.startswith(RESERVED)
     if not derived:
-        reason = f"{name} under this id: ids that begin with {RECEIVING} or {CONCLUDING} are derived by the ledger"
+        reason = f"{name} under this id: ids that begin with {', '.join(RESERVED)} are derived by the ledger"
         raise ContractError(Code.INVALID_MESSAGE, reason)
 
 
@@ -470,12 +686,14 @@ OPERATIONS: dict[str, type[Message]] = {
     kind.operation: kind
     for kind in (
         Open, Grant, Consume, Hold, Capture, Release, Refund, Adjust, Revoke, ClawBack, Settle, Transfer, Receive,
-        Confirm, Bounce, Subscribe, ChangePlan, CancelPlan, RenewPlan, UndoRenewal,
+        Confirm, Bounce, Convert, FreezeAccount, ThawAccount, CloseAccount, ReopenAccount, SetMember, RemoveMember,
+        IssueCodes, RedeemCode, WithdrawCodes, ConcludeCode, IssueReferral, ClaimReferral, RewardReferral, Subscribe,
+        ChangePlan, CancelPlan, RenewPlan, UndoRenewal,
     )
 }  # fmt: skip
 """Every operation of the ledger by its task name."""
 
-INTERNAL = frozenset(kind.operation for kind in (Receive, Confirm, Bounce, ClawBack))
+INTERNAL = frozenset(kind.operation for kind in (Receive, Confirm, Bounce, ClawBack, ConcludeCode, RewardReferral))
 """Operations that the ledger sends itself; they are refused under any id but one of its own, see
 :func:`check_reserved`."""
 

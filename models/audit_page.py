@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,6 +12,7 @@ from psycopg import Connection, sql
 
 from models.audit_account import BEGINNING, AccountAudit, Leaf, Start
 from models.audit_rows import (
+    ALLOWANCES,
     BARE_OPERATION_COLUMNS,
     ENTRIES,
     ENTRIES_SINCE,
@@ -26,6 +27,7 @@ from models.audit_rows import (
     OPERATIONS_SINCE,
     PURCHASES,
     RECEIPTS,
+    REFERRALS,
     SUBSCRIPTIONS,
     Row,
     Stream,
@@ -36,6 +38,9 @@ from models.report import Report
 
 TICK = 20_000
 """Operations after which progress is told."""
+
+OTHERS = ("purchases", "allowances", "referrals")
+"""Tables of which only a replay can say what their rows should be."""
 
 NAMED_EARLIER = "SELECT name, arguments::text FROM operations WHERE account = %(account)s AND name = ANY(%(names)s)"
 """What the operations of an account say that name an earlier one."""
@@ -53,10 +58,12 @@ class Replay(Protocol):
         grants: Sequence[Row],
         holds: Sequence[Row],
         receipts: Sequence[Row],
-        subscriptions: Sequence[Row],
-        purchases: Sequence[Row],
+        others: Mapping[str, Sequence[Row]],
     ) -> None:
-        """Compare what came out with the rows of the account."""
+        """Compare what came out with the rows of the account.
+
+        :param others: those of ``subscriptions`` and of :data:`OTHERS`, by table.
+        """
 
 
 class Replayer(Protocol):
@@ -136,7 +143,7 @@ class PageAudit:
         if self.cutoffs:
             queries["leaves"] = LEAVES
         if self.replayer is not None:
-            queries["purchases"] = PURCHASES
+            queries.update(purchases=PURCHASES, allowances=ALLOWANCES, referrals=REFERRALS)
         told = 0
         with ExitStack() as stack:
             streams = {
@@ -191,7 +198,8 @@ class PageAudit:
             return
         grants, holds = list(streams["grants"].of(account)), list(streams["holds"].of(account))
         check.finish(totals, grants, holds, subscriptions)
-        replay.finish(totals, grants, holds, receipts, subscriptions, list(streams["purchases"].of(account)))
+        others = {name: list(streams[name].of(account)) for name in OTHERS}
+        replay.finish(totals, grants, holds, receipts, {"subscriptions": subscriptions, **others})
 
     @staticmethod
     def _replay(replayer: Replayer, connection: Connection[Any], report: Report, totals: Totals) -> Replay:

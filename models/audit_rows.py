@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from psycopg import Connection
 
-from models.columns import PURCHASE_VALUES, SUBSCRIPTION_VALUES
+from models.columns import ALLOWANCE_COLUMNS, PURCHASE_VALUES, REFERRAL_COLUMNS, SUBSCRIPTION_VALUES
 from models.rules.state import COUNTERS
 
 Row = tuple[Any, ...]
@@ -24,7 +24,7 @@ BUCKETS = ", ".join(f"{counter}_micro" for counter in COUNTERS)
 
 ACCOUNT_COLUMNS = (
     f"account, operations, seq, head, last_grant, debt_micro, {BUCKETS}, updated_at, next_due_at, kind, status, email,"
-    " locale, timezone, opened_at"
+    " locale, timezone, opened_at, converted_to, achieved"
 )
 
 
@@ -41,7 +41,7 @@ class Totals(NamedTuple):
     updated_at: datetime
     next_due_at: datetime | None
     opening: Row
-    """Kind, status, e-mail, locale, time zone and when it was opened."""
+    """Kind, status, e-mail, locale, time zone, when it was opened, whom it became, and what it achieved."""
 
     @classmethod
     def of(cls, row: Row) -> Totals:
@@ -86,6 +86,8 @@ GRANTS = f"SELECT {GRANT_COLUMNS} FROM grants g WHERE g.{PAGE} ORDER BY g.accoun
 HOLDS = f"SELECT {HOLD_COLUMNS} FROM holds WHERE {PAGE} ORDER BY account, hold"
 SUBSCRIPTIONS = f"SELECT {SUBSCRIPTION_VALUES} FROM subscriptions WHERE {PAGE} ORDER BY account"
 PURCHASES = f"SELECT {PURCHASE_VALUES} FROM purchases p WHERE p.{PAGE} ORDER BY p.account, p.purchase"
+ALLOWANCES = f"SELECT {', '.join(ALLOWANCE_COLUMNS)} FROM allowances WHERE {PAGE} ORDER BY account, key"
+REFERRALS = f"SELECT {', '.join(REFERRAL_COLUMNS)} FROM referrals WHERE {PAGE} ORDER BY account"
 RECEIPTS = f"""
 SELECT account, operation, line, grant_id, taken_micro, returned_micro FROM receipts
 WHERE {PAGE} ORDER BY account, operation, line

@@ -17,6 +17,24 @@ PURCHASE_COLUMNS = {
 }  # fmt: skip
 """In the order of :func:`models.rules.state.purchase_row`, the account first."""
 
+ALLOWANCE_COLUMNS = {
+    "account": "text", "key": "text", "limit_micro": "bigint", "period": "text", "since": "timestamptz",
+    "used_micro": "bigint", "uses": "bigint", "is_removed": "bool",
+}  # fmt: skip
+"""In the order of :func:`models.rules.sharing.allowance_row`, the account first."""
+
+REFERRAL_COLUMNS = {
+    "account": "text", "code": "text", "referrer": "text", "claimed_code": "text", "claimed_at": "timestamptz",
+    "settled_at": "timestamptz", "referees": "bigint",
+}  # fmt: skip
+"""In the order of :func:`models.rules.sharing.referral_row`, the account first."""
+
+CODE_COLUMNS = (
+    "code", "kind", "account", "operation", "place", "amount_micro", "uses", "expires_at", "status", "used",
+    "closed_at", "terms",
+)  # fmt: skip
+"""In the order of :func:`models.rules.sharing.code_row`."""
+
 PURCHASE_VALUES = ", ".join(
     f"p.{column}::text" if kind == "json" else f"p.{column}" for column, kind in PURCHASE_COLUMNS.items()
 )

@@ -36,7 +36,7 @@ BUCKETS = ", ".join(f"{counter}_micro" for counter in COUNTERS)
 
 ACCOUNT = f"""
 SELECT kind, status, email, locale, timezone, opened_at, updated_at, next_due_at, operations, seq, head, last_grant,
-       {BUCKETS}, debt_micro, reference_micro
+       {BUCKETS}, debt_micro, reference_micro, converted_to, achieved
 FROM accounts WHERE account = %s
 """
 SUBSCRIPTION = f"SELECT {SUBSCRIPTION_VALUES} FROM subscriptions WHERE account = %s"

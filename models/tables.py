@@ -99,6 +99,97 @@ class AccountRow(Buckets, Base):
     debt_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
     reference_micro: Mapped[int] = mapped_column(BigInteger, server_default="0")
     """What was spendable right after credits last came in: thresholds in percent are of it."""
+    converted_to: Mapped[str | None]
+    """Of a lead that has signed up, the user."""
+    achieved: Mapped[str | None]
+    """The achievements that it has, with commas between them."""
+
+
+class AllowanceRow(Base):
+    """How much of something an account, or a member of a pool, has used in the period under way."""
+
+    __tablename__ = "allowances"
+    __table_args__ = (
+        CheckConstraint("used_micro >= 0 AND uses >= 0", name="allowances_not_negative"),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    """``member:NAME`` and others, see ``models/rules/sharing.py``."""
+    limit_micro: Mapped[int | None] = mapped_column(BigInteger)
+    period: Mapped[str]
+    since: Mapped[datetime]
+    """When the period began that the counters are of."""
+    used_micro: Mapped[int] = mapped_column(BigInteger)
+    uses: Mapped[int] = mapped_column(BigInteger)
+    is_removed: Mapped[bool]
+
+
+class ReferralRow(Base):
+    """Who referred an account, and by which code it refers others."""
+
+    __tablename__ = "referrals"
+    __table_args__ = (
+        Index("referrals_by_referrer", "referrer", "claimed_at", postgresql_where=text("referrer IS NOT NULL")),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    code: Mapped[str | None]
+    referrer: Mapped[str | None]
+    claimed_code: Mapped[str | None]
+    claimed_at: Mapped[datetime | None]
+    settled_at: Mapped[datetime | None]
+    """When it got its bonus, and its referrer was told."""
+    referees: Mapped[int] = mapped_column(BigInteger)
+    """How many it was rewarded for."""
+
+
+class CodeRow(Base):
+    """A gift or referral code. Its row is locked while one redeems it: it decides who was in time."""
+
+    __tablename__ = "codes"
+    __table_args__ = (
+        CheckConstraint("used >= 0 AND (uses IS NULL OR used <= uses)", name="codes_uses"),
+        Index("codes_by_account", "account", "operation", "place"),
+        Index(
+            "codes_ending", "expires_at", "code", postgresql_where=text("status = 'open' AND expires_at IS NOT NULL")
+        ),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
+
+    code: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    """``gift`` or ``referral``."""
+    account: Mapped[str]
+    operation: Mapped[str]
+    place: Mapped[int] = mapped_column(Integer)
+    amount_micro: Mapped[int] = mapped_column(BigInteger)
+    uses: Mapped[int | None] = mapped_column(BigInteger)
+    """NULL for without end."""
+    expires_at: Mapped[datetime | None]
+    status: Mapped[str]
+    """``open`` or ``closed``."""
+    used: Mapped[int] = mapped_column(BigInteger)
+    closed_at: Mapped[datetime | None]
+    terms: Mapped[str] = mapped_column(JSON)
+    """All that it is, and that never changes."""
+
+
+class RedemptionRow(Base):
+    """One use of a code; immutable. Its key is why no use can be given twice."""
+
+    __tablename__ = "redemptions"
+    __table_args__ = (Index("redemptions_by_account", "account", "at"),)
+
+    code: Mapped[str] = mapped_column(primary_key=True)
+    slot: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    """Which use it was, from 0."""
+    account: Mapped[str]
+    operation: Mapped[str]
+    amount_micro: Mapped[int] = mapped_column(BigInteger)
+    at: Mapped[datetime]
 
 
 class SubscriptionRow(Base):

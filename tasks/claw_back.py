@@ -10,7 +10,7 @@ from tasks.grants import told
 from tasks.operation import Context, Need, Outcome, operation
 
 
-@operation(ClawBack, need=lambda message: Need("purchase", message.purchase), concludes=True)
+@operation(ClawBack, need=lambda message: (Need("purchase", message.purchase),), concludes=True)
 def claw_back(account: Account, message: ClawBack, context: Context) -> Outcome:
     """Bring what was taken of a purchase's credits to the share of its money that is away, and freeze or thaw the rest.
 

@@ -31,7 +31,7 @@ def consume(account: Account, message: Consume, context: Context) -> Outcome:
     return Outcome(cost - missing, plan, receipt, details, quantity, message.feature)
 
 
-@operation(Refund, need=lambda message: Need("charge", message.charge))
+@operation(Refund, need=lambda message: (Need("charge", message.charge),))
 def refund(account: Account, message: Refund, context: Context) -> Outcome:
     """Give back all, or ``amount`` credits, of a consume or a capture, in reverse order of taking.
 

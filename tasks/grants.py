@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 from creditlane.amounts import format_amount
@@ -82,11 +83,11 @@ def adjust(account: Account, message: Adjust, context: Context) -> Outcome:
     return Outcome(charged=-amount, uses=plan)
 
 
-def _revoke_need(message: Revoke) -> Need:
+def _revoke_need(message: Revoke) -> Sequence[Need]:
     if message.grant is not None:
-        return Need("grant", message.grant)
+        return (Need("grant", message.grant),)
     assert message.purchase is not None
-    return Need("purchase", message.purchase)
+    return (Need("purchase", message.purchase),)
 
 
 @operation(Revoke, need=_revoke_need)

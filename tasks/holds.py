@@ -46,7 +46,7 @@ def hold(account: Account, message: Hold, context: Context) -> Outcome:
     return Outcome(cost, plan, None, details, quantity, message.feature)
 
 
-@operation(Capture, need=lambda message: Need("hold", message.hold))
+@operation(Capture, need=lambda message: (Need("hold", message.hold),))
 def capture(account: Account, message: Capture, context: Context) -> Outcome:
     """Take the final amount out of a hold: ``amount`` credits, ``quantity`` of its feature, or all of it.
 
@@ -82,7 +82,7 @@ def capture(account: Account, message: Capture, context: Context) -> Outcome:
     return Outcome(final, uses + extra, receipt, {"hold": held.id}, quantity, held.feature)
 
 
-@operation(Release, need=lambda message: Need("hold", message.hold))
+@operation(Release, need=lambda message: (Need("hold", message.hold),))
 def release(account: Account, message: Release, context: Context) -> Outcome:
     """Give a hold back whole, in reverse order of taking; what has expired meanwhile lapses at once.
 

@@ -60,8 +60,9 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 class Need(NamedTuple):
     """A past row that an operation works on, beyond the account's open grants and holds."""
 
-    kind: Literal["hold", "charge", "transfer", "grant", "purchase", "subscription"]
+    kind: Literal["hold", "charge", "transfer", "grant", "purchase", "subscription", "allowance", "code", "referral"]
     key: str | int
+    """Of a subscription, and of what an account was referred by, nothing: it has one."""
 
 
 class Operation(NamedTuple):
@@ -69,7 +70,7 @@ class Operation(NamedTuple):
 
     name: str
     run: Callable[[Account, Any, Context], Outcome]
-    need: Callable[[Any], Need] | None = None
+    need: Callable[[Any], Sequence[Need]] | None = None
     opens: bool = False
     """Whether it may be applied to an account that was not opened."""
     concludes: bool = False
@@ -83,7 +84,7 @@ class Operation(NamedTuple):
 
 def operation(
     kind: type[Message],
-    need: Callable[[Any], Need] | None = None,
+    need: Callable[[Any], Sequence[Need]] | None = None,
     opens: bool = False,
     concludes: bool = False,
     refused: Callable[[Any, str, Code], Sequence[FollowUp]] | None = None,

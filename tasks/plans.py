@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -23,8 +24,8 @@ from tasks.grants import told
 from tasks.operation import Context, Need, Outcome, operation
 
 
-def _need(message: Any) -> Need:
-    return Need("subscription", "")
+def _need(message: Any) -> Sequence[Need]:
+    return (Need("subscription", ""),)
 
 
 @operation(Subscribe, need=_need)

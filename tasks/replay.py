@@ -19,6 +19,7 @@ from models.audit_rows import Row, Totals
 from models.report import Report
 from models.rules.catalog import Catalog
 from models.rules.settling import settle
+from models.rules.sharing import allowance_row, referral_row
 from models.rules.state import COUNTERS, Account, Grant, Hold, purchase_row, subscription_row
 from tasks.ledger import apply
 from tasks.operation import Need
@@ -146,8 +147,8 @@ class Replay:
             self._over = True
             return
         find = OPERATIONS[task].need
-        if find is not None:
-            self._fetch(find(message))
+        for need in find(message) if find is not None else ():
+            self._fetch(need)
         made = apply(account, task, operation, message, raw, applied_at, catalog).row
         self.report.replayed += 1
         if made is None:
@@ -173,8 +174,8 @@ class Replay:
             if key in self._closed:
                 account.holds[key] = self._closed.pop(key)
             return
-        if need.kind in ("grant", "subscription"):
-            return  # all lots are known; what is taken back of one does not depend on their order
+        if need.kind in ("grant", "subscription", "allowance", "referral"):
+            return  # all are known; what is taken back of a lot does not depend on their order
         if need.kind == "purchase":
             purchase = account.purchases.get(key)  # what was taken of its lots may come back to them
             named = [taking.grant for taking in purchase.takings] if purchase is not None else []
@@ -221,10 +222,12 @@ class Replay:
         grants: Sequence[Row],
         holds: Sequence[Row],
         receipts: Sequence[Row],
-        subscriptions: Sequence[Row],
-        purchases: Sequence[Row],
+        others: Mapping[str, Sequence[Row]],
     ) -> None:
-        """Compare the account, its grants, holds, receipts, subscription and purchases with what came out."""
+        """Compare the account, its grants, holds, receipts and other rows with what came out.
+
+        :param others: see :meth:`models.audit_page.Replay.finish`.
+        """
         if self._over:
             return
         account = self.account
@@ -246,6 +249,7 @@ class Replay:
             "next_due_at": account.due_at(),
             "opening": (
                 account.kind, account.status, account.email, account.locale, account.timezone, account.opened_at,
+                account.converted_to, account.achieved,
             ),
         }  # fmt: skip
         for field, value in mine.items():
@@ -258,9 +262,14 @@ class Replay:
         self._finish_receipts(kept, receipts)
         subscription = account.subscription
         made = [] if subscription is None else [(account.account, subscription_row(subscription))]
-        self._same("subscriptions", "subscription of", {row[0]: row[1:] for row in subscriptions}, made)
+        self._same("subscriptions", "subscription of", {row[0]: row[1:] for row in others["subscriptions"]}, made)
         returned = ((name, purchase_row(purchase)) for name, purchase in account.purchases.items())
-        self._same("purchases", "purchase", {row[1]: row[1:] for row in purchases}, returned)
+        self._same("purchases", "purchase", {row[1]: row[1:] for row in others["purchases"]}, returned)
+        counted = ((key, allowance_row(allowance)) for key, allowance in account.allowances.items())
+        self._same("allowances", "allowance", {row[1]: row[1:] for row in others["allowances"]}, counted)
+        referral = account.referral
+        referred = [] if referral is None else [(account.account, referral_row(referral))]
+        self._same("referrals", "referral of", {row[0]: row[1:] for row in others["referrals"]}, referred)
 
     def _finish_receipts(self, holds: Sequence[Hold], receipts: Sequence[Row]) -> None:
         written = {(operation, line): tuple(rest) for _, operation, line, *rest in receipts}
@@ -291,10 +300,10 @@ class Replay:
 def _named_by(name: str, arguments: str) -> Iterable[str]:
     try:
         find = OPERATIONS[name].need
-        need = find(decode_message(name, arguments.encode())) if find is not None else None
+        needs = find(decode_message(name, arguments.encode())) if find is not None else ()
     except (ContractError, KeyError):
         return ()  # it is a fault when its turn comes
-    return () if need is None or need.kind in ("hold", "grant", "purchase", "subscription") else (str(need.key),)
+    return [str(need.key) for need in needs if need.kind in ("charge", "transfer")]
 
 
 def _grant_row(grant: Grant) -> tuple[int, Row]:

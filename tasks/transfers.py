@@ -132,7 +132,7 @@ def receive(account: Account, message: Receive, context: Context) -> Outcome:
     return Outcome(uses=uses, details=details, follow=[_concluded(Confirm.operation, message)])
 
 
-@operation(Confirm, need=lambda message: Need("transfer", message.transfer), concludes=True)
+@operation(Confirm, need=lambda message: (Need("transfer", message.transfer),), concludes=True)
 def confirm(account: Account, message: Confirm, context: Context) -> Outcome:
     """The recipient has the credits: they are no longer in transit, but sent.
 
@@ -146,7 +146,7 @@ def confirm(account: Account, message: Confirm, context: Context) -> Outcome:
     return Outcome(uses=uses, details={"transfer": message.transfer})
 
 
-@operation(Bounce, need=lambda message: Need("transfer", message.transfer), concludes=True)
+@operation(Bounce, need=lambda message: (Need("transfer", message.transfer),), concludes=True)
 def bounce(account: Account, message: Bounce, context: Context) -> Outcome:
     """The recipient could not take the credits: they go back to their lots, in reverse order of taking.
 

@@ -20,8 +20,25 @@ from creditlane.client import NOTICES
 from creditlane.codes import Code
 from creditlane.contract import Message
 from creditlane.events import EXCHANGE
-from models.columns import PURCHASE_COLUMNS, PURCHASE_VALUES, SUBSCRIPTION_COLUMNS, SUBSCRIPTION_VALUES
+from models.columns import (
+    ALLOWANCE_COLUMNS,
+    CODE_COLUMNS,
+    PURCHASE_COLUMNS,
+    PURCHASE_VALUES,
+    REFERRAL_COLUMNS,
+    SUBSCRIPTION_COLUMNS,
+    SUBSCRIPTION_VALUES,
+)
 from models.rules.catalog import Catalog
+from models.rules.sharing import (
+    SharedCode,
+    allowance_of,
+    allowance_row,
+    code_of,
+    code_row,
+    referral_of,
+    referral_row,
+)
 from models.rules.state import (
     ACCOUNT_FIELDS,
     COUNTERS,
@@ -62,7 +79,7 @@ BUCKETS = ", ".join(f"{counter}_micro" for counter in COUNTERS)
 
 LOCK_ACCOUNTS = f"""
 SELECT account, kind, status, email, locale, timezone, opened_at, updated_at, next_due_at, operations, seq, head,
-       last_grant, {BUCKETS}, debt_micro, reference_micro
+       last_grant, {BUCKETS}, debt_micro, reference_micro, converted_to, achieved
 FROM accounts WHERE account = ANY(%s::text[]) ORDER BY account FOR UPDATE
 """
 GRANT_COLUMNS = f"""
@@ -149,6 +166,14 @@ JOIN grants g ON g.account = s.account AND g.grant_id = named.grant_id
 WHERE s.account = ANY(%s::text[])
 """
 
+ALLOWANCES = (
+    f"SELECT {', '.join(f'a.{column}' for column in ALLOWANCE_COLUMNS)}"
+    f" FROM {PAIRS} JOIN allowances a ON a.account = k.account AND a.key = k.key"
+)
+REFERRALS = f"SELECT {', '.join(REFERRAL_COLUMNS)} FROM referrals WHERE account = ANY(%s::text[])"
+CODES = "SELECT status, used, closed_at, terms::text FROM codes WHERE code = ANY(%s::text[]) ORDER BY code FOR UPDATE"
+"""Sorted, so that of two batches that name the same codes one waits for the other, and neither for both."""
+
 
 def _upsert(table: str, columns: dict[str, str], key: Sequence[str]) -> str:
     """A statement that writes whole rows. All values travel as text: an array of arrays would come out flat."""
@@ -163,6 +188,8 @@ def _upsert(table: str, columns: dict[str, str], key: Sequence[str]) -> str:
 
 UPSERT_SUBSCRIPTIONS = _upsert("subscriptions", SUBSCRIPTION_COLUMNS, ("account",))
 UPSERT_PURCHASES = _upsert("purchases", PURCHASE_COLUMNS, ("account", "purchase"))
+UPSERT_ALLOWANCES = _upsert("allowances", ALLOWANCE_COLUMNS, ("account", "key"))
+UPSERT_REFERRALS = _upsert("referrals", REFERRAL_COLUMNS, ("account",))
 
 INSERT_NOTICES = """
 INSERT INTO notices (account, key, kind, at, created_at, details, channels, delivered_at)
@@ -174,7 +201,7 @@ ON CONFLICT DO NOTHING
 
 COPY_ACCOUNTS = (
     "COPY accounts (account, kind, status, email, locale, timezone, opened_at, updated_at, next_due_at, operations,"
-    f" seq, head, last_grant, {BUCKETS}, debt_micro, reference_micro) FROM STDIN"
+    f" seq, head, last_grant, {BUCKETS}, debt_micro, reference_micro, converted_to, achieved) FROM STDIN"
 )
 COPY_GRANTS = (
     "COPY grants (account, grant_id, source, priority, features, effective_at, expires_at, created_at, operation,"
@@ -194,6 +221,8 @@ COPY_HOLDS = (
     " closed_at) FROM STDIN"
 )
 COPY_OUTBOX = "COPY outbox (id, account, exchange, task, operation, arguments, created_at) FROM STDIN"
+COPY_CODES = f"COPY codes ({', '.join(CODE_COLUMNS)}) FROM STDIN"
+COPY_REDEMPTIONS = "COPY redemptions (code, slot, account, operation, amount_micro, at) FROM STDIN"
 OUTBOX_IDS = "SELECT nextval('outbox_id_seq') FROM generate_series(1, %s)"
 """Taken before the rows are written, since COPY does not tell which it gave them; the accounts are locked by then, so
 the rows of one account have ascending ids."""
@@ -209,6 +238,7 @@ ACCOUNTS = Changing(
         Column("head", "bytea"),
         Column("last_grant", "int"),
         *(Column(f"{bucket}_micro", "bigint") for bucket in (*COUNTERS, "debt", "reference")),
+        *(Column(name, "text") for name in ("converted_to", "achieved")),
     ),
 )
 """In the order of :data:`models.rules.state.ACCOUNT_FIELDS`."""
@@ -230,6 +260,13 @@ BUCKETS_OF_GRANT, EXPIRES_AT = slice(12, 24), 5
 """Where a loaded grant's row, without its account, has the columns above, but for ``is_open``, which is not read."""
 
 changing_fields = attrgetter(*COUNTERS, "clawed_back", "forgiven", "expires_at", "is_open")
+
+CODES_CHANGING = Changing(
+    "codes",
+    (Column("code", "text"),),
+    (Column("status", "text"), Column("used", "bigint"), Column("closed_at", "timestamptz")),
+)
+code_fields = attrgetter("status", "uses", "closed_at")
 
 HOLDS = Changing(
     "holds",
@@ -418,6 +455,8 @@ class LedgerWriter:
         stages.end("rules")
         with cursor:
             self._insert(cursor, accounts, () if ahead else rows_of(jobs), meanwhile)
+            if loaded.codes:
+                self._write_codes(cursor, loaded.codes.values())
             outbox = insert_outbox(cursor, messages, loaded.now) if messages else []
             crash_point("after-copy")
             with self.connection.pipeline():
@@ -469,6 +508,21 @@ class LedgerWriter:
         ]
         copy(cursor, COPY_HOLDS, holds)
 
+    @staticmethod
+    def _write_codes(cursor: Cursor[Any], codes: Iterable[SharedCode]) -> None:
+        """Write codes that were issued, what became of others, and each use of them."""
+        codes = list(codes)
+        copy(cursor, COPY_CODES, [row_line(code_row(code)) for code in codes if code.is_new])
+        old = [code for code in codes if not code.is_new and (code.is_dirty or code.taken)]
+        if old:
+            update(cursor, CODES_CHANGING, [(code.terms.code,) for code in old], None, list(map(code_fields, old)))
+        uses = [
+            row_line((code.terms.code, slot, use.account, use.operation, use.amount, use.at))
+            for code in codes
+            for slot, use in sorted(code.taken.items())
+        ]
+        copy(cursor, COPY_REDEMPTIONS, uses)
+
     def _update(self, cursor: Cursor[Any], loaded: Loaded, accounts: Sequence[Account]) -> None:
         old = [account for account in accounts if not account.is_new]
         if old:
@@ -512,7 +566,22 @@ class LedgerWriter:
             for purchase in account.purchases.values()
             if purchase.is_dirty
         ]
-        for statement, whole in ((UPSERT_SUBSCRIPTIONS, subscriptions), (UPSERT_PURCHASES, purchases)):
+        allowances = [
+            (account.account, *allowance_row(allowance))
+            for account in accounts
+            if account.allowances
+            for allowance in account.allowances.values()
+            if allowance.is_dirty
+        ]
+        referrals = [
+            (account.account, *referral_row(account.referral))
+            for account in accounts
+            if account.referral is not None and account.referral.is_dirty
+        ]
+        for statement, whole in (
+            (UPSERT_SUBSCRIPTIONS, subscriptions), (UPSERT_PURCHASES, purchases), (UPSERT_ALLOWANCES, allowances),
+            (UPSERT_REFERRALS, referrals),
+        ):  # fmt: skip
             if whole:
                 columns = zip(*whole, strict=True)
                 cursor.execute(statement, [texts(map(_text_of, column)) for column in columns])
@@ -558,6 +627,12 @@ class Loaded:
                 grants.append(connection.execute(NAMED_GRANTS, needs["grant"]))
             if "purchase" in needs:
                 grants.append(connection.execute(PURCHASED_GRANTS, needs["purchase"]))
+            allowances = connection.execute(ALLOWANCES, needs["allowance"]) if "allowance" in needs else None
+            referrals = None
+            if "referral" in needs:
+                referrals = connection.execute(REFERRALS, (texts(needs["referral"][0]),))
+            # Last: they are of all lanes, and locked no longer than must be.
+            codes = connection.execute(CODES, (texts(sorted(needs["code"][1])),)) if "code" in needs else None
             now = clock.fetchone()
             assert now is not None
             self.now: datetime = now[0]
@@ -583,6 +658,13 @@ class Loaded:
             self._subscriptions = _by_account(subscriptions)
             self._known = _by_account([known])
             self._charges = _by_account([charges, transfers])
+            self._allowances = _by_account([allowances])
+            self._referrals = _by_account([referrals])
+            self.codes: dict[str, SharedCode] = {}
+            """The codes that the jobs name, and those that they make: the same for all accounts."""
+            if codes is not None:
+                shared = [code_of(*row) for row in codes.fetchall()]
+                self.codes.update((code.terms.code, code) for code in shared)
         self.accounts = {name: self.make(name) for name in names}
 
     def _missing_roots(self) -> tuple[str, str] | None:
@@ -611,6 +693,12 @@ class Loaded:
         row = self._accounts.get(name)
         account = Account(name) if row is None else Account(name, row)
         account.is_new = row is None
+        for code in [*self.codes.values()]:
+            if code.is_new and code.terms.account == name:
+                del self.codes[code.terms.code]
+            else:
+                code.forget(name)
+        account.codes = self.codes
         for grant_id, source, priority, features, *rest in self._grants.get(name, ()):
             if grant_id not in account.grants:
                 scope = None if features is None else frozenset(features)
@@ -619,6 +707,10 @@ class Loaded:
             account.subscription = subscription_of(subscription)
         for purchase in self._purchases.get(name, ()):
             account.purchases[purchase[0]] = purchase_of(purchase)
+        for allowance in self._allowances.get(name, ()):
+            account.allowances[allowance[0]] = allowance_of(allowance)
+        for referral in self._referrals.get(name, ()):
+            account.referral = referral_of(referral)
         for hold in self._holds.get(name, ()):
             account.holds[hold[0]] = Hold(*hold)
         for operation, grant_id, taken, returned in self._hold_lines.get(name, ()):
@@ -841,7 +933,8 @@ def _needs(jobs: Sequence[Job]) -> dict[str, tuple[list[str], list[str]]]:
     for job in jobs:
         find = OPERATIONS[job.name].need
         if find is not None:
-            need: Need = find(job.message)
-            # Once each: a charge that two refunds of a batch name must not have its receipt twice.
-            needs.setdefault(need.kind, {})[job.account, str(need.key)] = None
+            need: Need
+            for need in find(job.message):
+                # Once each: a charge that two refunds of a batch name must not have its receipt twice.
+                needs.setdefault(need.kind, {})[job.account, str(need.key)] = None
     return {kind: ([account for account, _ in pairs], [key for _, key in pairs]) for kind, pairs in needs.items()}

@@ -32,7 +32,7 @@ NOTICE_KINDS = (
 )  # fmt: skip
 """What a notice may be of, beside ``low_balance`` and ``expiring``, which have settings of their own."""
 
-PROMOTIONAL = frozenset({"signup", "lead", "bonus", "referral", "promotion"})
+PROMOTIONAL = frozenset({"signup", "lead", "bonus", "referral", "promotion", "achievement"})
 """Sources of credits that nobody paid for: not to be given away unless the catalog says so."""
 
 EARNED = frozenset({"bonus", "referral", "promotion", "achievement"})
@@ -42,6 +42,7 @@ PriceId = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[
 """What a payment provider calls a price: a payment names it, and it says what was bought."""
 
 Days = Annotated[int, msgspec.Meta(ge=1, le=36_600)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 Priority = Annotated[int, msgspec.Meta(ge=0, le=1000)]
 
 _MONEY = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,3}))? ([A-Z]{3})\Z", re.ASCII)
@@ -425,6 +426,85 @@ class Retention(Section, frozen=True):
     """Quarantined messages after they were replayed or dropped. Those that are open stay."""
 
 
+class Gifts(Section, frozen=True, kw_only=True):
+    """``[gifts]``: how much may be given away, by transfer or gift code, and how often redeemed; no limit unless said.
+
+    A day begins at midnight in the catalog's zone.
+    """
+
+    credits_per_day: Micro | None = None
+    """What one account may give away in a day."""
+    gifts_per_day: Count | None = None
+    """How often."""
+    redeems_per_day: Count | None = None
+    """How many codes one account may redeem in a day."""
+    code_days: Days = 365
+    """How long a gift code can be redeemed, where its issue does not say."""
+
+    def __post_init__(self) -> None:
+        if self.credits_per_day is not None and self.credits_per_day <= 0:
+            raise ValueError("credits_per_day must be more than 0")
+
+
+class Referrals(Section, frozen=True, kw_only=True):
+    """``[referrals]``: what who refers somebody gets, and who is referred; nothing unless said."""
+
+    referrer: Micro = Micro(0)
+    """Credits for each referee."""
+    referee: Micro = Micro(0)
+    trigger: Literal["sign_up", "purchase"] = "sign_up"
+    """Whether both are given when the code is claimed, or with the referee's first purchase."""
+    source: Name = "referral"
+    expires_days: Days | None = None
+    """How long these credits live."""
+    claim_days: Days | None = None
+    """How long after its opening an account may claim a code; for ever unless said."""
+    per_day: Count | None = None
+    """How many referees an account is rewarded for in a day."""
+    per_referrer: Count | None = None
+    """And in all."""
+
+    def __post_init__(self) -> None:
+        if self.referrer < 0 or self.referee < 0:
+            raise ValueError("referrer and referee must not be negative")
+
+
+class Pools(Section, frozen=True, kw_only=True):
+    """``[pools]``: who may use a pool, and how much of it, where ``pools.set_member`` says nothing else."""
+
+    members: Literal["any", "listed"] = "any"
+    """Whether anybody whom the business names as a member may use it, or only those that were listed."""
+    member_limit: Micro | None = None
+    """Credits for each member in a period; none unless said."""
+    period: Literal["day", "week", "month", "total"] = "month"
+
+    def __post_init__(self) -> None:
+        if self.member_limit is not None and self.member_limit < 0:
+            raise ValueError("member_limit must not be negative")
+
+
+class Achievement(Section, frozen=True, kw_only=True):
+    """``[achievements.NAME]``: something an account reaches once, for which it may get credits."""
+
+    title: str = ""
+    measure: Literal["used", "referrals"] = "used"
+    """Credits used, what was given back not counted; or accounts that it was rewarded for referring."""
+    at: Micro
+    """From how many on it is reached."""
+    credits: Micro = Micro(0)
+    """What comes with it."""
+    expires_days: Days | None = None
+
+    def __post_init__(self) -> None:
+        if self.at <= 0:
+            raise ValueError("at must be more than 0")
+        if self.credits < 0:
+            raise ValueError("credits must not be negative")
+
+
+AchievementName = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9_-]+\Z")]
+
+
 class Catalog(Section, frozen=True):
     """A whole catalog."""
 
@@ -441,6 +521,10 @@ class Catalog(Section, frozen=True):
     clawback: Clawback = Clawback()
     refunds: Refunds = Refunds()
     retention: Retention = Retention()
+    gifts: Gifts = Gifts()
+    referrals: Referrals = Referrals()
+    pools: Pools = Pools()
+    achievements: dict[AchievementName, Achievement] = {}
 
     def __post_init__(self) -> None:
         days = self.retention.notices_days
@@ -462,7 +546,9 @@ class Catalog(Section, frozen=True):
         named = self.sources.get(source)
         if named is not None and named.transferable is not None:
             return named.transferable
-        return source not in PROMOTIONAL and source not in (self.signup.source, self.lead.source)
+        return source not in PROMOTIONAL and source not in (
+            self.signup.source, self.lead.source, self.referrals.source,
+        )  # fmt: skip
 
     @property
     def earned_sources(self) -> list[str]:

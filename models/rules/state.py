@@ -16,6 +16,7 @@ import msgspec
 
 from creditlane.contract import Message
 from models.rules.catalog import Terms
+from models.rules.sharing import Allowance, Referral, SharedCode
 
 MAX_OPEN_GRANTS = 1000
 """Grants with credits left that one account may have at a time."""
@@ -23,7 +24,7 @@ MAX_OPEN_GRANTS = 1000
 MAX_OPEN_HOLDS = 1000
 """Holds that one account may have open at a time."""
 
-UNOPENED, OPEN, CLOSED = "unopened", "open", "closed"
+UNOPENED, OPEN, FROZEN, CLOSED = "unopened", "open", "frozen", "closed"
 
 MAX_TOTAL_MICRO = 9 * 10**18
 """What one account may be credited with in all its life, in micro-credits: a Postgres bigint holds it."""
@@ -504,11 +505,11 @@ COUNTERS = (
 
 ACCOUNT_FIELDS = (
     "kind", "status", "email", "locale", "timezone", "opened_at", "updated_at", "next_due_at", "operations", "seq",
-    "head", "last_grant", *COUNTERS, "debt", "reference",
+    "head", "last_grant", *COUNTERS, "debt", "reference", "converted_to", "achieved",
 )  # fmt: skip
 """What is kept of an account beside its name, in the order in which :class:`Account` takes it."""
 
-NOBODY = ("user", UNOPENED, None, None, None, None, None, None, 0, 0, b"", 0, *(0 for _ in COUNTERS), 0, 0)
+NOBODY = ("user", UNOPENED, None, None, None, None, None, None, 0, 0, b"", 0, *(0 for _ in COUNTERS), 0, 0, None, None)
 """The fields of an account that nothing is known of."""
 
 
@@ -517,8 +518,12 @@ class Account:
 
     __slots__ = (
         "account",
+        "achieved",
+        "allowances",
         "available",
+        "codes",
         "consumed",
+        "converted_to",
         "debt",
         "email",
         "entries",
@@ -543,6 +548,7 @@ class Account:
         "purchases",
         "received",
         "reference",
+        "referral",
         "renewals",
         "restored",
         "revoked",
@@ -569,6 +575,10 @@ class Account:
     last_grant: int
     reference: int
     """What was spendable right after credits last came in: thresholds in percent are of it."""
+    converted_to: str | None
+    """Of a lead that has signed up, the user."""
+    achieved: str | None
+    """The achievements that it has, with commas between them."""
 
     def __init__(self, account: str, fields: Sequence[Any] = NOBODY) -> None:
         """An account with these :data:`ACCOUNT_FIELDS`, a new one unless given."""
@@ -577,7 +587,7 @@ class Account:
             self.kind, self.status, self.email, self.locale, self.timezone, self.opened_at, self.updated_at,
             self.next_due_at, self.operations, self.seq, self.head, self.last_grant, self.granted, self.received,
             self.restored, self.available, self.held, self.in_transit, self.consumed, self.expired, self.revoked,
-            self.sent, self.debt, self.reference,
+            self.sent, self.debt, self.reference, self.converted_to, self.achieved,
         ) = fields  # fmt: skip
         self.grants: dict[int, Grant] = {}
         self.order: list[Grant] = []
@@ -587,6 +597,12 @@ class Account:
         """Loaded where something is due some day, or the operation is about it; one that has ended may not be."""
         self.purchases: dict[str, Purchase] = {}
         """Those that were ever returned or disputed, nearly always none; all their lots are at hand."""
+        self.allowances: dict[str, Allowance] = {}
+        """Those that the operations of the batch are about, by key."""
+        self.codes: dict[str, SharedCode] = {}
+        """Those that the operations of the batch name: the same objects for all its accounts."""
+        self.referral: Referral | None = None
+        """Loaded where the operation is about it."""
         self.entries: list[Entry] = []
         self.renewals: list[Renewal] = []
         """Those of the operation under way."""

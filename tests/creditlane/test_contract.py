@@ -659,7 +659,7 @@ def test_a_name_that_is_no_operation_is_refused_as_such(name: str) -> None:
     assert error.code is Code.UNKNOWN_OPERATION
 
 
-@pytest.mark.parametrize("name", ["credits.convert", "credits.Open", "", "credits.batch"])
+@pytest.mark.parametrize("name", ["credits.nothing", "credits.Open", "", "credits.batch"])
 def test_an_unknown_name_of_a_newer_version_is_of_a_newer_version(name: str) -> None:
     assert refused(name, b'{"account":"a","v":2}').code is Code.UNKNOWN_VERSION
     assert refused(name, b'{"v":99,"to":"b"}').code is Code.UNKNOWN_VERSION

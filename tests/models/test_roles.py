@@ -33,12 +33,12 @@ from workers.ownership import LANE_CLASS, PRESENCE_CLASS
 PASSWORDS = {WORKER: secrets.token_urlsafe(16), READER: secrets.token_urlsafe(16)}
 
 LEDGER = ("operations", "entries")
-ONCE = (*LEDGER, "seals", "seal_leaves", "audits")
+ONCE = (*LEDGER, "seals", "seal_leaves", "audits", "redemptions")
 STATE = ("accounts", "grants", "holds", "receipts", "checkpoints", "checkpoint_grants", "subscriptions",
          "purchases", "schedules", "payment_events", "payment_facts", "payment_aliases", "payment_bindings",
-         "payment_orders", "payment_watermarks")  # fmt: skip
+         "payment_orders", "payment_watermarks", "allowances", "referrals")  # fmt: skip
 PASSING = ("outbox", "notices", "deliveries", "quarantine", "usage_days", "usage_watermark", "payment_groups")
-SENT = ("payment_operations",)
+SENT = ("payment_operations", "codes")
 """Written once, but for the group that their facts are of."""
 
 
