@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, TypeVar
@@ -15,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from creditlane.amounts import format_amount, parse_amount
-from models.catalog import CatalogError, Problem, load_catalog, parse_catalog, read_catalog, shipped_names
+from models.catalog import CatalogError, Problem, load_catalog, parse_catalog, shipped_names
 from models.catalog_changes import Change, compare, summary, values
 from models.catalog_prices import Quoted, Rate, price_words, quote, rates
 from models.catalog_texts import KeptText, check_kept, kept_texts
@@ -145,8 +144,7 @@ def _state(catalog: Catalog, kept: Sequence[KeptText]) -> str:
     """How the ledger knows it: ``used``, ``unused``, or ``other``, where its version was used with other content."""
     for each in kept:
         if each.label == catalog.label:
-            with _sentences():
-                return "other" if compare(parse_catalog(each.text, each.label), catalog) else "used"
+            return "other" if compare(parse_catalog(each.text, each.label), catalog) else "used"
     return "unused"
 
 
@@ -457,26 +455,17 @@ def _is_file(name: str) -> bool:
 
 
 def _find(name: str | None, kept: Sequence[KeptText] | None) -> Catalog:
-    """A catalog by what an operator calls it; it ends the command where there is none.
+    """A catalog by what an operator calls it.
 
     :param kept: those that the ledger knows; None where it was not to be asked, or is away.
+    :raises CatalogError: when there is none, or it cannot be used.
     """
-    with _sentences():
-        if name is None:
-            return deployment().catalog
-        for each in kept or ():
-            if each.label == name and not _is_file(name):
-                return parse_catalog(each.text, name)
-        return read_catalog(name).catalog
-
-
-@contextmanager
-def _sentences() -> Iterator[None]:
-    """End the command with a sentence where a catalog cannot be used."""
-    try:
-        yield
-    except CatalogError as error:
-        fail(str(error), USAGE)
+    if name is None:
+        return deployment().catalog
+    for each in kept or ():
+        if each.label == name and not _is_file(name):
+            return parse_catalog(each.text, name)
+    return load_catalog(name)
 
 
 def _from_ledger(read: Callable[[Connection[Any]], Found]) -> Found | None:

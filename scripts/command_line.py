@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from models.audit import Report, audit_new
 from models.audit import audit as audit_ledger
 from models.audit_processes import HelperError
-from models.catalog import CatalogError, load_catalog, shipped_names
+from models.catalog import load_catalog, shipped_names
 from models.catalog_texts import kept_catalogs
 from models.cutoff import WAIT_SECONDS as SEAL_WAIT_SECONDS
 from models.cutoff import BusyError
@@ -844,14 +844,14 @@ def read_root(text: str) -> bytes:
 
 def catalogs_at_hand(connection: Connection[Any], given: Sequence[str]) -> dict[str, Catalog]:
     """The catalogs to replay with, by label: those given, those that the ledger has kept, that of the environment, and
-    those that are shipped; of one label the first of these."""
+    those that are shipped; of one label the first of these.
+
+    :raises CatalogError: when a file cannot be used.
+    """
     names = [*shipped_names(), *filter(None, [os.environ.get("CREDITLANE_CATALOG")])]
-    try:
-        found = {catalog.label: catalog for catalog in map(load_catalog, names)}
-        found.update(kept_catalogs(connection))
-        found.update((catalog.label, catalog) for catalog in map(load_catalog, given))
-    except CatalogError as error:
-        fail(str(error), USAGE)
+    found = {catalog.label: catalog for catalog in map(load_catalog, names)}
+    found.update(kept_catalogs(connection))
+    found.update((catalog.label, catalog) for catalog in map(load_catalog, given))
     return found
 
 
