@@ -34,10 +34,10 @@ MEANINGS: Mapping[str, str] = {
     "clawback": "of what is taken back from then on",
     "refunds": "of what is given back from then on",
     "retention": "from the next daily run on, also of what is older",
-    "gifts": "of what is given, and of codes that are issued or redeemed, from then on, today's counted in",
+    "gifts": "of what is given, and of codes that are issued or redeemed, from then on",
     "referrals": "of referrals that are rewarded from then on, also of codes that were claimed before",
-    "pools": "of what members use from then on; what they used in this period counts",
-    "achievements": "of operations from then on: who is above a new mark reaches it with the next",
+    "pools": "of what members use from then on",
+    "achievements": "of operations from then on; what was reached stays",
 }
 """When a change takes effect, by section."""
 
