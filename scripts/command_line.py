@@ -65,6 +65,7 @@ from scripts.capacity import (
 )
 from scripts.capacity_showing import plan_lines, simulated_lines
 from scripts.capacity_simulation import simulate
+from scripts.codes_commands import codes_app
 from scripts.command_parts import (
     AWAY,
     FAULTS,
@@ -155,6 +156,7 @@ quarantine_app = typer.Typer(
 app.add_typer(account_app, name="account")
 app.add_typer(quarantine_app, name="quarantine")
 app.add_typer(plan_app, name="plan")
+app.add_typer(codes_app, name="codes")
 app.add_typer(notices_app, name="notices")
 app.add_typer(payments_app, name="payments")
 
