@@ -276,10 +276,8 @@ def _facts(found: CodeSummary) -> list[tuple[str, str]]:
     paid = "paid for by the account" if found.source is None else f"given by an administrator, as {said(found.source)}"
     facts = [
         ("code", f"[bold]{shown(found.code)}[/], {found.status}"),
-        (
-            "gives",
-            f"{found.credits} credits a use, {found.used:,} of {found.uses:,} used, {found.per_account} a person",
-        ),
+        ("gives", f"{found.credits} credits a use"),
+        ("used", f"{found.used:,} of {found.uses:,} times, at most {found.per_account:,} by one account"),
         ("issued by", f"{said(found.account)}, operation {said(found.operation)}, {paid}"),
         ("until", f"{instant(found.expires_at)} UTC"),
     ]
