@@ -38,6 +38,7 @@ from creditlane.contract import (
     decode_batch,
     decode_message,
     is_plain,
+    normal_code,
 )
 from creditlane.errors import (
     AlreadyReservedError,
@@ -307,6 +308,62 @@ class Operations:
         """
         arguments = {"account": account, "to": to, "amount": to_wire(amount), "message": message}
         return self.submit("credits.transfer", id, arguments, wait)
+
+    def issue_codes(
+        self,
+        account: str,
+        codes: Sequence[str],
+        amount: Amount,
+        *,
+        id: str,
+        uses: int | None = None,
+        per_account: int | None = None,
+        expires_at: datetime | None = None,
+        expires_in: int | None = None,
+        credits_expire_in: int | None = None,
+        source: str | None = None,
+        message: str | None = None,
+        actor: str | None = None,
+        reason: str | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """Make gift codes of ``amount`` credits a use; the account pays for all of their uses at once.
+
+        :param codes: their texts, at most 1,000, such as :func:`creditlane.gift_codes.new_code` makes; keep them, and
+            the id, before this is sent.
+        :param uses: how often each may be redeemed, in all; once unless given.
+        :param per_account: how often by one account; once unless given.
+        :param expires_in: seconds that they can be redeemed; the catalog says, unless this or ``expires_at`` is given.
+        :param actor: an administrator, with a ``reason``: then nothing is taken from the account; and ``source`` and
+            ``credits_expire_in`` (seconds from being redeemed) are of such codes alone.
+        """
+        arguments = {
+            "account": account, "codes": [normal_code(code) for code in codes], "amount": to_wire(amount), "uses": uses,
+            "per_account": per_account, "expires_at": expires_at, "expires_in": expires_in,
+            "credits_expire_in": credits_expire_in, "source": source, "message": message, "actor": actor,
+            "reason": reason,
+        }  # fmt: skip
+        return self.submit("codes.issue", id, arguments, wait)
+
+    def redeem_code(self, account: str, code: str, *, id: str, wait: float | None = None) -> Result | None:
+        """Get the credits of a gift code, typed in whatever way: ``abcd-efgh`` is ``ABCDEFGH``."""
+        return self.submit("codes.redeem", id, {"account": account, "code": normal_code(code)}, wait)
+
+    def withdraw_codes(
+        self,
+        account: str,
+        codes: Sequence[str],
+        *,
+        id: str,
+        actor: str | None = None,
+        reason: str | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """End codes that the account issued; what it paid for uses that are left comes back."""
+        arguments = {
+            "account": account, "codes": [normal_code(code) for code in codes], "actor": actor, "reason": reason,
+        }  # fmt: skip
+        return self.submit("codes.withdraw", id, arguments, wait)
 
     def subscribe(
         self,

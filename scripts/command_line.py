@@ -67,6 +67,7 @@ from scripts.capacity import (
 from scripts.capacity_showing import plan_lines, simulated_lines
 from scripts.capacity_simulation import simulate
 from scripts.catalog_commands import catalog_app
+from scripts.codes_commands import codes_app
 from scripts.command_parts import (
     AWAY,
     FAULTS,
@@ -158,6 +159,7 @@ app.add_typer(account_app, name="account")
 app.add_typer(quarantine_app, name="quarantine")
 app.add_typer(plan_app, name="plan")
 app.add_typer(catalog_app, name="catalog")
+app.add_typer(codes_app, name="codes")
 app.add_typer(notices_app, name="notices")
 app.add_typer(payments_app, name="payments")
 

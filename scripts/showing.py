@@ -177,6 +177,12 @@ def _deed(result: Result) -> str:
             return f"hold: {credits(amount)} set aside on {account}"
         case "transfer":
             return f"transfer: {credits(amount)} on their way from {account} to [bold]{said(result.to)}[/]"
+        case "codes.issue":
+            return f"issue: {result.codes} gift codes, {credits(amount)} taken from {account} until they are redeemed"
+        case "codes.withdraw":
+            return f"withdraw: {result.codes} gift codes ended, {credits(-amount)} back to {account}"
+        case "codes.redeem":
+            return f"redeem: {credits(result.credits or 0)} added to {account}"
         case "refund":
             return f"refund: {credits(-amount)} given back to {account}"
         case "grant" | "adjust" if not amount:

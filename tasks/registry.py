@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tasks.accounts import open_account, settle
 from tasks.claw_back import claw_back
+from tasks.codes import conclude, issue, redeem, withdraw
 from tasks.consuming import consume, refund
 from tasks.grants import adjust, grant, revoke
 from tasks.holds import capture, hold, release
@@ -15,6 +16,6 @@ OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         open_account, grant, consume, hold, capture, release, refund, adjust, revoke, claw_back, settle, transfer,
-        receive, confirm, bounce, subscribe, change, cancel, renew_on_payment, undo,
+        receive, confirm, bounce, issue, redeem, withdraw, conclude, subscribe, change, cancel, renew_on_payment, undo,
     )
 }  # fmt: skip

@@ -295,7 +295,18 @@ def read_answer(answer: Answer) -> Row:
     ):  # fmt: skip
         if amount in said:
             read[amount] = credits_of(said[amount])
-    for same in ("grant", "hold", "to", "sender", "transfer", "refused", "plan", "plan_status", "plan_next"):
+    for same in (
+        "grant",
+        "hold",
+        "to",
+        "sender",
+        "transfer",
+        "refused",
+        "plan",
+        "plan_status",
+        "plan_next",
+        "gift_code",
+    ):
         if same in said:
             read[same] = said[same]
     for instant in ("expires_at", "period_start", "period_end", "paid_until"):
