@@ -10,13 +10,13 @@ from models.rules.burning import burn, plan_burn
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.settling import close_hold
-from models.rules.state import MAX_OPEN_HOLDS, Account, Line
+from models.rules.state import FROZEN, MAX_OPEN_HOLDS, Account, Line
 from models.rules.state import Hold as Reservation
 from tasks.consuming import cost_of, feature_cost, insufficient
 from tasks.operation import Context, Need, Outcome, operation
 
 
-@operation(Hold)
+@operation(Hold, spends=True)
 def hold(account: Account, message: Hold, context: Context) -> Outcome:
     """Set the price of a feature, or an explicit amount in credits, aside for ``ttl`` seconds.
 
@@ -46,13 +46,14 @@ def hold(account: Account, message: Hold, context: Context) -> Outcome:
     return Outcome(cost, plan, None, details, quantity, message.feature)
 
 
-@operation(Capture, need=lambda message: (Need("hold", message.hold),))
+@operation(Capture, need=lambda message: (Need("hold", message.hold),), returns=True)
 def capture(account: Account, message: Capture, context: Context) -> Outcome:
     """Take the final amount out of a hold: ``amount`` credits, ``quantity`` of its feature, or all of it.
 
     Less than held: the rest goes back in reverse order of taking. More: the extra is burnt as a consume of
-    the same operation, all or nothing. Refusals: ``unknown_hold``, ``hold_closed``, ``insufficient_credits``,
-    ``unknown_feature`` and ``invalid`` (a quantity of a hold that names no feature). (ledger rules: capture)
+    the same operation, all or nothing; a frozen account may not. Refusals: ``account_frozen``, ``unknown_hold``,
+    ``hold_closed``, ``insufficient_credits``, ``unknown_feature`` and ``invalid`` (a quantity of a hold that names no
+    feature). (ledger rules: capture)
     """
     held = _open_hold(account, message.hold)
     quantity = None
@@ -65,6 +66,8 @@ def capture(account: Account, message: Capture, context: Context) -> Outcome:
         final = held.amount if message.amount is None else int(message.amount)
         if account.is_unlimited:
             final = min(final, held.amount)
+    if final > held.amount and account.status == FROZEN:
+        raise RefusedError(Code.ACCOUNT_FROZEN)
     extra, missing = plan_burn(account, max(0, final - held.amount), held.feature, context.now)
     if missing:
         raise insufficient(account, context, final - held.amount, missing)
@@ -82,7 +85,7 @@ def capture(account: Account, message: Capture, context: Context) -> Outcome:
     return Outcome(final, uses + extra, receipt, {"hold": held.id}, quantity, held.feature)
 
 
-@operation(Release, need=lambda message: (Need("hold", message.hold),))
+@operation(Release, need=lambda message: (Need("hold", message.hold),), returns=True)
 def release(account: Account, message: Release, context: Context) -> Outcome:
     """Give a hold back whole, in reverse order of taking; what has expired meanwhile lapses at once.
 

@@ -60,7 +60,7 @@ class Told:
         if code is None:
             self._operation(message, operation, outcome)
             self._renewed()
-        if self._watches:
+        if self._watches and self._account.converted_to is None:
             self._balance(self._account.spendable(self._now))
 
     def _operation(self, message: Message, operation: str, outcome: Outcome) -> None:
@@ -72,6 +72,8 @@ class Told:
             self._tell("pack_bought", f"pack_bought:{operation}", now, amount=format_amount(message.amount),
                        source=message.source, purchase=message.purchase)  # fmt: skip
         elif isinstance(message, Receive):
+            if message.from_lead:
+                return  # nobody gave it
             amount = format_amount(sum(lot.amount for lot in message.lots))
             self._tell("gift_received", f"gift_received:{operation}", now, amount=amount, sender=message.sender,
                        **({} if message.message is None else {"message": message.message}))  # fmt: skip

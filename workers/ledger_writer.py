@@ -102,7 +102,7 @@ TRANSFERS = f"""
 SELECT o.account, o.operation, o.name, o.status, o.arguments::text, o.result::text, e.grant_id, e.amount_micro, 0
 FROM {PAIRS} JOIN operations o ON o.account = k.account AND o.operation = k.key
 JOIN entries e ON e.account = o.account AND e.seq >= o.first_seq AND e.seq < o.first_seq + o.entries
-WHERE o.name = 'credits.transfer' AND e.kind = 'transferred'
+WHERE o.name IN ('credits.transfer', 'credits.convert') AND e.kind = 'transferred'
 ORDER BY o.account, o.operation, e.seq
 """
 KNOWN = f"""
