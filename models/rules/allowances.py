@@ -1,4 +1,4 @@
-"""Counting by period: how much an account, or a member of a pool, used since the period began (ledger rules: pools).
+"""Counting by period: how much an account, or a member of a pool, has used since it began (ledger rules: pools).
 
 Periods are those of the calendar in a zone, half open: a day from midnight, a week from Monday's, a month from that of
 its first day. ``total`` has no end.
