@@ -19,15 +19,19 @@ from tasks.operation import Context, FollowUp, Need, Outcome, operation
 from tasks.plans import stop
 from tasks.transfers import receiving
 
+MAX_FEATURES_BYTES = 256 * 1024
+"""What the features of the lots of one message may take in all: with all else of 1,000 lots it is below 1 MiB."""
+
 
 @operation(Convert, need=lambda _: (Need("subscription", ""),), concludes=True, spends=True)
 def convert(account: Account, message: Convert, context: Context) -> Outcome:
     """Send all that a lead has left to the user ``to``, and close the lead.
 
-    Of all lots, also promotional, scoped and upcoming ones; those of a purchase that is disputed follow when it is
-    thawed. A debt is paid out of them first. Its plan is cancelled: what is paid for is given to its end, and follows.
-    To the same user again: what is there by then. Refusals: ``account_closed``, ``account_frozen``,
-    ``already_converted`` (to another; with ``converted_to``), ``invalid`` for what is no lead.
+    Of all lots, also promotional, scoped and upcoming ones, of their source, priority, expiry, unit price, features and
+    start; those of a purchase that is disputed follow when it is thawed. A debt is paid out of them first. Its plan is
+    cancelled: what is paid for is given to its end, and follows. To the same user again: what is there by then.
+    Refusals: ``account_closed``, ``account_frozen``, ``already_converted`` (to another; with ``converted_to``),
+    ``invalid`` for what is no lead.
     """
     if account.converted_to not in (None, message.to):
         raise RefusedError(Code.ALREADY_CONVERTED, converted_to=account.converted_to)
@@ -37,7 +41,7 @@ def convert(account: Account, message: Convert, context: Context) -> Outcome:
         raise RefusedError(Code.INVALID, f"the account is a {account.kind}: only a lead is converted")
     for lot, available in leaving(account, context.now):
         pay_with(account, lot, available, context.now, context.operation)
-    plan = leaving(account, context.now)
+    plan = _together(leaving(account, context.now))
     receipt = burn(account, plan, "transferred", context.now, context.operation)
     subscription = account.subscription
     if account.converted_to is None and subscription is not None and subscription.is_active:
@@ -46,6 +50,16 @@ def convert(account: Account, message: Convert, context: Context) -> Outcome:
     account.is_dirty = True
     follow = [receiving(account.account, context.operation, message, plan, context.now)] if plan else []
     return Outcome(sum(taken for _, taken in plan), plan, receipt, {"to": message.to}, follow=follow)
+
+
+def _together(plan: Plan) -> Plan:
+    """As many of these lots as fit one message; the rest follows (see :func:`following`)."""
+    room = MAX_FEATURES_BYTES
+    for place, (lot, _) in enumerate(plan):
+        room -= sum(len(feature.encode()) + 3 for feature in lot.features or ())
+        if room < 0 and place:
+            return plan[:place]
+    return plan
 
 
 def converting(lead: str, to: str, after: str | None = None) -> FollowUp:
