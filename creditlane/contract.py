@@ -444,6 +444,12 @@ class WithdrawCodes(Message):
     actor: Text | None = None
     reason: Text | None = None
 
+    def __post_init__(self) -> None:
+        if len(set(self.codes)) < len(self.codes):
+            raise ValueError("codes has one twice")
+        if (self.actor is None) != (self.reason is None):
+            raise ValueError("send actor and reason, both or neither")
+
 
 class ConcludeCode(Message):
     """``codes.conclude``: somebody has redeemed a code that the account paid for. The ledger sends it itself."""
@@ -757,7 +763,7 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The number of the grant that a grant or an adjustment made."""
     hold: str | None = None
     expires_at: datetime | None = None
-    """When the hold's time runs out."""
+    """When the hold's time runs out, or that of the first of the codes that were issued."""
     owed: Decimal | None = None
     """What a revocation turned into debt, because it was spent."""
     forgiven: Decimal | None = None
@@ -800,6 +806,14 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """For ``accounts.…``: what the account is now."""
     open_holds: list[str] = []
     """Of a refusal to close an account: holds that are open, the first of them."""
+    gift_code: str | None = None
+    """For ``codes.redeem`` and ``codes.conclude``: the code."""
+    credits: Decimal | None = None
+    """What one use of it gives."""
+    message: str | None = None
+    """The word of who issued it."""
+    codes: int | None = None
+    """How many gift codes an operation made or ended."""
     replayed: bool = False
 
     @property

@@ -13,8 +13,8 @@ from models.rules.refusal import RefusedError
 from models.rules.state import MAX_OPEN_GRANTS, Account
 from tasks.operation import Context, Need, Outcome, operation
 
-CHARGES = (Consume.operation, Capture.operation)
-"""The operations that can be given back."""
+CHARGES = Consume.operation, Capture.operation
+"""What can be refunded."""
 
 
 @operation(Consume, spends=True)

@@ -20,18 +20,18 @@ from creditlane.contract import (
     Bounce,
     Confirm,
     Convert,
+    Parcel,
     Receive,
     Transfer,
     concluding_id,
     decode_message,
     receiving_id,
 )
-from models.rules.burning import Plan, burn, came_in, check_room, come_back, new_grant, pay_debt, plan_burn
+from models.rules.burning import Plan, burn, came_in, check_room, come_back, new_grant, pay_debt
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import MAX_OPEN_GRANTS, OPEN, Account, Grant, Known
-from tasks.consuming import insufficient, shortage
-from tasks.gifts import GIFT_NEED, check_gift, count_gift
+from tasks.gifts import GIFT_NEED, check_gift, count_gift, plan_gift
 from tasks.operation import Context, FollowUp, Need, Outcome, operation
 
 TRANSFERS = (Transfer.operation, Convert.operation)
@@ -49,12 +49,7 @@ def transfer(account: Account, message: Transfer, context: Context) -> Outcome:
     """
     amount = int(message.amount)
     check_gift(account, amount, context)
-    plan, missing = plan_burn(account, amount, None, context.now, context.catalog.is_transferable)
-    if missing:
-        short = plan_burn(account, amount, None, context.now)[1]
-        if short:
-            raise insufficient(account, context, amount, short)
-        raise RefusedError(Code.NOT_TRANSFERABLE, **shortage(account, context, amount, missing))
+    plan = plan_gift(account, amount, context)
     receipt = burn(account, plan, "transferred", context.now, context.operation)
     count_gift(account, amount, context)
     follow = receiving(account.account, context.operation, message, plan, context.now)
@@ -80,15 +75,18 @@ def receiving(sender: str, transfer: str, message: Transfer | Convert, plan: Pla
             "account": message.to,
             "sender": sender,
             "transfer": transfer,
-            "lots": [_parcel(grant, taken, now) for grant, taken in plan],
+            "lots": [parcel_of(grant, taken, now) for grant, taken in plan],
             **more,
             "v": VERSION,
         },
     )
 
 
-def _parcel(grant: Grant, amount_micro: int, now: datetime) -> dict[str, Any]:
-    """Credits of a lot as :class:`creditlane.contract.Parcel` on the wire."""
+def parcel_of(grant: Grant, amount_micro: int, now: datetime | None = None) -> dict[str, Any]:
+    """Credits of a lot as :class:`creditlane.contract.Parcel` on the wire.
+
+    :param now: given where the lot may not have begun yet.
+    """
     parcel: dict[str, Any] = {
         "source": grant.source, "amount": format_amount(amount_micro), "priority": grant.priority,
     }  # fmt: skip
@@ -100,7 +98,7 @@ def _parcel(grant: Grant, amount_micro: int, now: datetime) -> dict[str, Any]:
         }  # fmt: skip
     if grant.features is not None:
         parcel["features"] = sorted(grant.features)
-    if grant.effective_at > now:
+    if now is not None and grant.effective_at > now:
         parcel["effective_at"] = grant.effective_at
     return parcel
 
@@ -135,11 +133,22 @@ def receive(account: Account, message: Receive, context: Context) -> Outcome:
         raise RefusedError(Code.INVALID, "only the ledger itself sends this, under an id that it derives")
     if message.from_lead and account.kind != "user":
         raise RefusedError(Code.INVALID, f"a lead becomes a user, and this account is a {account.kind}")
-    if account.open_grants() + len(message.lots) > MAX_OPEN_GRANTS:
+    uses = take_in(account, message.lots, context)
+    details = {"sender": message.sender, "transfer": message.transfer}
+    return Outcome(uses=uses, details=details, follow=[_concluded(Confirm.operation, message)])
+
+
+def take_in(account: Account, lots: Sequence[Parcel], context: Context) -> Plan:
+    """Add a lot for each one that somebody gave, as :func:`receive` says.
+
+    :returns: the new lots, with their micro-credits.
+    :raises RefusedError: ``limit_reached``, before anything was changed.
+    """
+    if account.open_grants() + len(lots) > MAX_OPEN_GRANTS:
         raise RefusedError(Code.LIMIT_REACHED, f"the account may have {MAX_OPEN_GRANTS} grants with credits left")
-    check_room(account, sum(lot.amount for lot in message.lots))
+    check_room(account, sum(lot.amount for lot in lots))
     uses = []
-    for lot in message.lots:
+    for lot in lots:
         price = lot.unit_price
         grant = new_grant(
             account,
@@ -160,8 +169,7 @@ def receive(account: Account, message: Receive, context: Context) -> Outcome:
             pay_debt(account, grant, amount, context.now, context.operation)
         uses.append((grant, amount))
     came_in(account, context.now)
-    details = {"sender": message.sender, "transfer": message.transfer}
-    return Outcome(uses=uses, details=details, follow=[_concluded(Confirm.operation, message)])
+    return uses
 
 
 @operation(Confirm, need=lambda message: (Need("transfer", message.transfer),), concludes=True)
