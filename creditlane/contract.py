@@ -364,7 +364,7 @@ class SetMember(Message):
 
     member: Name
     limit: Micro | None = None
-    """Credits; none means no limit of its own."""
+    """Credits in a period; none means no limit of its own: the catalog's for all members holds, if it has one."""
     period: Literal["day", "week", "month", "total"] = "month"
 
     def __post_init__(self) -> None:
@@ -373,7 +373,7 @@ class SetMember(Message):
 
 
 class RemoveMember(Message):
-    """``pools.remove_member``: it may use the pool no more."""
+    """``pools.remove_member``: it may use the pool no more; what it holds can still be captured or released."""
 
     operation: ClassVar[str] = "pools.remove_member"
 
@@ -721,6 +721,22 @@ class GrantUse(msgspec.Struct, kw_only=True, frozen=True):
     amount: Decimal
 
 
+class MemberUse(msgspec.Struct, kw_only=True, frozen=True):
+    """How a member of a pool stands after an operation that counts."""
+
+    member: str
+    period: Literal["day", "week", "month", "total"]
+    since: datetime
+    """When the period began, or the first instant of all."""
+    counted: Decimal
+    """What of the operation counts in this period."""
+    limit: Decimal | None = None
+    left: Decimal | None = None
+    """What the member may use yet; none without a limit."""
+    period_end: datetime | None = None
+    """The first instant after the period; none of ``total``."""
+
+
 class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The answer to one operation.
 
@@ -780,6 +796,12 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The sender's operation id of the transfer that this operation belongs to."""
     refused: Code | None = None
     """Why a transfer came back."""
+    member: str | None = None
+    """The member of a pool that was listed or removed, or whose limit refused it."""
+    limit: Decimal | None = None
+    """What that member may use in a period."""
+    allowance: MemberUse | None = None
+    """For what a member of a pool is charged: how it stands then, where it is counted."""
     replayed: bool = False
 
     @property
