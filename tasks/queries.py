@@ -13,10 +13,9 @@ from creditlane.amounts import parse_amount
 from creditlane.contract import VERSION, Instant, Key, Name
 from creditlane.reports import FORECAST_DAYS, MAX_FORECAST_DAYS, Grouping, Status
 from models import explaining, forecast, reading, usage_reading
-from models.catalog import load_catalog
 from models.database import reader
+from models.in_force import catalog_in_force
 from models.reading import DEFAULT_PAGE, MAX_PAGE
-from models.settings import settings
 
 RETRIES: dict[str, Any] = {
     "autoretry_for": (psycopg.OperationalError,),
@@ -124,7 +123,7 @@ def balance(account: str, v: int = 1) -> dict[str, Any] | None:
     """
     asked = understood(BalanceQuery, v, {"account": account})
     with reader() as connection:
-        return _told(reading.account_balance(connection, asked.account, load_catalog(settings().catalog)))
+        return _told(reading.account_balance(connection, asked.account, catalog_in_force(connection)))
 
 
 @shared_task(name="queries.history", **RETRIES)
@@ -174,8 +173,8 @@ def ahead(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
     """
     asked = understood(ForecastQuery, v, arguments)
     pace = None if asked.pace is None else parse_amount(asked.pace)
-    catalog = load_catalog(settings().catalog)
     with reader() as connection:
+        catalog = catalog_in_force(connection)
         return _told(forecast.forecast(connection, asked.account, catalog, days=asked.days, pace=pace, paid=asked.paid))
 
 
@@ -197,7 +196,7 @@ def explain(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
             return _told(explaining.explain_operation(connection, account, asked.operation, limit=limit, after=after))
         if asked.grant is not None:
             return _told(explaining.explain_grant(connection, account, asked.grant, limit=limit, after=after))
-        return _told(explaining.explain_balance(connection, account, load_catalog(settings().catalog)))
+        return _told(explaining.explain_balance(connection, account, catalog_in_force(connection)))
 
 
 def _told(found: msgspec.Struct | None) -> dict[str, Any] | None:
