@@ -162,7 +162,6 @@ def test_what_costs_nothing_counts_nothing() -> None:
 
 def test_a_limit_of_its_own_comes_before_that_of_all_with_its_period() -> None:
     lane = pool(DAILY)
-    assert listed(lane) == {**listed(lane), "id": "operation-3"}
     assert (listed(lane)["limit"], listed(lane)["period_end"]) == ("10", "2026-11-21T00:00:00Z")
     assert take(lane, 10)["allowance"]["period"] == "day"
     assert refused(take(lane, 1), Code.MEMBER_LIMIT)
@@ -333,6 +332,20 @@ def test_a_period_of_another_kind_begins_with_what_is_held() -> None:
     assert used(lane) == 3, "it was counted by the month"
     lane("release", hold=hold["id"])
     assert used(lane) == 1
+
+
+def test_a_count_that_began_anew_never_falls_below_nothing() -> None:
+    lane = pool(now=DECEMBER)
+    listed(lane, limit=10, period="month")
+    charge = take(lane, 5)
+    listed(lane, limit=10, period="day")
+    take(lane, 1)
+    lane("refund", operation=charge["id"], amount="2")
+    assert used(lane) == 1, "the month began with the day, and is another period"
+    listed(lane, limit=10, period="month")
+    take(lane, 1)
+    lane("refund", operation=charge["id"])
+    assert used(lane) == 0
 
 
 def test_a_thousand_producers_on_the_last_credit_of_a_member() -> None:
