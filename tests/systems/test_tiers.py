@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import pytest
-from creditlane.gift_codes import new_code
 
 from creditlane.codes import Code
+from creditlane.gift_codes import new_code
 from models.forecast import forecast
 from models.reading import history
 from models.rules.calendar import add_months
 from models.usage_reading import usage
-from schedules.warnings import warn
+from schedules.warnings import due, give
 from tests.support import eventually
 from tests.systems.conftest import Member, System
 
@@ -237,14 +237,15 @@ def test_a_low_balance_comes_with_advice_by_mail_and_in_the_app(system: System) 
 
 
 def test_it_is_warned_before_credits_expire(system: System) -> None:
-    member, end = subscriber(system)
+    member = system.open()
     assert system.catalog.notify.expiry_days == [14, 3, 1]
     member.buy("creator_kit")
     system.later(days=77)
+    now = datetime.now(UTC) + system.away
     with system.connect(read_only=False) as connection:
-        warn(connection, system.catalog)
+        for page in due(connection, now, system.catalog):
+            give(connection, page, now, system.catalog)
     assert "expiring" in member.notices()
-    assert end
 
 
 def test_what_expires_soonest_is_spent_first(system: System) -> None:
