@@ -369,7 +369,7 @@ class SetMember(Message):
 
     member: Name
     limit: Micro | None = None
-    """Credits; none means no limit of its own."""
+    """Credits in a period; none means no limit of its own: the catalog's for all members holds, if it has one."""
     period: Literal["day", "week", "month", "total"] = "month"
 
     def __post_init__(self) -> None:
@@ -378,7 +378,7 @@ class SetMember(Message):
 
 
 class RemoveMember(Message):
-    """``pools.remove_member``: it may use the pool no more."""
+    """``pools.remove_member``: it may use the pool no more; what it holds can still be captured or released."""
 
     operation: ClassVar[str] = "pools.remove_member"
 
@@ -741,6 +741,22 @@ class GrantUse(msgspec.Struct, kw_only=True, frozen=True):
     amount: Decimal
 
 
+class MemberUse(msgspec.Struct, kw_only=True, frozen=True):
+    """How a member of a pool stands after an operation that counts."""
+
+    member: str
+    period: Literal["day", "week", "month", "total"]
+    since: datetime
+    """When the period began, or the first instant of all."""
+    counted: Decimal
+    """What of the operation counts in this period."""
+    limit: Decimal | None = None
+    left: Decimal | None = None
+    """What the member may use yet; none without a limit."""
+    period_end: datetime | None = None
+    """The first instant after the period; none of ``total``."""
+
+
 class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The answer to one operation.
 
@@ -814,6 +830,12 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The word of who issued it."""
     codes: int | None = None
     """How many gift codes an operation made or ended."""
+    member: str | None = None
+    """The member of a pool that was listed or removed, or whose limit refused it."""
+    limit: Decimal | None = None
+    """What that member may use in a period."""
+    allowance: MemberUse | None = None
+    """For what a member of a pool is charged: how it stands then, where it is counted."""
     replayed: bool = False
 
     @property

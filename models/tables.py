@@ -124,7 +124,8 @@ class AllowanceRow(Base):
     """When the period began that the counters are of."""
     used_micro: Mapped[int] = mapped_column(BigInteger)
     uses: Mapped[int] = mapped_column(BigInteger)
-    is_removed: Mapped[bool]
+    is_listed: Mapped[bool | None]
+    """Of a member of a pool: true on its list, false taken off, NULL never on it."""
 
 
 class ReferralRow(Base):

@@ -114,7 +114,8 @@ def apply(
         if account.seq != settled:
             raise AssertionError(f"{name} was refused after it wrote entries") from refusal
         status, code = "rejected", refusal.code.value
-        outcome = Outcome(follow=() if task.refused is None else task.refused(message, operation, refusal.code))
+        follow = () if task.refused is None else task.refused(message, operation, refusal.code)
+        outcome = Outcome(details=refusal.details, follow=follow)
         fields: dict[str, Any] = {"code": code, "reason": refusal.reason, **refusal.details}
     else:
         fields = {"charged": format_amount(outcome.charged)}

@@ -20,7 +20,7 @@ CREATE TABLE allowances (
     since TIMESTAMP WITH TIME ZONE NOT NULL,
     used_micro BIGINT NOT NULL,
     uses BIGINT NOT NULL,
-    is_removed BOOLEAN NOT NULL,
+    is_listed BOOLEAN,
     PRIMARY KEY (account, key),
     CONSTRAINT allowances_not_negative CHECK (used_micro >= 0 AND uses >= 0)
 ) WITH (fillfactor = 70);
