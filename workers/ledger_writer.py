@@ -686,9 +686,6 @@ class Loaded:
             self._hold_lines = _by_account([hold_lines])
             self._subscriptions = _by_account(subscriptions)
             self._known = _by_account([known])
-            pairs = self._members(jobs, {row[0] for row in counting}) if counting is not None else None
-            members = connection.execute(ALLOWANCES, pairs) if pairs is not None else None
-            self._allowances = _by_account([allowances, members])
             self._referrals = _by_account([referrals])
             self._codes: list[Values] = [] if codes is None else codes.fetchall()
             self.codes: dict[str, SharedCode] = {}
@@ -697,6 +694,9 @@ class Loaded:
             issues = self._withdrawn(jobs) - set(zip(*needs.get("transfer", ((), ())), strict=True))
             issued = connection.execute(TRANSFERS, _pairs(issues)) if issues else None
             self._charges = _by_account([charges, transfers, issued])
+            pairs = self._members(jobs, {row[0] for row in counting}) if counting is not None else None
+            members = connection.execute(ALLOWANCES, pairs) if pairs is not None else None
+            self._allowances = _by_account([allowances, members])
         self._sharing = frozenset(needs["code"][0]) if "code" in needs else frozenset()
         self.accounts = {name: self.make(name) for name in names}
 
