@@ -756,7 +756,8 @@ class Loaded:
                     pairs[job.account, member] = None
         for name in pools:
             holders = {hold[HOLDER] for hold in self._holds.get(name, ())}
-            charged = {charged_member(charge[RESULT]) for charge in self._charges.get(name, ())}
+            results = (charge[RESULT] for charge in self._charges.get(name, ()))
+            charged = {charged_member(result) for result in results if result is not None}
             pairs.update(((name, member), None) for member in holders | charged if member is not None)
         if not pairs:
             return None
