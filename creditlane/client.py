@@ -53,6 +53,7 @@ from creditlane.inbox import Inbox
 from creditlane.lanes import LANES, lane_of
 from creditlane.reports import (
     FORECAST_DAYS,
+    ActionsPage,
     BalanceExplained,
     Forecast,
     GrantExplained,
@@ -148,11 +149,16 @@ class Operations:
         locale: str | None = None,
         timezone: str | None = None,
         plan: str | None = None,
+        lead: str | None = None,
         wait: float | None = None,
     ) -> Result | None:
-        """Create an account, with the catalog's sign-up grant; a ``plan`` begins at once."""
+        """Create an account, with the catalog's sign-up grant; a ``plan`` begins at once.
+
+        What the ``lead`` has left that it was before arrives within moments, as by :meth:`convert`.
+        """
         arguments = {
             "account": account, "kind": kind, "email": email, "locale": locale, "timezone": timezone, "plan": plan,
+            "lead": lead,
         }  # fmt: skip
         return self.submit("credits.open", id, arguments, wait)
 
@@ -364,6 +370,38 @@ class Operations:
             "account": account, "codes": [normal_code(code) for code in codes], "actor": actor, "reason": reason,
         }  # fmt: skip
         return self.submit("codes.withdraw", id, arguments, wait)
+
+    def convert(self, lead: str, to: str, *, id: str, wait: float | None = None) -> Result | None:
+        """Make a lead the user ``to``, who gets all that the lead has left, within moments; the lead is closed.
+
+        If the user cannot take it, it comes back as a ``credits.bounce`` in the lead's history, and the lead is open
+        again.
+        """
+        return self.submit("credits.convert", id, {"account": lead, "to": to}, wait)
+
+    def freeze_account(
+        self, account: str, *, actor: str, reason: str, id: str, wait: float | None = None
+    ) -> Result | None:
+        """An administrator has an account give no credits out; what comes in, and what was begun, goes on."""
+        return self.submit("accounts.freeze", id, {"account": account, "actor": actor, "reason": reason}, wait)
+
+    def thaw_account(
+        self, account: str, *, actor: str, reason: str, id: str, wait: float | None = None
+    ) -> Result | None:
+        """An administrator lets a frozen account spend again."""
+        return self.submit("accounts.thaw", id, {"account": account, "actor": actor, "reason": reason}, wait)
+
+    def close_account(
+        self, account: str, *, actor: str, reason: str, id: str, wait: float | None = None
+    ) -> Result | None:
+        """An administrator ends an account: its plan ends, and what is left of its credits is revoked."""
+        return self.submit("accounts.close", id, {"account": account, "actor": actor, "reason": reason}, wait)
+
+    def reopen_account(
+        self, account: str, *, actor: str, reason: str, id: str, wait: float | None = None
+    ) -> Result | None:
+        """An administrator has a closed account take operations again; what was revoked stays so."""
+        return self.submit("accounts.reopen", id, {"account": account, "actor": actor, "reason": reason}, wait)
 
     def subscribe(
         self,
@@ -698,6 +736,28 @@ class CreditClient(Operations):
         """
         arguments = {"account": account, "grant": grant, "limit": limit, "after": after}
         return self._explain(GrantExplained, arguments, wait)
+
+    def actions(
+        self,
+        *,
+        actor: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        limit: int = 50,
+        before: str | None = None,
+        wait: float = 10.0,
+    ) -> ActionsPage:
+        """A page of what administrators did, in all accounts, the newest first.
+
+        :param actor: only by this one.
+        :param since: applied then or later; 30 days ago unless given.
+        :param until: applied before.
+        :param limit: of the page, at most 1,000.
+        :param before: ``next_before`` of the page before.
+        :param wait: seconds.
+        """
+        arguments = {"actor": actor, "since": since, "until": until, "limit": limit, "before": before}
+        return msgspec.convert(self._read("actions", arguments, wait), ActionsPage)
 
     def simulate(
         self,

@@ -42,6 +42,19 @@ from models.reading import (
 from models.reading import history as read_history
 from models.rules.catalog import Catalog
 from models.seal import make_seal, read_seals
+from scripts.account_commands import (
+    ACTIONS_EXAMPLES,
+    CLOSE_EXAMPLES,
+    FREEZE_EXAMPLES,
+    REOPEN_EXAMPLES,
+    THAW_EXAMPLES,
+    close_account,
+    freeze_account,
+    lead_app,
+    reopen_account,
+    show_actions,
+    thaw_account,
+)
 from scripts.capacity import (
     BOX_CORES,
     LINGER_SECONDS,
@@ -146,7 +159,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 account_app = typer.Typer(
-    help="Open an account, look at it, and read its history.",
+    help="Open an account, look at it, read its history; freeze, thaw, close, reopen it; what administrators did.",
     no_args_is_help=True,
     epilog=examples("creditlane account open alice", "creditlane account show alice"),
 )
@@ -156,6 +169,7 @@ quarantine_app = typer.Typer(
     epilog=examples("creditlane quarantine list", "creditlane quarantine replay 7"),
 )
 app.add_typer(account_app, name="account")
+app.add_typer(lead_app, name="lead")
 app.add_typer(quarantine_app, name="quarantine")
 app.add_typer(plan_app, name="plan")
 app.add_typer(catalog_app, name="catalog")
@@ -192,6 +206,9 @@ def account_open(
     timezone: Annotated[
         str | None, typer.Option(help="Their IANA time zone, such as Europe/Paris.", show_default=False)
     ] = None,
+    lead: Annotated[
+        str | None, typer.Option(help="The lead that it was: what is left of its credits follows.", show_default=False)
+    ] = None,
     id: IdOption = None,
     wait: WaitOption = WAIT_SECONDS,
     as_json: JsonOption = False,
@@ -201,7 +218,7 @@ def account_open(
     operate(
         id, wait, as_json, account, "open",
         lambda client, identity, seconds: client.open(
-            account, id=identity, kind=chosen, email=email, locale=locale, timezone=timezone, wait=seconds
+            account, id=identity, kind=chosen, email=email, locale=locale, timezone=timezone, lead=lead, wait=seconds
         ),
     )  # fmt: skip
 
@@ -222,6 +239,13 @@ def account_show(account: AccountArgument, as_json: JsonOption = False) -> None:
         show_json(summary)
     else:
         console().print(summary_lines(summary))
+
+
+account_app.command("freeze", epilog=FREEZE_EXAMPLES)(freeze_account)
+account_app.command("thaw", epilog=THAW_EXAMPLES)(thaw_account)
+account_app.command("close", epilog=CLOSE_EXAMPLES)(close_account)
+account_app.command("reopen", epilog=REOPEN_EXAMPLES)(reopen_account)
+account_app.command("actions", epilog=ACTIONS_EXAMPLES)(show_actions)
 
 
 class StatusName(StrEnum):
