@@ -780,6 +780,16 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The sender's operation id of the transfer that this operation belongs to."""
     refused: Code | None = None
     """Why a transfer came back."""
+    referral: str | None = None
+    """What became of a referral code: ``claimed``, or why ``credits.open`` went on without."""
+    referral_code: str | None = None
+    """By which code the account refers others."""
+    referrer: str | None = None
+    """Who referred the account."""
+    referee: str | None = None
+    """Who was referred by it."""
+    bonus: Decimal | None = None
+    """What came for a referral."""
     replayed: bool = False
 
     @property

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
+
+import msgspec
 
 from creditlane.codes import Code
 from creditlane.contract import Open, Settle
@@ -11,16 +14,22 @@ from models.rules.catalog import Welcome
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import OPEN, UNOPENED, Account
-from tasks.operation import Context, Outcome, operation
+from tasks.operation import Context, Need, Outcome, operation
 from tasks.plans import begin
+from tasks.referrals import claim_with_opening
 
 
-@operation(Open, opens=True)
+def _need(message: Open) -> Sequence[Need]:
+    return () if message.referral_code is None else (Need("code", message.referral_code),)
+
+
+@operation(Open, need=_need, opens=True)
 def open_account(account: Account, message: Open, context: Context) -> Outcome:
     """Create the account, and give a user or a lead what the catalog welcomes them with, unless told not to.
 
-    A pool starts empty. A ``plan`` begins at once. Refusals: ``account_exists``, ``unknown_plan``.
-    (ledger rules: operations, open)
+    A pool starts empty. A ``plan`` begins at once. A ``referral_code`` is claimed, and never keeps an account from
+    being opened: the details tell ``referral``, ``claimed`` or the code that a ``referrals.claim`` would be refused
+    with. Refusals: ``account_exists``, ``unknown_plan``. (ledger rules: operations, open)
     """
     if account.status != UNOPENED:
         raise RefusedError(Code.ACCOUNT_EXISTS)
@@ -35,10 +44,13 @@ def open_account(account: Account, message: Open, context: Context) -> Outcome:
     account.opened_at = context.now
     account.is_dirty = True
     uses = _welcome(account, message, context)
-    if terms is None:
-        return Outcome(uses=uses)
-    begun = begin(account, terms, None, context)
-    return Outcome(uses=uses, details=begun.details)
+    details = None if terms is None else begin(account, terms, None, context).details
+    if message.referral_code is None:
+        return Outcome(uses=uses, details=details)
+    claimed = claim_with_opening(account, message.referral_code, context)
+    return msgspec.structs.replace(
+        claimed, uses=[*uses, *claimed.uses], details={**(details or {}), **(claimed.details or {})}
+    )
 
 
 def _welcome(account: Account, message: Open, context: Context) -> Plan:

@@ -9,12 +9,13 @@ from tasks.grants import adjust, grant, revoke
 from tasks.holds import capture, hold, release
 from tasks.operation import Operation
 from tasks.plans import cancel, change, renew_on_payment, subscribe, undo
+from tasks.referrals import claim, issue, reward
 from tasks.transfers import bounce, confirm, receive, transfer
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         open_account, grant, consume, hold, capture, release, refund, adjust, revoke, claw_back, settle, transfer,
-        receive, confirm, bounce, subscribe, change, cancel, renew_on_payment, undo,
+        receive, confirm, bounce, issue, claim, reward, subscribe, change, cancel, renew_on_payment, undo,
     )
 }  # fmt: skip

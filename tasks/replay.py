@@ -19,7 +19,7 @@ from models.audit_rows import Row, Totals
 from models.report import Report
 from models.rules.catalog import Catalog
 from models.rules.settling import settle
-from models.rules.sharing import allowance_row, referral_row
+from models.rules.sharing import allowance_row, code_said, referral_row
 from models.rules.state import COUNTERS, Account, Grant, Hold, purchase_row, subscription_row
 from tasks.ledger import apply
 from tasks.operation import Need
@@ -148,7 +148,7 @@ class Replay:
             return
         find = OPERATIONS[task].need
         for need in find(message) if find is not None else ():
-            self._fetch(need)
+            self._fetch(need, result)
         made = apply(account, task, operation, message, raw, applied_at, catalog).row
         self.report.replayed += 1
         if made is None:
@@ -166,15 +166,25 @@ class Replay:
         if len(account.order) > LINES or len(account.holds) > LINES:
             self._put_aside()
 
-    def _fetch(self, need: Need) -> None:
-        """Have at hand what the operation works on, as the writer does."""
+    def _fetch(self, need: Need, result: str) -> None:
+        """Have at hand what the operation works on, as the writer does.
+
+        :param result: the operation's; it keeps what the row of a code said, which many accounts have a part in.
+        """
         account = self.account
         key = str(need.key)
         if need.kind == "hold":
             if key in self._closed:
                 account.holds[key] = self._closed.pop(key)
             return
-        if need.kind in ("grant", "subscription", "allowance", "referral"):
+        if need.kind == "code":
+            code = code_said(result)
+            if code is None:
+                account.codes.pop(key, None)
+            else:
+                account.codes[key] = code
+            return
+        if need.kind in ("grant", "subscription", "allowance", "referral", "referee"):
             return  # all are known; what is taken back of a lot does not depend on their order
         if need.kind == "purchase":
             purchase = account.purchases.get(key)  # what was taken of its lots may come back to them

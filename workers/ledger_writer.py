@@ -18,7 +18,7 @@ from psycopg import Connection, Cursor
 
 from creditlane.client import NOTICES
 from creditlane.codes import Code
-from creditlane.contract import Message
+from creditlane.contract import IssueReferral, Message
 from creditlane.events import EXCHANGE
 from models.columns import (
     ALLOWANCE_COLUMNS,
@@ -31,6 +31,7 @@ from models.columns import (
 )
 from models.rules.catalog import Catalog
 from models.rules.sharing import (
+    REFEREE,
     SharedCode,
     allowance_of,
     allowance_row,
@@ -658,14 +659,34 @@ class Loaded:
             self._subscriptions = _by_account(subscriptions)
             self._known = _by_account([known])
             self._charges = _by_account([charges, transfers])
-            self._allowances = _by_account([allowances])
             self._referrals = _by_account([referrals])
             self.codes: dict[str, SharedCode] = {}
             """The codes that the jobs name, and those that they make: the same for all accounts."""
             if codes is not None:
                 shared = [code_of(*row) for row in codes.fetchall()]
                 self.codes.update((code.terms.code, code) for code in shared)
+            referees = None
+            if "referee" in needs:
+                referees = connection.execute(ALLOWANCES, self._referees(jobs, needs["referee"]))
+            self._allowances = _by_account([allowances, referees])
         self.accounts = {name: self.make(name) for name in names}
+
+    def _referees(self, jobs: Sequence[Job], claims: tuple[list[str], list[str]]) -> tuple[list[str], list[str]]:
+        """Where it stands whether accounts have referred the owners of codes, those of this batch included.
+
+        :param claims: accounts, and the code that each claims.
+        :returns: accounts, and the key of the allowance.
+        """
+        owners = {text: {code.terms.account} for text, code in self.codes.items()}
+        for job in jobs:
+            if isinstance(job.message, IssueReferral):
+                owners.setdefault(job.message.code, set()).add(job.account)
+        pairs = [
+            (account, REFEREE + owner)
+            for account, text in zip(*claims, strict=True)
+            for owner in sorted(owners.get(text, ()))
+        ]
+        return [account for account, _ in pairs], [key for _, key in pairs]
 
     def _missing_roots(self) -> tuple[str, str] | None:
         """The lots that loaded ones continue and that are not loaded themselves: revocations are booked there."""

@@ -18,8 +18,8 @@ from creditlane.contract import Parcel
 MEMBER, CODE, REFEREE = "member:", "code:", "referee:"
 """What the keys of allowances begin with that are of one member, of one code, of one who was referred."""
 
-GIVEN, REDEEMED = "gifts", "redeems"
-"""The keys of the allowances that count what an account gives away in a day, and what it redeems."""
+GIVEN, REDEEMED, REFERRED = "gifts", "redeems", "referrals"
+"""The keys of the allowances that count what an account gives away in a day, what it redeems, and whom it refers."""
 
 
 class Allowance:
@@ -201,3 +201,33 @@ def code_row(code: SharedCode) -> tuple[Any, ...]:
 def code_of(status: str, used: int, closed_at: datetime | None, terms: str) -> SharedCode:
     """A code of the last columns of :func:`code_row`, in this order."""
     return SharedCode(_decode_terms(terms), status, used, closed_at)
+
+
+class CodeRow(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
+    """What a code's row said to an operation: kept with its result, under ``code_row``, so that it can be replayed."""
+
+    terms: Terms
+    status: str
+    used: int = 0
+    closed_at: datetime | None = None
+
+
+def said_of(code: SharedCode) -> CodeRow:
+    """What there is to keep of how a code stood."""
+    return CodeRow(terms=code.terms, status=code.status, used=code.uses, closed_at=code.closed_at)
+
+
+class _Said(msgspec.Struct):
+    code_row: CodeRow | None = None
+
+
+_decode_said = msgspec.json.Decoder(_Said).decode
+
+
+def code_said(result: str) -> SharedCode | None:
+    """The code that an operation found, by its result; None where there was none.
+
+    :param result: as JSON.
+    """
+    row = _decode_said(result).code_row
+    return None if row is None else SharedCode(row.terms, row.status, row.used, row.closed_at)
