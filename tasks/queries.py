@@ -12,10 +12,11 @@ from celery import shared_task
 from creditlane.amounts import parse_amount
 from creditlane.contract import VERSION, Instant, Key, Name
 from creditlane.reports import FORECAST_DAYS, MAX_FORECAST_DAYS, Grouping, Status
-from models import explaining, forecast, reading, usage_reading
+from models import explaining, forecast, reading, referral_reading, usage_reading
 from models.catalog import load_catalog
 from models.database import reader
 from models.reading import DEFAULT_PAGE, MAX_PAGE
+from models.referral_reading import MAX_PLACE
 from models.settings import settings
 
 RETRIES: dict[str, Any] = {
@@ -92,6 +93,13 @@ class ExplainQuery(Query, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.operation is not None and self.grant is not None:
             raise ValueError("ask for an operation or a grant, one of the two")
+
+
+class ReferralsQuery(Query, frozen=True, kw_only=True):
+    """``queries.referrals``: see :func:`models.referral_reading.referrals`."""
+
+    limit: Limit = DEFAULT_PAGE
+    before: Annotated[str, msgspec.Meta(max_length=MAX_PLACE)] | None = None
 
 
 Asked = TypeVar("Asked", bound=msgspec.Struct)
@@ -198,6 +206,21 @@ def explain(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
         if asked.grant is not None:
             return _told(explaining.explain_grant(connection, account, asked.grant, limit=limit, after=after))
         return _told(explaining.explain_balance(connection, account, load_catalog(settings().catalog)))
+
+
+@shared_task(name="queries.referrals", **RETRIES)
+def referrals(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
+    """By which code an account refers others, who referred it, and a page of those whom it referred.
+
+    :param v: the contract's version.
+    :param arguments: those of a :class:`ReferralsQuery`.
+    :returns: a :class:`creditlane.reports.Referrals` as JSON has it; None for an account that no operation ever named.
+    :raises ValueError: for arguments that make no sense, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away.
+    """
+    asked = understood(ReferralsQuery, v, arguments)
+    with reader() as connection:
+        return _told(referral_reading.referrals(connection, asked.account, limit=asked.limit, before=asked.before))
 
 
 def _told(found: msgspec.Struct | None) -> dict[str, Any] | None:

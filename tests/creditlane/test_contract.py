@@ -70,6 +70,7 @@ FULL: dict[str, dict[str, Any]] = {
         "timezone": "America/Argentina/Buenos_Aires",
         "welcome": False,
         "occurred_at": "2019-05-01T00:00:00Z",
+        "referral_code": "ANNA2X",
         "v": 1,
     },
     "credits.grant": {
@@ -127,6 +128,9 @@ FULL: dict[str, dict[str, Any]] = {
     },
     "credits.confirm": {"account": "user_42", "transfer": "gift-1"},
     "credits.bounce": {"account": "user_42", "transfer": "gift-1", "refused": "limit_reached"},
+    "referrals.issue": {"account": "user_42", "code": "7" * 64},
+    "referrals.claim": {"account": "user_42", "code": "ANNA2X"},
+    "referrals.reward": {"account": "user_42", "referee": "user_43", "code": "ANNA2X", "v": 1},
     "plans.subscribe": {"account": "user_42", "plan": "pro", **PAID},
     "plans.change": {"account": "user_42", "plan": "pro", **PAID},
     "plans.cancel": {"account": "user_42", "at": "now", "reason": "moved away"},

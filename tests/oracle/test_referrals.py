@@ -1,4 +1,4 @@
-"""Referrals among several accounts against a second opinion: claims, purchases and rewards in any order, more than once.
+"""Referrals among several accounts against a second opinion: claims, purchases and rewards in any order.
 
 What an operation is followed by lies in a heap until it is delivered. The second opinion is a few dicts, written from
 the design document alone. After each step both agree on answers, bonuses and counts, each account closes, and the
@@ -35,7 +35,14 @@ MICRO = 10**6
 TERMS: dict[str, dict[str, Any]] = {
     "at_once": {"trigger": "sign_up", "referrer": 5, "referee": 3, "claim_days": None, "per_day": 1, "per_referrer": 3},
     "bought": {"trigger": "purchase", "referrer": 7, "referee": 2, "claim_days": 2, "per_day": None, "per_referrer": 2},
-    "nothing": {"trigger": "purchase", "referrer": 0, "referee": 0, "claim_days": 1, "per_day": 1, "per_referrer": None},
+    "nothing": {
+        "trigger": "purchase",
+        "referrer": 0,
+        "referee": 0,
+        "claim_days": 1,
+        "per_day": 1,
+        "per_referrer": None,
+    },
 }
 
 
@@ -72,7 +79,9 @@ class Opinion:
         self.rewarded: dict[tuple[str, str], datetime] = {}
         self.answered: dict[tuple[str, str], tuple[str | None, int]] = {}
 
-    def say(self, terms: dict[str, Any], name: str, account: str, operation: str, said: dict[str, Any], now: datetime) -> tuple[str | None, int]:  # fmt: skip  # noqa: E501
+    def say(
+        self, terms: dict[str, Any], name: str, account: str, operation: str, said: dict[str, Any], now: datetime
+    ) -> tuple[str | None, int]:
         """The code of the refusal, if there is one, and the bonus that comes with the operation."""
         if (account, operation) not in self.answered:
             self.answered[account, operation] = self._say(terms, name, account, said, now)
@@ -286,7 +295,11 @@ class Referrals(RuleBasedStateMachine):
             self.world.do("credits.open", name)
             self.world.do("referrals.issue", name, code=CODES[name])
 
-    @rule(account=names, code=st.one_of(st.none(), codes), kind=st.sampled_from(["user", "user", "user", "user", "pool", "lead"]))
+    @rule(
+        account=names,
+        code=st.one_of(st.none(), codes),
+        kind=st.sampled_from(["user", "user", "user", "user", "pool", "lead"]),
+    )
     def open(self, account: str, code: str | None, kind: str) -> None:
         result = self.world.do("credits.open", account, kind=None if kind == "user" else kind, referral_code=code)
         if result["status"] == "applied" and code is not None:
