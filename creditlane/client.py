@@ -59,8 +59,14 @@ from creditlane.reports import (
     GrantExplained,
     Grouping,
     HistoryPage,
+    Leaderboard,
+    Merit,
     OperationExplained,
+    Planned,
     Referrals,
+    RefundGrouping,
+    Refunds,
+    Simulation,
     Status,
     Usage,
 )
@@ -671,6 +677,89 @@ class CreditClient(Operations):
         """
         arguments = {"account": account, "grant": grant, "limit": limit, "after": after}
         return self._explain(GrantExplained, arguments, wait)
+
+    def simulate(
+        self,
+        account: str,
+        operations: Sequence[Planned] = (),
+        *,
+        feature: str | None = None,
+        quantity: Amount | None = None,
+        amount: Amount | None = None,
+        member: str | None = None,
+        times: int = 1,
+        at: datetime | None = None,
+        paid: bool = True,
+        wait: float = 10.0,
+    ) -> Simulation | None:
+        """What operations would cost, which grants would pay, and which would be refused with which offer.
+
+        Nothing of it is done. ``None`` for an account that does not exist.
+
+        :param operations: one after the other, at most 1,000 together.
+        :param feature: after them, a consume of ``quantity`` of it, or of ``amount`` credits; ``times`` over.
+        :param at: when they are applied; now unless given.
+        :param paid: whether payments for the plan are taken to arrive in time until then.
+        :param wait: seconds.
+        """
+        planned = list(operations)
+        if feature is not None or amount is not None:
+            charge = {"feature": feature, "quantity": _wire(quantity), "amount": _wire(amount), "member": member}
+            given = {key: value for key, value in charge.items() if value is not None}
+            planned.append(Planned("credits.consume", given, times=times))
+        arguments = {"account": account, "operations": planned, "at": at, "paid": paid}
+        return msgspec.convert(self._read("simulate", arguments, wait), Simulation | None)
+
+    def leaderboard(
+        self,
+        *,
+        by: Merit = "used",
+        since: date | None = None,
+        until: date | None = None,
+        account: str | None = None,
+        limit: int = 50,
+        after: str | None = None,
+        wait: float = 10.0,
+    ) -> Leaderboard:
+        """The accounts that used the most credits, or earned the most without paying.
+
+        :param since: the first day, UTC; 30 days before ``until`` unless given. Of all time where neither is.
+        :param until: the day after the last; tomorrow unless given.
+        :param account: whose rank to tell as well.
+        :param limit: accounts of the page, at most 1,000.
+        :param after: ``next_after`` of the page before.
+        :param wait: seconds.
+        """
+        arguments = {"by": by, "since": since, "until": until, "account": account, "limit": limit, "after": after}
+        return msgspec.convert(self._read("leaderboard", arguments, wait), Leaderboard)
+
+    def refunds(
+        self,
+        account: str | None = None,
+        *,
+        by: Sequence[RefundGrouping] = ("reason", "feature", "actor"),
+        since: date | None = None,
+        until: date | None = None,
+        feature: str | None = None,
+        limit: int = 50,
+        after: int = 0,
+        wait: float = 10.0,
+    ) -> Refunds | None:
+        """What was given back in a span of days, and why; ``None`` for an account that does not exist.
+
+        :param account: ``None`` for all accounts together.
+        :param by: what is told apart.
+        :param since: the first day, UTC; 30 days before ``until`` unless given.
+        :param until: the day after the last; tomorrow unless given.
+        :param limit: lines of the page, at most 1,000.
+        :param after: ``next_after`` of the page before.
+        :param wait: seconds.
+        """
+        arguments = {
+            "account": account, "by": by, "since": since, "until": until, "feature": feature, "limit": limit,
+            "after": after,
+        }  # fmt: skip
+        return msgspec.convert(self._read("refunds", arguments, wait), Refunds | None)
 
     def _explain(self, kind: type[Explained], arguments: dict[str, Any], wait: float) -> Explained | None:
         return msgspec.convert(self._read("explain", arguments, wait), kind | None)

@@ -5,7 +5,7 @@ Amounts leave as decimal strings of credits, instants in UTC. Nothing here write
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -14,13 +14,14 @@ from psycopg import Connection
 
 from creditlane.amounts import format_amount
 from creditlane.codes import SENTENCES
+from creditlane.contract import Capture, Consume
 from creditlane.reports import EntryLine, HistoryLine, HistoryPage, Status
 from models.bisecting import first_operation
 from models.columns import PURCHASE_VALUES, SUBSCRIPTION_VALUES
 from models.rules.catalog import Catalog
 from models.rules.posting import FLOWS
 from models.rules.settling import settle
-from models.rules.state import COUNTERS, UNOPENED, Account, Grant, Hold, Line, purchase_of, subscription_of
+from models.rules.state import COUNTERS, UNOPENED, Account, Grant, Hold, Known, Line, purchase_of, subscription_of
 
 MAX_PAGE = 1000
 """Rows of one page: operations of a history, messages of the quarantine."""
@@ -63,6 +64,27 @@ WHERE account = %(account)s
   AND operation = ANY(ARRAY(SELECT hold FROM holds WHERE account = %(account)s AND status = 'open'))
 ORDER BY operation, line
 """
+
+
+ALL_GRANTS = f"SELECT {GRANT_COLUMNS} FROM grants WHERE account = %(account)s"
+NAMED_HOLDS = """
+SELECT hold, amount_micro, expires_at, created_at, feature, member, status
+FROM holds WHERE account = %(account)s AND hold = ANY(%(operations)s) AND status <> 'open'
+"""
+NAMED_OPERATIONS = """
+SELECT o.operation, o.name, o.status, o.arguments::text, o.result::text, e.grant_id, e.amount_micro,
+       coalesce(r.returned_micro, 0)
+FROM operations o
+LEFT JOIN LATERAL (
+    SELECT e.grant_id, e.amount_micro, row_number() OVER (ORDER BY e.seq) AS line FROM entries e
+    WHERE e.account = o.account AND e.seq >= o.first_seq AND e.seq < o.first_seq + o.entries
+      AND o.name IN ('credits.consume', 'credits.capture') AND e.kind IN ('consumed', 'captured')
+) e ON true
+LEFT JOIN receipts r ON r.account = o.account AND r.operation = o.operation AND r.line = e.line
+WHERE o.account = %(account)s AND o.operation = ANY(%(operations)s)
+ORDER BY o.operation, e.line
+"""
+"""What was answered before, and what charges took from where."""
 
 
 # --- Accounts ----------------------------------------------------------------------------------------
@@ -308,17 +330,22 @@ def account_exists(connection: Connection[Any], account: str) -> bool:
     return connection.execute("SELECT FROM accounts WHERE account = %s", (account,)).fetchone() is not None
 
 
-def load_account(connection: Connection[Any], account: str) -> tuple[Account, datetime] | None:
+def load_account(
+    connection: Connection[Any], account: str, operations: Sequence[str] | None = None
+) -> tuple[Account, datetime] | None:
     """The account as it was last written, with what time can change of it, and its time now.
 
     :param connection: not within a transaction.
+    :param operations: for who goes on from there: all grants come along, and what is known of these operations.
     :returns: None for an account that no operation ever named.
     """
     with connection.transaction(), connection.pipeline():
         # One snapshot: an operation that commits meanwhile is seen whole or not at all.
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         row = connection.execute(ACCOUNT, (account,))
-        grants = connection.execute(OPEN_GRANTS, {"account": account})
+        named = {"account": account, "operations": operations}
+        grants = connection.execute(OPEN_GRANTS if operations is None else ALL_GRANTS, named)
+        past = [connection.execute(query, named) for query in (NAMED_HOLDS, NAMED_OPERATIONS) if operations]
         purchases = connection.execute(PURCHASES, (account,))
         holds = connection.execute(OPEN_HOLDS, (account,))
         lines = connection.execute(OPEN_HOLD_LINES, {"account": account})
@@ -339,10 +366,25 @@ def load_account(connection: Connection[Any], account: str) -> tuple[Account, da
             state.holds[operation].lines.append(Line(grant_id, taken, returned))
         if subscription is not None:
             state.subscription = subscription_of(subscription[1:])
+        for closed, answered in zip(past[::2], past[1::2], strict=True):
+            state.holds.update((hold[0], Hold(*hold)) for hold in closed)
+            _know(state, answered)
     now: datetime = instant[0]
     if state.updated_at is not None:
         now = max(now, state.updated_at)
     return state, now
+
+
+def _know(state: Account, rows: Iterable[Sequence[Any]]) -> None:
+    """Note operations of the past, and what charges took from where."""
+    for operation, name, status, arguments, result, grant_id, taken, returned in rows:
+        known = state.known.get(operation)
+        if known is None:
+            charges = status == "applied" and name in (Consume.operation, Capture.operation)
+            known = Known(name, status, result.encode(), None, arguments.encode(), [] if charges else None)
+            state.known[operation] = known
+        if known.lines is not None and grant_id is not None:
+            known.lines.append(Line(grant_id, taken, returned))
 
 
 def grant_of(row: Sequence[Any]) -> Grant:

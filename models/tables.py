@@ -845,3 +845,15 @@ class PaymentWatermarkRow(Base):
     livemode: Mapped[bool] = mapped_column(primary_key=True)
     kind: Mapped[str] = mapped_column(primary_key=True)
     until: Mapped[datetime]
+
+
+class CatalogRow(Base):
+    """The text of a catalog that operations were applied under; immutable."""
+
+    __tablename__ = "catalogs"
+    __table_args__ = (CheckConstraint("label ~ '^[a-z0-9_-]{1,64}-[1-9][0-9]*$'", name="catalogs_label"),)
+
+    label: Mapped[str] = mapped_column(primary_key=True)
+    """Name and version, as each operation has it."""
+    text: Mapped[str]
+    first_used_at: Mapped[datetime]

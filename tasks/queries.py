@@ -10,14 +10,22 @@ import psycopg
 from celery import shared_task
 
 from creditlane.amounts import parse_amount
-from creditlane.contract import VERSION, Instant, Key, Name
-from creditlane.reports import FORECAST_DAYS, MAX_FORECAST_DAYS, Grouping, Status
-from models import explaining, forecast, reading, referral_reading, usage_reading
-from models.catalog import load_catalog
+from creditlane.contract import MAX_BATCH, VERSION, Instant, Key, Name
+from creditlane.reports import (
+    FORECAST_DAYS,
+    MAX_FORECAST_DAYS,
+    Grouping,
+    Merit,
+    Planned,
+    RefundGrouping,
+    Status,
+)
+from models import explaining, forecast, leaderboard, reading, referral_reading, refund_reading, usage_reading
 from models.database import reader
+from models.in_force import catalog_in_force
 from models.reading import DEFAULT_PAGE, MAX_PAGE
 from models.referral_reading import MAX_PLACE
-from models.settings import settings
+from tasks.simulation import simulate_operations
 
 RETRIES: dict[str, Any] = {
     "autoretry_for": (psycopg.OperationalError,),
@@ -95,6 +103,37 @@ class ExplainQuery(Query, frozen=True, kw_only=True):
             raise ValueError("ask for an operation or a grant, one of the two")
 
 
+class SimulateQuery(Query, frozen=True, kw_only=True):
+    """``queries.simulate``: see :func:`tasks.simulation.simulate_operations`."""
+
+    operations: Annotated[list[Planned], msgspec.Meta(min_length=1, max_length=MAX_BATCH)]
+    at: Instant | None = None
+    paid: bool = True
+
+
+class LeaderboardQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``queries.leaderboard``: see :func:`models.leaderboard.leaderboard`."""
+
+    by: Merit = "used"
+    since: date | None = None
+    until: date | None = None
+    account: Name | None = None
+    limit: Limit = DEFAULT_PAGE
+    after: Name | None = None
+
+
+class RefundsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``queries.refunds``: see :func:`models.refund_reading.refunds`."""
+
+    account: Name | None = None
+    by: tuple[RefundGrouping, ...] = refund_reading.ALL
+    since: date | None = None
+    until: date | None = None
+    feature: Key | None = None
+    limit: Limit = DEFAULT_PAGE
+    after: Annotated[int, msgspec.Meta(ge=0, le=refund_reading.MAX_LINES)] = 0
+
+
 class ReferralsQuery(Query, frozen=True, kw_only=True):
     """``queries.referrals``: see :func:`models.referral_reading.referrals`."""
 
@@ -132,7 +171,7 @@ def balance(account: str, v: int = 1) -> dict[str, Any] | None:
     """
     asked = understood(BalanceQuery, v, {"account": account})
     with reader() as connection:
-        return _told(reading.account_balance(connection, asked.account, load_catalog(settings().catalog)))
+        return _told(reading.account_balance(connection, asked.account, catalog_in_force(connection)))
 
 
 @shared_task(name="queries.history", **RETRIES)
@@ -182,8 +221,8 @@ def ahead(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
     """
     asked = understood(ForecastQuery, v, arguments)
     pace = None if asked.pace is None else parse_amount(asked.pace)
-    catalog = load_catalog(settings().catalog)
     with reader() as connection:
+        catalog = catalog_in_force(connection)
         return _told(forecast.forecast(connection, asked.account, catalog, days=asked.days, pace=pace, paid=asked.paid))
 
 
@@ -205,7 +244,56 @@ def explain(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
             return _told(explaining.explain_operation(connection, account, asked.operation, limit=limit, after=after))
         if asked.grant is not None:
             return _told(explaining.explain_grant(connection, account, asked.grant, limit=limit, after=after))
-        return _told(explaining.explain_balance(connection, account, load_catalog(settings().catalog)))
+        return _told(explaining.explain_balance(connection, account, catalog_in_force(connection)))
+
+
+@shared_task(name="queries.simulate", **RETRIES)
+def simulate(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
+    """What operations would cost, which grants would pay, and which would be refused with which offer.
+
+    :param v: the contract's version.
+    :param arguments: those of a :class:`SimulateQuery`.
+    :returns: a :class:`creditlane.reports.Simulation` as JSON has it; None for an account that no operation ever named.
+    :raises ValueError: for arguments that make no sense, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away.
+    """
+    asked = understood(SimulateQuery, v, arguments)
+    with reader() as connection:
+        catalog = catalog_in_force(connection)
+        return _told(
+            simulate_operations(connection, asked.account, asked.operations, catalog, at=asked.at, paid=asked.paid)
+        )
+
+
+@shared_task(name="queries.leaderboard", **RETRIES)
+def ranking(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
+    """The accounts that used or earned the most, for all time or in a span of days.
+
+    :param v: the contract's version.
+    :param arguments: those of a :class:`LeaderboardQuery`.
+    :returns: a :class:`creditlane.reports.Leaderboard` as JSON has it.
+    :raises ValueError: for arguments that make no sense, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away, or takes more than 30 s.
+    """
+    values = msgspec.structs.asdict(understood(LeaderboardQuery, v, arguments))
+    with reader() as connection:
+        return _told(leaderboard.leaderboard(connection, catalog_in_force(connection), **values))
+
+
+@shared_task(name="queries.refunds", **RETRIES)
+def refunds(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
+    """What was given back in a span of days, by reason, feature and by whom; of all accounts where none is named.
+
+    :param v: the contract's version.
+    :param arguments: those of a :class:`RefundsQuery`.
+    :returns: a :class:`creditlane.reports.Refunds` as JSON has it; None for an account that no operation ever named.
+    :raises ValueError: for arguments that make no sense, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away, or takes more than 30 s.
+    """
+    values = msgspec.structs.asdict(understood(RefundsQuery, v, arguments))
+    account = values.pop("account")
+    with reader() as connection:
+        return _told(refund_reading.refunds(connection, account, **values))
 
 
 @shared_task(name="queries.referrals", **RETRIES)

@@ -35,6 +35,9 @@ NOTICE_KINDS = (
 PROMOTIONAL = frozenset({"signup", "lead", "bonus", "referral", "promotion", "achievement"})
 """Sources of credits that nobody paid for: not to be given away unless the catalog says so."""
 
+EARNED = frozenset({"bonus", "referral", "promotion", "achievement"})
+"""Sources of credits that an account was given for something it did: what leaderboards count as earned."""
+
 PriceId = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9._:-]+\Z")]
 """What a payment provider calls a price: a payment names it, and it says what was bought."""
 
@@ -395,12 +398,17 @@ class Clawback(Section, frozen=True):
 
 
 class Source(Section, frozen=True):
-    """``[sources.NAME]``: whether its credits may be given to another account.
+    """``[sources.NAME]``: what its credits are."""
 
-    Unless said, they may, but for those of :data:`PROMOTIONAL` and of the catalog's own welcomes.
-    """
+    transferable: bool | None = None
+    """Whether they may be given to another account. Unless said, they may, but for those of :data:`PROMOTIONAL` and of
+    the catalog's own welcomes."""
+    earned: bool | None = None
+    """Whether they count as earned; those of :data:`EARNED` do unless said."""
 
-    transferable: bool
+    def __post_init__(self) -> None:
+        if self.transferable is None and self.earned is None:
+            raise ValueError("a source says transferable or earned")
 
 
 class Refunds(Section, frozen=True):
@@ -536,11 +544,19 @@ class Catalog(Section, frozen=True):
     def is_transferable(self, source: str) -> bool:
         """Whether credits of a source may be given to another account."""
         named = self.sources.get(source)
-        if named is not None:
+        if named is not None and named.transferable is not None:
             return named.transferable
         return source not in PROMOTIONAL and source not in (
             self.signup.source, self.lead.source, self.referrals.source,
         )  # fmt: skip
+
+    @property
+    def earned_sources(self) -> list[str]:
+        """The sources of credits that count as earned."""
+        said = {name: source.earned for name, source in self.sources.items() if source.earned is not None}
+        return sorted((EARNED | {name for name, earned in said.items() if earned}) - {
+            name for name, earned in said.items() if not earned
+        })  # fmt: skip
 
     def zone_of(self, plan: str) -> str:
         """The IANA time zone of a plan's calendar."""

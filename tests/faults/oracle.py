@@ -180,7 +180,11 @@ def read_policy(catalog: Path) -> Row:
         "signup": welcome("signup"),
         "lead": welcome("lead"),
         "priorities": dict(tables.get("priorities", {})),
-        "sources": {name: source["transferable"] for name, source in tables.get("sources", {}).items()},
+        "sources": {
+            name: source["transferable"]
+            for name, source in tables.get("sources", {}).items()
+            if "transferable" in source
+        },
         "packs": [
             {
                 "name": name,

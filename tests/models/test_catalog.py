@@ -108,7 +108,7 @@ def test_a_catalog_without_its_own_section_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "key", "reason"),
     [
-        ("[featurs.image]\nprice = 1\n", "", "unknown field `featurs`"),
+        ("[featurs.image]\nprice = 1\n", "featurs", "unknown section; do you mean features?"),
         ("[signup]\ncredit = 1\n", "signup", "unknown field `credit`"),
         ("[features.image]\nprice = 1\nround = 'up'\n", "features.image", "unknown field `round`"),
         ("[features.image]\nper = 8\n", "features.image", "`price`"),
@@ -146,7 +146,7 @@ def test_a_catalog_without_its_own_section_is_refused() -> None:
         ("[priorities]\npack = 'first'\n", "priorities", "int"),
         ("[sources.pack]\ntransferable = 1\n", "sources", "bool"),
         ("[sources.pack]\ntransferrable = true\n", "sources", "unknown field `transferrable`"),
-        ("[sources.pack]\n", "sources", "`transferable`"),
+        ("[sources.pack]\n", "sources", "says transferable or earned"),
         ("[clawback]\non_spent = 'shrug'\n", "clawback.on_spent", "shrug"),
         ("[refunds]\nrefund_days = 0\n", "refunds.refund_days", ">= 1"),
         ("[refunds]\nrefund_days = 3661\n", "refunds.refund_days", "<= 3660"),
