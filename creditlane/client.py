@@ -50,6 +50,7 @@ from creditlane.errors import (
     RefusedError,
     UnsentError,
 )
+from creditlane.gift_codes import ALPHABET
 from creditlane.inbox import Inbox
 from creditlane.lanes import LANES, lane_of
 from creditlane.reports import (
@@ -1120,9 +1121,6 @@ def checked(name: str, id: str, arguments: dict[str, Any]) -> bytes:
     return encoded
 
 
-CODE_ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-"""Crockford's base 32: no letter that is taken for another, or for a digit."""
-
 CODE_CHARACTERS = 10
 """How long a referral code is that nobody chose: of a million there are hardly ever two alike."""
 
@@ -1130,7 +1128,7 @@ CODE_CHARACTERS = 10
 def made_code(account: str, id: str) -> str:
     """A referral code for an account: the same whenever the call is repeated."""
     number = int.from_bytes(sha256(f"{account}\n{id}".encode("utf-8", "replace")).digest())
-    return "".join(CODE_ALPHABET[number >> 5 * place & 31] for place in range(CODE_CHARACTERS))
+    return "".join(ALPHABET[number >> 5 * place & 31] for place in range(CODE_CHARACTERS))
 
 
 def _wire(amount: Amount | None) -> str | None:

@@ -439,6 +439,12 @@ class WithdrawCodes(Message):
     actor: Text | None = None
     reason: Text | None = None
 
+    def __post_init__(self) -> None:
+        if len(set(self.codes)) < len(self.codes):
+            raise ValueError("codes has one twice")
+        if (self.actor is None) != (self.reason is None):
+            raise ValueError("send actor and reason, both or neither")
+
 
 class ConcludeCode(Message):
     """``codes.conclude``: somebody has redeemed a code that the account paid for. The ledger sends it itself."""
@@ -743,7 +749,7 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The number of the grant that a grant or an adjustment made."""
     hold: str | None = None
     expires_at: datetime | None = None
-    """When the hold's time runs out."""
+    """When the hold's time runs out, or that of the first of the codes that were issued."""
     owed: Decimal | None = None
     """What a revocation turned into debt, because it was spent."""
     forgiven: Decimal | None = None
@@ -780,6 +786,14 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The sender's operation id of the transfer that this operation belongs to."""
     refused: Code | None = None
     """Why a transfer came back."""
+    gift_code: str | None = None
+    """For ``codes.redeem`` and ``codes.conclude``: the code."""
+    credits: Decimal | None = None
+    """What one use of it gives."""
+    message: str | None = None
+    """The word of who issued it."""
+    codes: int | None = None
+    """How many gift codes an operation made or ended."""
     referral: str | None = None
     """What became of a referral code: ``claimed``, or why ``credits.open`` went on without."""
     referral_code: str | None = None

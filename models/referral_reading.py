@@ -45,10 +45,11 @@ def referrals(
     if not 1 <= limit <= MAX_PAGE:
         raise ValueError(f"a page has 1 to {MAX_PAGE} rows, not {limit}")
     claimed_at, referee = (END, "") if before is None else _place(before)
-    own = connection.execute(OWN, (account,)).fetchone()
-    if own is None and not account_exists(connection, account):
-        return None
-    referral = Referral() if own is None else referral_of(own[1:])
+    referral = own_referral(connection, account)
+    if referral is None:
+        if not account_exists(connection, account):
+            return None
+        referral = Referral()
     values = {"account": account, "claimed_at": claimed_at, "referee": referee, "limit": limit + 1}
     rows = connection.execute(REFEREES, values).fetchall()
     ids = {rewarding_id(account, name): name for name, _, _ in rows[:limit]}
@@ -68,6 +69,12 @@ def referrals(
         referees=referees,
         next_before=None if last is None else f"{last.claimed_at.isoformat()} {last.account}",
     )
+
+
+def own_referral(connection: Connection[Any], account: str) -> Referral | None:
+    """By which code an account refers others, and who referred it; None where there is neither."""
+    own = connection.execute(OWN, (account,)).fetchone()
+    return None if own is None else referral_of(own[1:])
 
 
 def _referee(row: Sequence[Any], reward: Sequence[Any] | None) -> Referee:

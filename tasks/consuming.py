@@ -6,12 +6,15 @@ from typing import Any
 
 from creditlane.amounts import MAX_MICRO, format_amount
 from creditlane.codes import Code
-from creditlane.contract import Charge, Consume, Refund, Transfer
+from creditlane.contract import Capture, Charge, Consume, Refund
 from models.rules.burning import burn, check_room, plan_burn, restore_consumed
 from models.rules.catalog import price_of
 from models.rules.refusal import RefusedError
 from models.rules.state import MAX_OPEN_GRANTS, Account
 from tasks.operation import Context, Need, Outcome, operation
+
+CHARGES = Consume.operation, Capture.operation
+"""What can be refunded."""
 
 
 @operation(Consume)
@@ -40,7 +43,7 @@ def refund(account: Account, message: Refund, context: Context) -> Outcome:
     (ledger rules: refund)
     """
     charge = account.known.get(message.charge)
-    if charge is None or charge.lines is None or charge.name == Transfer.operation:
+    if charge is None or charge.lines is None or charge.name not in CHARGES:
         raise RefusedError(Code.UNKNOWN_CHARGE)
     left = sum(line.taken - line.returned for line in charge.lines)
     amount = left if message.amount is None else int(message.amount)

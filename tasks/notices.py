@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from creditlane.amounts import format_amount, parse_amount
-from creditlane.contract import CancelPlan, ChangePlan, ClawBack, Grant, Message, Receive, Refund
+from creditlane.contract import CancelPlan, ChangePlan, ClawBack, Grant, Message, Receive, RedeemCode, Refund
 from models.rules.catalog import Catalog
 from models.rules.state import Account, Entry, Notice
 from tasks.operation import Outcome
@@ -78,6 +78,9 @@ class Told:
             amount = format_amount(sum(lot.amount for lot in message.lots))
             self._tell("gift_received", f"gift_received:{operation}", now, amount=amount, sender=message.sender,
                        **({} if message.message is None else {"message": message.message}))  # fmt: skip
+        elif isinstance(message, RedeemCode):
+            told = {name: details[name] for name in ("sender", "message") if name in details}
+            self._tell("gift_received", f"gift_received:{operation}", now, amount=details["credits"], **told)
         elif isinstance(message, Refund):
             self._tell("refunded", f"refunded:{operation}", now, amount=format_amount(-outcome.charged),
                        charge=message.charge)  # fmt: skip

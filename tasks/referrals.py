@@ -35,7 +35,7 @@ from models.rules.burning import Plan, came_in, new_grant, room_of
 from models.rules.claw_back import come_due
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
-from models.rules.sharing import REFEREE, REFERRAL, REFERRED, Referral, SharedCode, Terms, said_of
+from models.rules.sharing import REFEREE, REFERRAL, REFERRED, Referral, SharedCode, Terms, row_of
 from models.rules.state import FROZEN, MAX_OPEN_GRANTS, Account
 from tasks.operation import Context, FollowUp, Need, Outcome, operation
 
@@ -50,7 +50,7 @@ _OWN = Need("referral", "")
 
 
 @operation(IssueReferral, need=lambda message: (_OWN, Need("code", message.code)))
-def issue(account: Account, message: IssueReferral, context: Context) -> Outcome:
+def issue_referral(account: Account, message: IssueReferral, context: Context) -> Outcome:
     """Give a user or a pool the code by which it refers others.
 
     It has one for ever: where it has one, that is the answer, whichever was asked for, and nothing changes. Refusals:
@@ -61,10 +61,8 @@ def issue(account: Account, message: IssueReferral, context: Context) -> Outcome
         raise RefusedError(Code.INVALID, "a lead refers nobody; issue the code to the user that it becomes")
     if account.referral is not None and account.referral.code is not None:
         return Outcome(details={"referral_code": account.referral.code})
-    there = account.codes.get(message.code)
-    if there is not None:
-        bare = msgspec.structs.replace(there.terms, lots=(), message=None)
-        raise RefusedError(Code.CODE_EXISTS, code_row=said_of(SharedCode(bare)))
+    if message.code in account.codes:
+        raise RefusedError(Code.CODE_EXISTS, existing=[message.code])
     terms = Terms(code=message.code, kind=REFERRAL, account=account.account, operation=context.operation)
     code = account.codes[message.code] = SharedCode(terms)
     code.is_new = True
@@ -126,7 +124,7 @@ def _check_free(account: Account) -> None:
 
 def _said(code: SharedCode | None) -> dict[str, Any]:
     """What a replay must know of a code, whose row is not the account's; one of another kind is as good as none."""
-    return {} if code is None or code.terms.kind != REFERRAL else {"code_row": said_of(code)}
+    return {} if code is None or code.terms.kind != REFERRAL else {"code_row": row_of(code)}
 
 
 def _hindrance(account: Account, code: SharedCode | None, context: Context) -> RefusedError | None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from tasks.accounts import open_account, settle
 from tasks.claw_back import claw_back
+from tasks.codes import conclude, issue, redeem, withdraw
 from tasks.consuming import consume, refund
 from tasks.grants import adjust, grant, revoke
 from tasks.holds import capture, hold, release
 from tasks.operation import Operation
 from tasks.plans import cancel, change, renew_on_payment, subscribe, undo
-from tasks.referrals import claim, issue, reward
+from tasks.referrals import claim, issue_referral, reward
 from tasks.transfers import bounce, confirm, receive, transfer
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         open_account, grant, consume, hold, capture, release, refund, adjust, revoke, claw_back, settle, transfer,
-        receive, confirm, bounce, issue, claim, reward, subscribe, change, cancel, renew_on_payment, undo,
+        receive, confirm, bounce, issue, redeem, withdraw, conclude, issue_referral, claim, reward, subscribe, change,
+        cancel, renew_on_payment, undo,
     )
 }  # fmt: skip

@@ -22,6 +22,7 @@ from creditlane.contract import (
 )
 from creditlane.reports import Planned, Simulation
 from models.reading import load_account
+from models.referral_reading import own_referral
 from models.rules.catalog import Catalog
 from models.simulating import advance
 from tasks.ledger import apply, balance_of, encode
@@ -60,12 +61,16 @@ def simulate_operations(
     :raises ValueError: for operations that do not fit the contract, or an instant that makes no sense.
     """
     steps = list(_steps(account, operations))
-    needs = [need(message) for name, _, message, _ in steps if (need := OPERATIONS[name].need) is not None]
+    needs = [
+        each for name, _, message, _ in steps if (need := OPERATIONS[name].need) is not None for each in need(message)
+    ]
     named = {each.id for each in operations if each.id is not None} | {str(need.key) for need in needs}
     loaded = load_account(connection, account, sorted(named) if named else None)
     if loaded is None:
         return None
     state, now = loaded
+    if any(need.kind == "referral" for need in needs):
+        state.referral = own_referral(connection, account)
     then = at or now
     advance(state, now, then, catalog, paid)
     before = _balance(balance_of(state, then))

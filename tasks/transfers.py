@@ -14,12 +14,12 @@ from typing import Any
 
 from creditlane.amounts import format_amount
 from creditlane.codes import Code
-from creditlane.contract import VERSION, Bounce, Confirm, Receive, Transfer, concluding_id, receiving_id
-from models.rules.burning import Plan, burn, came_in, check_room, come_back, new_grant, pay_debt, plan_burn
+from creditlane.contract import VERSION, Bounce, Confirm, Parcel, Receive, Transfer, concluding_id, receiving_id
+from models.rules.burning import Plan, burn, came_in, check_room, come_back, new_grant, pay_debt
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import MAX_OPEN_GRANTS, Account, Grant, Line
-from tasks.consuming import insufficient, shortage
+from tasks.gifts import plan_gift
 from tasks.operation import Context, FollowUp, Need, Outcome, operation
 
 
@@ -32,12 +32,7 @@ def transfer(account: Account, message: Transfer, context: Context) -> Outcome:
     ``insufficient_credits``; ``not_transferable`` when there are enough, but not of such lots.
     """
     amount = int(message.amount)
-    plan, missing = plan_burn(account, amount, None, context.now, context.catalog.is_transferable)
-    if missing:
-        short = plan_burn(account, amount, None, context.now)[1]
-        if short:
-            raise insufficient(account, context, amount, short)
-        raise RefusedError(Code.NOT_TRANSFERABLE, **shortage(account, context, amount, missing))
+    plan = plan_gift(account, amount, context)
     receipt = burn(account, plan, "transferred", context.now, context.operation)
     follow = receiving(account.account, context.operation, message, plan)
     return Outcome(amount, plan, receipt, {"to": message.to}, follow=[follow])
@@ -56,14 +51,14 @@ def receiving(sender: str, transfer: str, message: Transfer, plan: Plan) -> Foll
             "account": message.to,
             "sender": sender,
             "transfer": transfer,
-            "lots": [_parcel(grant, taken) for grant, taken in plan],
+            "lots": [parcel_of(grant, taken) for grant, taken in plan],
             **({} if message.message is None else {"message": message.message}),
             "v": VERSION,
         },
     )
 
 
-def _parcel(grant: Grant, amount_micro: int) -> dict[str, Any]:
+def parcel_of(grant: Grant, amount_micro: int) -> dict[str, Any]:
     """Credits of a lot as :class:`creditlane.contract.Parcel` on the wire."""
     parcel: dict[str, Any] = {
         "source": grant.source, "amount": format_amount(amount_micro), "priority": grant.priority,
@@ -105,11 +100,22 @@ def receive(account: Account, message: Receive, context: Context) -> Outcome:
     """
     if context.operation != receiving_id(message.sender, message.transfer):
         raise RefusedError(Code.INVALID, "only the ledger itself sends this, under an id that it derives")
-    if account.open_grants() + len(message.lots) > MAX_OPEN_GRANTS:
+    uses = take_in(account, message.lots, context)
+    details = {"sender": message.sender, "transfer": message.transfer}
+    return Outcome(uses=uses, details=details, follow=[_concluded(Confirm.operation, message)])
+
+
+def take_in(account: Account, lots: Sequence[Parcel], context: Context) -> Plan:
+    """Add a lot for each one that somebody gave, as :func:`receive` says.
+
+    :returns: the new lots, with their micro-credits.
+    :raises RefusedError: ``limit_reached``, before anything was changed.
+    """
+    if account.open_grants() + len(lots) > MAX_OPEN_GRANTS:
         raise RefusedError(Code.LIMIT_REACHED, f"the account may have {MAX_OPEN_GRANTS} grants with credits left")
-    check_room(account, sum(lot.amount for lot in message.lots))
+    check_room(account, sum(lot.amount for lot in lots))
     uses = []
-    for lot in message.lots:
+    for lot in lots:
         price = lot.unit_price
         grant = new_grant(
             account,
@@ -128,8 +134,7 @@ def receive(account: Account, message: Receive, context: Context) -> Outcome:
             pay_debt(account, grant, amount, context.now, context.operation)
         uses.append((grant, amount))
     came_in(account, context.now)
-    details = {"sender": message.sender, "transfer": message.transfer}
-    return Outcome(uses=uses, details=details, follow=[_concluded(Confirm.operation, message)])
+    return uses
 
 
 @operation(Confirm, need=lambda message: (Need("transfer", message.transfer),), concludes=True)
