@@ -836,6 +836,16 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """What that member may use in a period."""
     allowance: MemberUse | None = None
     """For what a member of a pool is charged: how it stands then, where it is counted."""
+    referral: str | None = None
+    """What became of a referral code: ``claimed``, or why ``credits.open`` went on without."""
+    referral_code: str | None = None
+    """By which code the account refers others."""
+    referrer: str | None = None
+    """Who referred the account."""
+    referee: str | None = None
+    """Who was referred by it."""
+    bonus: Decimal | None = None
+    """What came for a referral."""
     replayed: bool = False
 
     @property

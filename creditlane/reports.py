@@ -460,3 +460,41 @@ class Refunds(msgspec.Struct, kw_only=True, frozen=True):
     """The most credits first."""
     next_after: int | None
     """What to ask for next with ``after``; None at the end."""
+
+
+# --- Referrals ---------------------------------------------------------------------------------------
+
+
+class Referee(msgspec.Struct, kw_only=True, frozen=True):
+    """Somebody whom an account referred."""
+
+    account: str
+    claimed_at: datetime
+    status: str
+    """``waiting`` for its first purchase, ``settled`` when the reward is on its way, ``rewarded``, or the code of the
+    refusal, such as ``daily_limit``."""
+    settled_at: datetime | None
+    """When it got its own bonus."""
+    rewarded_at: datetime | None
+    """When the reward came, or was refused."""
+    reward: str
+    """Credits."""
+
+
+class Referrals(msgspec.Struct, kw_only=True, frozen=True):
+    """Who referred an account, and a page of those whom it referred, the latest first."""
+
+    account: str
+    code: str | None
+    """By which it refers others; None until one was issued."""
+    referrer: str | None
+    claimed_code: str | None
+    """That of its referrer."""
+    claimed_at: datetime | None
+    settled_at: datetime | None
+    """When it got its bonus as a referee."""
+    rewarded: int
+    """How many it was rewarded for, in all."""
+    referees: list[Referee]
+    next_before: str | None = None
+    """For the page after this one."""

@@ -124,6 +124,7 @@ from scripts.reading_commands import (
     show_forecast,
     show_usage,
 )
+from scripts.referrals_commands import referrals_app
 from scripts.replay import EXPONENT
 from scripts.requeue import as_it_was, drop, mended, open_message, replay
 from scripts.showing import (
@@ -176,6 +177,7 @@ app.add_typer(catalog_app, name="catalog")
 app.add_typer(codes_app, name="codes")
 app.add_typer(notices_app, name="notices")
 app.add_typer(payments_app, name="payments")
+app.add_typer(referrals_app, name="referrals")
 
 MONEY, STATE_PANEL, FILES = "Credits", "State", "Files"
 
@@ -194,6 +196,7 @@ class Kind(StrEnum):
         "creditlane account open alice",
         "creditlane account open studio --kind pool",
         "creditlane account open bob --email bob@example.org --locale fr --timezone Europe/Paris",
+        "creditlane account open carol --referral-code ALICE-2026",
     ),
 )
 def account_open(
@@ -209,6 +212,9 @@ def account_open(
     lead: Annotated[
         str | None, typer.Option(help="The lead that it was: what is left of its credits follows.", show_default=False)
     ] = None,
+    referral_code: Annotated[
+        str | None, typer.Option(metavar="CODE", help="That of who referred them.", show_default=False)
+    ] = None,
     id: IdOption = None,
     wait: WaitOption = WAIT_SECONDS,
     as_json: JsonOption = False,
@@ -218,7 +224,8 @@ def account_open(
     operate(
         id, wait, as_json, account, "open",
         lambda client, identity, seconds: client.open(
-            account, id=identity, kind=chosen, email=email, locale=locale, timezone=timezone, lead=lead, wait=seconds
+            account, id=identity, kind=chosen, email=email, locale=locale, timezone=timezone, lead=lead,
+            referral_code=referral_code, wait=seconds,
         ),
     )  # fmt: skip
 

@@ -156,6 +156,10 @@ def result_lines(result: Result) -> RenderableType:
         facts.append(("period", f"{instant(result.period_start)} to {instant(result.period_end)} UTC"))
     if result.plan_next is not None:
         facts.append(("next plan", said(result.plan_next)))
+    if result.referral is not None:
+        facts.append(("referral", said(result.referral)))
+    if result.bonus:
+        facts.append(("bonus", credits(result.bonus)))
     if result.balance is not None:
         facts.append(("balance", _balance_words(result)))
     again = " [dim](this id was answered before; nothing was changed again)[/]" if result.replayed else ""
@@ -194,6 +198,10 @@ def _deed(result: Result) -> str:
         case "grant" | "adjust" if not amount:
             given = sum((use.amount for use in result.grants), Decimal(0))
             return f"{short(result.operation)}: {credits(given)} added to {account}"
+        case "referrals.issue":
+            return f"{account} refers others by the code [bold]{said(result.referral_code)}[/]"
+        case "referrals.claim":
+            return f"{account} was referred by [bold]{said(result.referrer)}[/]"
         case name if result.plan is not None and name.startswith("plans."):
             return f"{name}: {account} has the plan [bold]{said(result.plan)}[/], {result.plan_status}"
         case "adjust" | "revoke":

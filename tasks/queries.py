@@ -20,11 +20,12 @@ from creditlane.reports import (
     RefundGrouping,
     Status,
 )
-from models import explaining, forecast, leaderboard, reading, refund_reading, usage_reading
+from models import explaining, forecast, leaderboard, reading, referral_reading, refund_reading, usage_reading
 from models.actions import actions as read_actions
 from models.database import reader
 from models.in_force import catalog_in_force
 from models.reading import DEFAULT_PAGE, MAX_PAGE
+from models.referral_reading import MAX_PLACE
 from tasks.simulation import simulate_operations
 
 RETRIES: dict[str, Any] = {
@@ -142,6 +143,13 @@ class RefundsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     feature: Key | None = None
     limit: Limit = DEFAULT_PAGE
     after: Annotated[int, msgspec.Meta(ge=0, le=refund_reading.MAX_LINES)] = 0
+
+
+class ReferralsQuery(Query, frozen=True, kw_only=True):
+    """``queries.referrals``: see :func:`models.referral_reading.referrals`."""
+
+    limit: Limit = DEFAULT_PAGE
+    before: Annotated[str, msgspec.Meta(max_length=MAX_PLACE)] | None = None
 
 
 Asked = TypeVar("Asked", bound=msgspec.Struct)
@@ -313,6 +321,21 @@ def refunds(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
     account = values.pop("account")
     with reader() as connection:
         return _told(refund_reading.refunds(connection, account, **values))
+
+
+@shared_task(name="queries.referrals", **RETRIES)
+def referrals(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
+    """By which code an account refers others, who referred it, and a page of those whom it referred.
+
+    :param v: the contract's version.
+    :param arguments: those of a :class:`ReferralsQuery`.
+    :returns: a :class:`creditlane.reports.Referrals` as JSON has it; None for an account that no operation ever named.
+    :raises ValueError: for arguments that make no sense, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away.
+    """
+    asked = understood(ReferralsQuery, v, arguments)
+    with reader() as connection:
+        return _told(referral_reading.referrals(connection, asked.account, limit=asked.limit, before=asked.before))
 
 
 def _told(found: msgspec.Struct | None) -> dict[str, Any] | None:
