@@ -721,6 +721,16 @@ class GrantUse(msgspec.Struct, kw_only=True, frozen=True):
     amount: Decimal
 
 
+class Achieved(msgspec.Struct, kw_only=True, frozen=True):
+    """An achievement that an operation brought."""
+
+    achievement: str
+    """Its name in the catalog."""
+    credits: Decimal
+    grant: int | None = None
+    """The grant that its credits are in; None where it comes with none."""
+
+
 class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The answer to one operation.
 
@@ -780,6 +790,8 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The sender's operation id of the transfer that this operation belongs to."""
     refused: Code | None = None
     """Why a transfer came back."""
+    achieved: list[Achieved] = []
+    """The achievements that it brought, each once for ever."""
     replayed: bool = False
 
     @property
@@ -921,6 +933,7 @@ __all__ = [
     "INTERNAL",
     "MAX_MICRO",
     "OPERATIONS",
+    "Achieved",
     "Adjust",
     "Balance",
     "Batch",

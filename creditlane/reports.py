@@ -427,3 +427,48 @@ class Refunds(msgspec.Struct, kw_only=True, frozen=True):
     """The most credits first."""
     next_after: int | None
     """What to ask for next with ``after``; None at the end."""
+
+
+# --- Achievements ------------------------------------------------------------------------------------
+
+
+class Trophy(msgspec.Struct, kw_only=True, frozen=True):
+    """An achievement that an account has reached."""
+
+    achievement: str
+    """Its name."""
+    title: str
+    credits: Decimal
+    """What came with it."""
+    reached_at: datetime
+    operation: str
+    """The operation that brought it."""
+    grant: int | None
+    """The grant that the credits came in; None where none did."""
+
+
+class Goal(msgspec.Struct, kw_only=True, frozen=True):
+    """An achievement that is yet to be reached."""
+
+    achievement: str
+    title: str
+    measure: str
+    """What is counted: ``used`` credits, or ``referrals``."""
+    at: Decimal
+    """From how many on it is reached."""
+    done: Decimal
+    """How many there are."""
+    percent: float
+    """``done`` of ``at``, to a tenth."""
+    credits: Decimal
+    """What will come with it."""
+
+
+class Achievements(msgspec.Struct, kw_only=True, frozen=True):
+    """What an account has achieved, and what comes next."""
+
+    account: str
+    reached: list[Trophy]
+    """In the order in which they were."""
+    goals: list[Goal]
+    """The nearest first."""

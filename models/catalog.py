@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 import msgspec
 
 from creditlane.amounts import Micro, parse_amount
-from models.rules.catalog import Catalog, Feature, Money, Offer, Pack, Plan
+from models.rules.catalog import Achievement, Catalog, Feature, Money, Offer, Pack, Plan
 
 Kind = TypeVar("Kind")
 
@@ -52,7 +52,9 @@ def parse_catalog(text: str, file: str) -> Catalog:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise CatalogError(f"{file}: not TOML: {error}") from None
-    for section, kind in (("features", Feature), ("packs", Pack), ("plans", Plan), ("offers", Offer)):
+    for section, kind in (
+        ("features", Feature), ("packs", Pack), ("plans", Plan), ("offers", Offer), ("achievements", Achievement),
+    ):  # fmt: skip
         entries = tables.get(section)
         for name, entry in entries.items() if isinstance(entries, dict) else ():
             _convert(entry, kind, file, f"{section}.{name}")

@@ -337,6 +337,12 @@ class GrantRow(Buckets, Base):
             "grant_id",
             postgresql_where=text("is_open AND expires_at IS NOT NULL"),
         ),
+        Index(
+            "grants_by_time",
+            "created_at",
+            postgresql_using="brin",
+            postgresql_with={"pages_per_range": 16, "autosummarize": "on"},
+        ),
         {"postgresql_with": {"fillfactor": "70"}},
     )
 
@@ -377,6 +383,7 @@ class OperationRow(Base):
             postgresql_using="brin",
             postgresql_with={"pages_per_range": 16, "autosummarize": "on"},
         ),
+        Index("operations_refunds", "applied_at", postgresql_where=text("name = 'credits.refund'")),
     )
 
     number: Mapped[int] = mapped_column(BigInteger)
@@ -630,7 +637,15 @@ class UsageDayRow(Base):
     """What one account used of one feature on one day, UTC; made of operations, and can be made of them again."""
 
     __tablename__ = "usage_days"
-    __table_args__ = ({"postgresql_with": {"fillfactor": "70"}},)
+    __table_args__ = (
+        Index(
+            "usage_days_by_day",
+            "day",
+            postgresql_using="brin",
+            postgresql_with={"pages_per_range": 16, "autosummarize": "on"},
+        ),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
 
     account: Mapped[str] = mapped_column(primary_key=True)
     day: Mapped[date] = mapped_column(primary_key=True)

@@ -19,6 +19,7 @@ from models.rules.catalog import Catalog
 from models.rules.refusal import RefusedError
 from models.rules.settling import settle
 from models.rules.state import CLOSED, UNOPENED, Account, Grant, Known
+from tasks.achievements import Reached, reach
 from tasks.notices import Told
 from tasks.operation import Context, FollowUp, Outcome
 from tasks.registry import OPERATIONS
@@ -110,7 +111,8 @@ def apply(
             raise RefusedError(Code.UNKNOWN_ACCOUNT)
         if account.status == CLOSED and not task.concludes:
             raise RefusedError(Code.ACCOUNT_CLOSED)
-        outcome = task.run(account, message, Context(now, catalog, operation))
+        context = Context(now, catalog, operation)
+        outcome = task.run(account, message, context)
     except RefusedError as refusal:
         if account.seq != settled:
             raise AssertionError(f"{name} was refused after it wrote entries") from refusal
@@ -126,6 +128,12 @@ def apply(
             ]
         if outcome.details:
             fields.update(outcome.details)
+        if catalog.achievements:
+            reached = reach(account, message, context)
+            if reached:
+                fields["achieved"] = [_reached(each) for each in reached]
+            if told is not None:
+                told.achieved(reached)
     fields["balance"] = balance_of(account, now)
     stored = encode(fields)
     account.operations += 1
@@ -154,6 +162,12 @@ def apply(
         catalog.label,
     )
     return Answer(name, operation, account.account, status, stored, row, False, outcome.follow)
+
+
+def _reached(reached: Reached) -> dict[str, Any]:
+    """What an operation brought, as its result tells it."""
+    told: dict[str, Any] = {"achievement": reached.name, "credits": format_amount(reached.achievement.credits)}
+    return told if reached.lot is None else {**told, "grant": reached.lot.id}
 
 
 def _repeat(account: Account, name: str, operation: str, message: Message, known: Known) -> Answer:

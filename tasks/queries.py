@@ -20,7 +20,7 @@ from creditlane.reports import (
     RefundGrouping,
     Status,
 )
-from models import explaining, forecast, leaderboard, reading, refund_reading, usage_reading
+from models import achievement_reading, explaining, forecast, leaderboard, reading, refund_reading, usage_reading
 from models.catalog import load_catalog
 from models.database import reader
 from models.reading import DEFAULT_PAGE, MAX_PAGE
@@ -109,6 +109,10 @@ class SimulateQuery(Query, frozen=True, kw_only=True):
     operations: Annotated[list[Planned], msgspec.Meta(min_length=1, max_length=MAX_BATCH)]
     at: Instant | None = None
     paid: bool = True
+
+
+class AchievementsQuery(Query, frozen=True, kw_only=True):
+    """``queries.achievements``."""
 
 
 class LeaderboardQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -287,6 +291,22 @@ def refunds(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
     account = values.pop("account")
     with reader() as connection:
         return _told(refund_reading.refunds(connection, account, **values))
+
+
+@shared_task(name="queries.achievements", **RETRIES)
+def achievements(account: str, v: int = 1) -> dict[str, Any] | None:
+    """What an account has achieved, and how far it is with the rest.
+
+    :param account: whose.
+    :param v: the contract's version.
+    :returns: a :class:`creditlane.reports.Achievements` as JSON has it; None for an account that no operation ever
+        named.
+    :raises ValueError: for what is no account, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away.
+    """
+    asked = understood(AchievementsQuery, v, {"account": account})
+    with reader() as connection:
+        return _told(achievement_reading.achievements(connection, asked.account, load_catalog(settings().catalog)))
 
 
 def _told(found: msgspec.Struct | None) -> dict[str, Any] | None:

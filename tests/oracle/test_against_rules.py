@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from creditlane.contract import decode_message
 from models.catalog import parse_catalog
 from models.rules.catalog import Catalog, Money, Plan
-from models.rules.state import CLOSED, COUNTERS, UNOPENED, Account, Entry
+from models.rules.state import CLOSED, COUNTERS, UNOPENED, Account, Entry, achieved_at
 from tasks.ledger import Answer, apply, encode
 from tests.oracle.model import BUCKETS, Row, meaning
 from tests.oracle.plans import PlanLedger
@@ -90,9 +90,26 @@ on_spent = "{on_spent}"
 refund_days = 2
 """
 
+ACHIEVEMENTS = """
+[achievements.ten]
+at = "10"
+credits = "4"
+expires_days = 1
+[achievements.badge]
+at = "3"
+[achievements.first]
+at = "3"
+credits = "1.5"
+[achievements.friends]
+measure = "referrals"
+at = "1"
+credits = "100"
+"""
+
 CATALOGS = {
     on_spent: parse_catalog(CATALOG.replace("{on_spent}", on_spent), "oracle.toml") for on_spent in ("debt", "forgive")
 }
+ACHIEVED = parse_catalog(CATALOG.replace("{on_spent}", "debt") + ACHIEVEMENTS, "achieved.toml")
 
 
 def plain(catalog: Catalog) -> Row:
@@ -118,6 +135,16 @@ def plain(catalog: Catalog) -> Row:
             {"name": name, "credits": int(pack.credits), "minor": Money.parse(pack.price).minor}
             for name, pack in catalog.packs.items()
             if pack.price is not None
+        ],
+        "achievements": [
+            {
+                "name": name,
+                "at": int(each.at),
+                "credits": int(each.credits),
+                "expires_days": each.expires_days,
+            }
+            for name, each in catalog.achievements.items()
+            if each.measure == "used"
         ],
         "on_spent": catalog.clawback.on_spent,
         "refund_days": catalog.refunds.refund_days,
@@ -301,6 +328,10 @@ def read_answer(answer: Answer) -> Row:
     for instant in ("expires_at", "period_start", "period_end", "paid_until"):
         if instant in said:
             read[instant] = datetime.fromisoformat(said[instant])
+    if "achieved" in said:
+        read["achieved"] = [
+            (each["achievement"], credits_of(each["credits"]), each.get("grant")) for each in said["achieved"]
+        ]
     if "offer" in said:
         read["offer"] = said["offer"].get("pack", said["offer"].get("plan"))
     balance = said.get("balance")
@@ -433,6 +464,7 @@ class Both:
         assert (self.account.status != UNOPENED) is self.ledger.opened
         assert (self.account.status == CLOSED) is self.ledger.closed
         assert self.account.debt == self.ledger.debt
+        assert achieved_at(self.account.achieved) == self.ledger.achieved
         assert self.account.last_grant == len(self.ledger.lots) == len(self.account.grants)
         for lot in self.ledger.lots:
             grant = self.account.grants[lot["number"]]
@@ -629,12 +661,12 @@ class Operations(RuleBasedStateMachine):
         self.both = Both(CATALOGS["debt"])
 
     @initialize(
-        on_spent=st.sampled_from(["debt", "forgive"]),
+        catalog=st.sampled_from([*CATALOGS.values(), ACHIEVED]),
         kind=st.sampled_from([None, None, None, None, "user", "lead", "pool", "not yet"]),
         left=st.sampled_from([None] * 9 + [30]),
     )
-    def begin(self, on_spent: str, kind: str | None, left: int | None) -> None:
-        self.both = Both(CATALOGS[on_spent])
+    def begin(self, catalog: Catalog, kind: str | None, left: int | None) -> None:
+        self.both = Both(catalog)
         if kind != "not yet":
             self.send("credits.open", present(kind=kind))
         if left is not None:
