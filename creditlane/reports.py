@@ -346,7 +346,7 @@ class Simulation(msgspec.Struct, kw_only=True, frozen=True):
     before: Balance
     after: Balance
     charged: Decimal
-    """What those that would be applied charge, less what they give back."""
+    """What they would use up, less what they give back; what is held is not used yet."""
     refused: int
     """How many would be refused: their results say why, and what pack or plan would do."""
     results: list[Result]

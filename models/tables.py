@@ -102,7 +102,7 @@ class AccountRow(Buckets, Base):
     converted_to: Mapped[str | None]
     """Of a lead that has signed up, the user."""
     achieved: Mapped[str | None]
-    """The achievements that it has, with commas between them."""
+    """The achievements that it has, each with the number of the operation that brought it: ``beginner:3,expert:120``."""
 
 
 class AllowanceRow(Base):
@@ -859,3 +859,15 @@ class PaymentWatermarkRow(Base):
     livemode: Mapped[bool] = mapped_column(primary_key=True)
     kind: Mapped[str] = mapped_column(primary_key=True)
     until: Mapped[datetime]
+
+
+class CatalogRow(Base):
+    """The text of a catalog that operations were applied under; immutable."""
+
+    __tablename__ = "catalogs"
+    __table_args__ = (CheckConstraint("label ~ '^[a-z0-9_-]{1,64}-[1-9][0-9]*$'", name="catalogs_label"),)
+
+    label: Mapped[str] = mapped_column(primary_key=True)
+    """Name and version, as each operation has it."""
+    text: Mapped[str]
+    first_used_at: Mapped[datetime]

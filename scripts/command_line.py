@@ -28,7 +28,8 @@ from creditlane.amounts import MICRO, format_amount
 from models.audit import Report, audit_new
 from models.audit import audit as audit_ledger
 from models.audit_processes import HelperError
-from models.catalog import SHIPPED, CatalogError, load_catalog
+from models.catalog import CatalogError, load_catalog, shipped_names
+from models.catalog_texts import kept_catalogs
 from models.cutoff import WAIT_SECONDS as SEAL_WAIT_SECONDS
 from models.cutoff import BusyError
 from models.explaining import explain_operation
@@ -819,7 +820,7 @@ def audit(
         list[str] | None,
         typer.Option(
             help="A catalog that operations were applied under: a name or a path; several may be given.",
-            show_default="CREDITLANE_CATALOG and the shipped ones",
+            show_default="those that the ledger has kept, CREDITLANE_CATALOG, the shipped ones",
         ),
     ] = None,
     incremental: Annotated[
@@ -847,8 +848,8 @@ def audit(
     if incremental and (wanted or replay or expect or seals is not None):
         fail("--incremental looks at what is new, and at nothing else: give it alone", USAGE)
     expected = [read_root(text) for text in expect or ()]
-    replayer = Replayer(catalogs_at_hand(catalog or ())) if replay else None
     with ledger(read_only=not incremental) as connection:
+        replayer = Replayer(catalogs_at_hand(connection, catalog or ())) if replay else None
         for account in wanted or ():
             if not account_exists(connection, account):
                 unknown_account(account)
@@ -876,14 +877,17 @@ def read_root(text: str) -> bytes:
     return bytes.fromhex(text)
 
 
-def catalogs_at_hand(given: Sequence[str]) -> dict[str, Catalog]:
-    """The catalogs to replay with, by label: those given, the one of the environment, and those that are shipped."""
-    names = [path.stem for path in sorted(SHIPPED.glob("*.toml"))]
-    names += [name for name in (os.environ.get("CREDITLANE_CATALOG"), *given) if name]
+def catalogs_at_hand(connection: Connection[Any], given: Sequence[str]) -> dict[str, Catalog]:
+    """The catalogs to replay with, by label: those given, those that the ledger has kept, that of the environment, and
+    those that are shipped; of one label the first of these."""
+    names = [*shipped_names(), *filter(None, [os.environ.get("CREDITLANE_CATALOG")])]
     try:
-        return {catalog.label: catalog for catalog in map(load_catalog, names)}
+        found = {catalog.label: catalog for catalog in map(load_catalog, names)}
+        found.update(kept_catalogs(connection))
+        found.update((catalog.label, catalog) for catalog in map(load_catalog, given))
     except CatalogError as error:
         fail(str(error), USAGE)
+    return found
 
 
 def show_audit(report: Report, seconds: float, as_json: bool) -> None:

@@ -21,10 +21,9 @@ from creditlane.reports import (
     Status,
 )
 from models import achievement_reading, explaining, forecast, leaderboard, reading, refund_reading, usage_reading
-from models.catalog import load_catalog
 from models.database import reader
+from models.in_force import catalog_in_force
 from models.reading import DEFAULT_PAGE, MAX_PAGE
-from models.settings import settings
 from tasks.simulation import simulate_operations
 
 RETRIES: dict[str, Any] = {
@@ -168,7 +167,7 @@ def balance(account: str, v: int = 1) -> dict[str, Any] | None:
     """
     asked = understood(BalanceQuery, v, {"account": account})
     with reader() as connection:
-        return _told(reading.account_balance(connection, asked.account, load_catalog(settings().catalog)))
+        return _told(reading.account_balance(connection, asked.account, catalog_in_force(connection)))
 
 
 @shared_task(name="queries.history", **RETRIES)
@@ -218,8 +217,8 @@ def ahead(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
     """
     asked = understood(ForecastQuery, v, arguments)
     pace = None if asked.pace is None else parse_amount(asked.pace)
-    catalog = load_catalog(settings().catalog)
     with reader() as connection:
+        catalog = catalog_in_force(connection)
         return _told(forecast.forecast(connection, asked.account, catalog, days=asked.days, pace=pace, paid=asked.paid))
 
 
@@ -241,7 +240,7 @@ def explain(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
             return _told(explaining.explain_operation(connection, account, asked.operation, limit=limit, after=after))
         if asked.grant is not None:
             return _told(explaining.explain_grant(connection, account, asked.grant, limit=limit, after=after))
-        return _told(explaining.explain_balance(connection, account, load_catalog(settings().catalog)))
+        return _told(explaining.explain_balance(connection, account, catalog_in_force(connection)))
 
 
 @shared_task(name="queries.simulate", **RETRIES)
@@ -255,8 +254,8 @@ def simulate(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
     :raises psycopg.OperationalError: when the database stays away.
     """
     asked = understood(SimulateQuery, v, arguments)
-    catalog = load_catalog(settings().catalog)
     with reader() as connection:
+        catalog = catalog_in_force(connection)
         return _told(
             simulate_operations(connection, asked.account, asked.operations, catalog, at=asked.at, paid=asked.paid)
         )
@@ -274,7 +273,7 @@ def ranking(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
     """
     values = msgspec.structs.asdict(understood(LeaderboardQuery, v, arguments))
     with reader() as connection:
-        return _told(leaderboard.leaderboard(connection, load_catalog(settings().catalog), **values))
+        return _told(leaderboard.leaderboard(connection, catalog_in_force(connection), **values))
 
 
 @shared_task(name="queries.refunds", **RETRIES)
@@ -306,7 +305,7 @@ def achievements(account: str, v: int = 1) -> dict[str, Any] | None:
     """
     asked = understood(AchievementsQuery, v, {"account": account})
     with reader() as connection:
-        return _told(achievement_reading.achievements(connection, asked.account, load_catalog(settings().catalog)))
+        return _told(achievement_reading.achievements(connection, asked.account, catalog_in_force(connection)))
 
 
 def _told(found: msgspec.Struct | None) -> dict[str, Any] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -25,6 +24,8 @@ from creditlane.reports import Planned, Simulation
 from models.reading import load_account
 from models.rules.catalog import Catalog
 from models.simulating import advance
+from models.usage_reading import credits_of
+from tasks.achievements import used_micro
 from tasks.ledger import apply, balance_of, encode
 from tasks.operation import Need
 from tasks.registry import OPERATIONS
@@ -64,7 +65,7 @@ def simulate_operations(
     state, now = loaded
     then = at or now
     advance(state, now, then, catalog, paid)
-    before = _balance(balance_of(state, then))
+    before, used = _balance(balance_of(state, then)), used_micro(state)
     results = [
         _decode_result(apply(state, name, id, message, arguments, then, catalog).result)
         for name, id, message, arguments in steps
@@ -76,7 +77,7 @@ def simulate_operations(
         paid=paid,
         before=before,
         after=_balance(balance_of(state, then)),
-        charged=sum((result.charged for result in results if result.applied and not result.replayed), Decimal(0)),
+        charged=credits_of(used_micro(state) - used),
         refused=sum(1 for result in results if not result.applied),
         results=results,
     )

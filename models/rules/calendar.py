@@ -56,6 +56,19 @@ def months_passed(anchor: datetime, now: datetime, zone: str) -> int:
 
 def month_start(now: datetime, zone: str) -> datetime:
     """The first instant of the calendar month that an instant lies in, in UTC."""
+    return _midnight(now.astimezone(ZoneInfo(zone)).replace(day=1))
+
+
+def week_start(now: datetime, zone: str) -> datetime:
+    """The first instant of the week, which begins on Monday, that an instant lies in, in UTC."""
     local = now.astimezone(ZoneInfo(zone))
-    start = local.replace(day=1, hour=0, minute=0, second=0, microsecond=0, fold=0)
-    return start.astimezone(UTC)
+    return _midnight(local - timedelta(days=local.weekday()))
+
+
+def day_start(now: datetime, zone: str) -> datetime:
+    """The first instant of the day that an instant lies in, in UTC."""
+    return _midnight(now.astimezone(ZoneInfo(zone)))
+
+
+def _midnight(local: datetime) -> datetime:
+    return local.replace(hour=0, minute=0, second=0, microsecond=0, fold=0).astimezone(UTC)

@@ -108,7 +108,7 @@ def test_a_catalog_without_its_own_section_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "key", "reason"),
     [
-        ("[featurs.image]\nprice = 1\n", "", "unknown field `featurs`"),
+        ("[featurs.image]\nprice = 1\n", "featurs", "unknown section; do you mean features?"),
         ("[signup]\ncredit = 1\n", "signup", "unknown field `credit`"),
         ("[features.image]\nprice = 1\nround = 'up'\n", "features.image", "unknown field `round`"),
         ("[features.image]\nper = 8\n", "features.image", "`price`"),
