@@ -102,7 +102,7 @@ class AccountRow(Buckets, Base):
     converted_to: Mapped[str | None]
     """Of a lead that has signed up, the user."""
     achieved: Mapped[str | None]
-    """The achievements that it has, each with the number of the operation that brought it: ``beginner:3,expert:120``."""
+    """The achievements that it has, each with the number of its operation: ``beginner:3,expert:120``."""
 
 
 class AllowanceRow(Base):

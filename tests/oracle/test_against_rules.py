@@ -91,7 +91,7 @@ refund_days = 2
 """
 
 ACHIEVEMENTS = """
-[achievements.ten]
+[achievements.all_of_ten]
 at = "10"
 credits = "4"
 expires_days = 1
@@ -1147,3 +1147,48 @@ def test_every_kind_of_entry_is_reached_by_the_sequences_of_this_file() -> None:
     # What moves between accounts is in test_transfers.py, what a plan carries over in test_plans.py.
     between = {"transferred", "sent", "bounced", "received", "rolled_out", "rolled_in", "unexpired"}
     assert {entry.kind for entry in both.account.entries} == set(MOVES) - between
+
+
+# Achievements, by lives that are about nothing but using and giving back.
+
+
+lives_of_use = st.lists(
+    st.one_of(
+        st.tuples(st.just("consume"), st.sampled_from(["0.5", "1", "2", "2.5", "4", "9"])),
+        st.tuples(st.just("hold"), st.sampled_from(["1", "3", "6"])),
+        st.tuples(st.just("capture"), st.sampled_from([None, "0", "2", "7"])),
+        st.tuples(st.just("refund"), st.sampled_from([None, None, "0.5", "1"])),
+        st.tuples(st.just("grant"), st.sampled_from(["5", "12"])),
+        st.tuples(st.just("wait"), st.sampled_from([60, 3600, 90_000])),
+    ),
+    min_size=8, max_size=24,
+)  # fmt: skip
+
+
+@SEQUENCES
+@given(lives_of_use, st.integers(0, 10**6))
+def test_achievements_are_those_of_the_second_ledger(life: list[tuple[str, Any]], seed: int) -> None:
+    """Both agree after every step on what was brought; and all that ever came of it is once each."""
+    both = Both(ACHIEVED)
+    both.do("credits.open", "open", present(kind="pool"))
+    both.do("credits.grant", "grant", present(amount=12, source="pack"))
+    for place, (what, value) in enumerate(life):
+        named = [id for id, known in both.account.known.items() if known.lines]
+        holds = [hold.id for hold in both.account.holds.values() if hold.status == "open"]
+        content: Row | None = None
+        if what == "wait":
+            both.now += timedelta(seconds=value)
+        elif what == "refund" and named:
+            content = present(operation=named[seed % len(named)], amount=value)
+        elif what == "capture" and holds:
+            content = present(hold=holds[seed % len(holds)], amount=value)
+        elif what == "grant":
+            content = present(amount=value, source="pack")
+        elif what in ("consume", "hold"):
+            content = present(amount=value)
+        if content is not None:
+            both.do(f"credits.{what}", f"step-{place}", content)
+    given = [lot for lot in both.account.grants.values() if lot.source == "achievement" and lot.origin is None]
+    credits = {"all_of_ten": 4, "first": 1.5}
+    brought = [credits[name] for name in achieved_at(both.account.achieved) if name in credits]
+    assert sum(lot.granted for lot in given) == sum(brought) * 1_000_000
