@@ -379,7 +379,7 @@ class Simulation(msgspec.Struct, kw_only=True, frozen=True):
     before: Balance
     after: Balance
     charged: Decimal
-    """What those that would be applied charge, less what they give back."""
+    """What they would use up, less what they give back; what is held is not used yet."""
     refused: int
     """How many would be refused: their results say why, and what pack or plan would do."""
     results: list[Result]
@@ -460,3 +460,86 @@ class Refunds(msgspec.Struct, kw_only=True, frozen=True):
     """The most credits first."""
     next_after: int | None
     """What to ask for next with ``after``; None at the end."""
+
+
+# --- Referrals ---------------------------------------------------------------------------------------
+
+
+class Referee(msgspec.Struct, kw_only=True, frozen=True):
+    """Somebody whom an account referred."""
+
+    account: str
+    claimed_at: datetime
+    status: str
+    """``waiting`` for its first purchase, ``settled`` when the reward is on its way, ``rewarded``, or the code of the
+    refusal, such as ``daily_limit``."""
+    settled_at: datetime | None
+    """When it got its own bonus."""
+    rewarded_at: datetime | None
+    """When the reward came, or was refused."""
+    reward: str
+    """Credits."""
+
+
+class Referrals(msgspec.Struct, kw_only=True, frozen=True):
+    """Who referred an account, and a page of those whom it referred, the latest first."""
+
+    account: str
+    code: str | None
+    """By which it refers others; None until one was issued."""
+    referrer: str | None
+    claimed_code: str | None
+    """That of its referrer."""
+    claimed_at: datetime | None
+    settled_at: datetime | None
+    """When it got its bonus as a referee."""
+    rewarded: int
+    """How many it was rewarded for, in all."""
+    referees: list[Referee]
+    next_before: str | None = None
+    """For the page after this one."""
+
+
+# --- Achievements ------------------------------------------------------------------------------------
+
+
+class Trophy(msgspec.Struct, kw_only=True, frozen=True):
+    """An achievement that an account has reached."""
+
+    achievement: str
+    """Its name."""
+    title: str
+    credits: Decimal
+    """What came with it."""
+    reached_at: datetime
+    operation: str
+    """The operation that brought it."""
+    grant: int | None
+    """The grant that the credits came in; None where none did."""
+
+
+class Goal(msgspec.Struct, kw_only=True, frozen=True):
+    """An achievement that is yet to be reached."""
+
+    achievement: str
+    title: str
+    measure: str
+    """What is counted: ``used`` credits, or ``referrals``."""
+    at: Decimal
+    """From how many on it is reached."""
+    done: Decimal
+    """How many there are."""
+    percent: float
+    """``done`` of ``at``, to a tenth."""
+    credits: Decimal
+    """What will come with it."""
+
+
+class Achievements(msgspec.Struct, kw_only=True, frozen=True):
+    """What an account has achieved, and what comes next."""
+
+    account: str
+    reached: list[Trophy]
+    """In the order in which they were."""
+    goals: list[Goal]
+    """The nearest first."""

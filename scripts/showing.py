@@ -152,10 +152,15 @@ def result_lines(result: Result) -> RenderableType:
         amount = getattr(result, name)
         if amount:
             facts.append((name.replace("_", " "), credits(amount)))
+    facts += [("achieved", f"{said(each.achievement)}, {credits(each.credits)}") for each in result.achieved]
     if result.period_start is not None:
         facts.append(("period", f"{instant(result.period_start)} to {instant(result.period_end)} UTC"))
     if result.plan_next is not None:
         facts.append(("next plan", said(result.plan_next)))
+    if result.referral is not None:
+        facts.append(("referral", said(result.referral)))
+    if result.bonus:
+        facts.append(("bonus", credits(result.bonus)))
     if result.balance is not None:
         facts.append(("balance", _balance_words(result)))
     again = " [dim](this id was answered before; nothing was changed again)[/]" if result.replayed else ""
@@ -177,6 +182,12 @@ def _deed(result: Result) -> str:
             return f"hold: {credits(amount)} set aside on {account}"
         case "transfer":
             return f"transfer: {credits(amount)} on their way from {account} to [bold]{said(result.to)}[/]"
+        case "codes.issue":
+            return f"issue: {result.codes} gift codes, {credits(amount)} taken from {account} until they are redeemed"
+        case "codes.withdraw":
+            return f"withdraw: {result.codes} gift codes ended, {credits(-amount)} back to {account}"
+        case "codes.redeem":
+            return f"redeem: {credits(result.credits or 0)} added to {account}"
         case "convert":
             return f"convert: {credits(amount)} on their way from the lead {account} to [bold]{said(result.to)}[/]"
         case "accounts.close":
@@ -188,6 +199,10 @@ def _deed(result: Result) -> str:
         case "grant" | "adjust" if not amount:
             given = sum((use.amount for use in result.grants), Decimal(0))
             return f"{short(result.operation)}: {credits(given)} added to {account}"
+        case "referrals.issue":
+            return f"{account} refers others by the code [bold]{said(result.referral_code)}[/]"
+        case "referrals.claim":
+            return f"{account} was referred by [bold]{said(result.referrer)}[/]"
         case name if result.plan is not None and name.startswith("plans."):
             return f"{name}: {account} has the plan [bold]{said(result.plan)}[/], {result.plan_status}"
         case "adjust" | "revoke":

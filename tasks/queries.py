@@ -20,11 +20,21 @@ from creditlane.reports import (
     RefundGrouping,
     Status,
 )
-from models import explaining, forecast, leaderboard, reading, refund_reading, usage_reading
+from models import (
+    achievement_reading,
+    explaining,
+    forecast,
+    leaderboard,
+    reading,
+    referral_reading,
+    refund_reading,
+    usage_reading,
+)
 from models.actions import actions as read_actions
 from models.database import reader
 from models.in_force import catalog_in_force
 from models.reading import DEFAULT_PAGE, MAX_PAGE
+from models.referral_reading import MAX_PLACE
 from tasks.simulation import simulate_operations
 
 RETRIES: dict[str, Any] = {
@@ -121,6 +131,10 @@ class SimulateQuery(Query, frozen=True, kw_only=True):
     paid: bool = True
 
 
+class AchievementsQuery(Query, frozen=True, kw_only=True):
+    """``queries.achievements``."""
+
+
 class LeaderboardQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``queries.leaderboard``: see :func:`models.leaderboard.leaderboard`."""
 
@@ -142,6 +156,13 @@ class RefundsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     feature: Key | None = None
     limit: Limit = DEFAULT_PAGE
     after: Annotated[int, msgspec.Meta(ge=0, le=refund_reading.MAX_LINES)] = 0
+
+
+class ReferralsQuery(Query, frozen=True, kw_only=True):
+    """``queries.referrals``: see :func:`models.referral_reading.referrals`."""
+
+    limit: Limit = DEFAULT_PAGE
+    before: Annotated[str, msgspec.Meta(max_length=MAX_PLACE)] | None = None
 
 
 Asked = TypeVar("Asked", bound=msgspec.Struct)
@@ -313,6 +334,37 @@ def refunds(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
     account = values.pop("account")
     with reader() as connection:
         return _told(refund_reading.refunds(connection, account, **values))
+
+
+@shared_task(name="queries.referrals", **RETRIES)
+def referrals(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
+    """By which code an account refers others, who referred it, and a page of those whom it referred.
+
+    :param v: the contract's version.
+    :param arguments: those of a :class:`ReferralsQuery`.
+    :returns: a :class:`creditlane.reports.Referrals` as JSON has it; None for an account that no operation ever named.
+    :raises ValueError: for arguments that make no sense, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away.
+    """
+    asked = understood(ReferralsQuery, v, arguments)
+    with reader() as connection:
+        return _told(referral_reading.referrals(connection, asked.account, limit=asked.limit, before=asked.before))
+
+
+@shared_task(name="queries.achievements", **RETRIES)
+def achievements(account: str, v: int = 1) -> dict[str, Any] | None:
+    """What an account has achieved, and how far it is with the rest.
+
+    :param account: whose.
+    :param v: the contract's version.
+    :returns: a :class:`creditlane.reports.Achievements` as JSON has it; None for an account that no operation ever
+        named.
+    :raises ValueError: for what is no account, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away.
+    """
+    asked = understood(AchievementsQuery, v, {"account": account})
+    with reader() as connection:
+        return _told(achievement_reading.achievements(connection, asked.account, catalog_in_force(connection)))
 
 
 def _told(found: msgspec.Struct | None) -> dict[str, Any] | None:

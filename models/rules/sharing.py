@@ -22,8 +22,8 @@ from creditlane.contract import Parcel
 MEMBER, CODE, REFEREE = "member:", "code:", "referee:"
 """What the keys of allowances begin with that are of one member, of one code, of one who was referred."""
 
-GIVEN, REDEEMED = "gifts", "redeems"
-"""The keys of the allowances that count what an account gives away in a day, and what it redeems."""
+GIVEN, REDEEMED, REFERRED = "gifts", "redeems", "referrals"
+"""The keys of the allowances that count what an account gives away in a day, what it redeems, and whom it refers."""
 
 
 class Allowance:

@@ -28,7 +28,7 @@ MOST = 9 * 10**18
 MANY = 1000
 """Lots with credits left, in whatever form, that one account may have."""
 
-PROMOTIONAL = {"signup", "lead", "bonus", "referral", "promotion"}
+PROMOTIONAL = {"signup", "lead", "bonus", "referral", "promotion", "achievement"}
 """Where credits come from that nobody paid for."""
 
 BUCKETS = (
@@ -82,10 +82,13 @@ def meaning(name: str, content: Row) -> Row:
     return said
 
 
-SPENDING = ("credits.consume", "credits.hold", "credits.transfer", "credits.convert")
+SPENDING = ("credits.consume", "credits.hold", "credits.transfer", "credits.convert", "codes.issue")
 """What an account that an administrator has frozen may not do."""
 
-CONCLUDING = ("credits.confirm", "credits.bounce", "credits.claw_back", "credits.convert", "accounts.reopen")
+CONCLUDING = (
+    "credits.confirm", "credits.bounce", "credits.claw_back", "credits.convert", "accounts.reopen", "codes.conclude",
+    "codes.withdraw",
+)  # fmt: skip
 """What also reaches a closed account."""
 
 RETURNING = ("credits.capture", "credits.release", "credits.refund")
@@ -102,13 +105,19 @@ def derived(step: str, sender: str, transfer: str) -> str:
     return f"transfer.{step}:{fingerprint(sender, transfer)}"
 
 
+def told_id(code: str, slot: int) -> str:
+    """The id under which who paid for a code learns of one of its uses."""
+    return f"code.conclude:{fingerprint(code, str(slot))}"
+
+
 class Ledger:
     """One account.
 
     :param policy: the catalog as plain data: ``features`` (each with ``price`` and ``per`` in millionths and
         ``rounding``), ``signup`` and ``lead`` (``credits`` in micro-credits, ``source``, ``expires_days``),
         ``priorities``, ``sources`` (whether they may be given away), ``packs`` (name, micro-credits, minor units,
-        price as text), ``on_spent``, ``refund_days``.
+        price as text), ``on_spent``, ``refund_days``, and perhaps ``achievements`` (each with ``name``, ``at`` and
+        ``credits`` in micro-credits, ``expires_days``).
     """
 
     def __init__(self, policy: Row) -> None:
@@ -129,6 +138,9 @@ class Ledger:
         self.movements: list[Row] = []
         self.debt = 0
         self.returned: dict[str, Row] = {}
+        self.codes: dict[str, Row] = {}
+        """Gift codes, of all accounts that share them: put another in its place."""
+        self.achieved: dict[str, int] = {}
 
     # The one way in.
 
@@ -158,9 +170,15 @@ class Ledger:
                     raise Refusal("account_closed", converted_to=self.became)
             if self.halted and name in SPENDING:
                 raise Refusal("account_frozen")
-            step: Callable[[Row, str, datetime], Row] = getattr(self, name.partition(".")[2] + "_")
+            family, _, deed = name.partition(".")
+            step: Callable[[Row, str, datetime], Row] = getattr(
+                self, ("code_" if family == "codes" else "") + deed + "_"
+            )
             details = step(said, operation, now)
             answer = {"status": "applied", "code": None, "charged": 0, "uses": [], **details}
+            new = self.achieve(operation, now)
+            if new:
+                answer["achieved"] = new
         except Refusal as refusal:
             answer = {"status": "rejected", "code": refusal.code, "charged": 0, "uses": [], **refusal.details}
             if name == "credits.receive" and operation == derived("receive", said["sender"], said["transfer"]):
@@ -173,6 +191,29 @@ class Ledger:
             id = f"lead.convert:{fingerprint(said['account'], self.became, operation)}"
             self.letters.append(("credits.convert", id, follower))
         return answer
+
+    def achieve(self, operation: str, now: datetime) -> list[tuple[str, int, int | None]]:
+        """What the operation under way brought: the lowest first, each with its credits and the lot they are in."""
+        used = sum(lot["consumed"] - lot["restored"] for lot in self.lots)
+        brought: list[tuple[str, int, int | None]] = []
+        if self.closed:
+            return brought
+        wanted = [each for each in self.policy.get("achievements", []) if each["name"] not in self.achieved]
+        for each in sorted(wanted, key=lambda each: (each["at"], each["name"])):
+            came = sum(lot["granted"] + lot["received"] + lot["restored"] for lot in self.lots)
+            alive = [lot for lot in self.lots if lot["available"] + lot["held"] + lot["in_transit"] > 0]
+            full = each["credits"] > 0 and (came + each["credits"] > MOST or len(alive) >= MANY)
+            if used < each["at"] or full:
+                continue
+            number = None
+            if each["credits"]:
+                end = None if each["expires_days"] is None else now + timedelta(days=each["expires_days"])
+                lot = self.add_lot(operation, now, "achievement", end=end)
+                self.come_in(lot, each["credits"], operation, now)
+                number = lot["number"]
+            self.achieved[each["name"]] = len(self.answers) + 1
+            brought.append((each["name"], each["credits"], number))
+        return brought
 
     # The operations.
 
@@ -672,6 +713,137 @@ class Ledger:
         if operation != derived("conclude", said["account"], said["transfer"]):
             raise Refusal("invalid")
         return self.journeys[said["transfer"]]
+
+    # Gift codes: a code is a booklet of stubs, one for each use, each with the credits that were put into it.
+
+    def code_issue_(self, said: Row, operation: str, now: datetime) -> Row:
+        days = self.policy.get("code_days", 365)
+        end = said.get("expires_at", now + timedelta(seconds=said.get("expires_in", days * 86400)))
+        if end <= now:
+            raise Refusal("invalid")
+        if any(text in self.codes for text in said["codes"]):
+            raise Refusal("code_exists")
+        uses = said.get("uses", 1)
+        paid: list[tuple[Row, int]] = []
+        if "actor" not in said:
+            all_of_it = said["amount"] * uses * len(said["codes"])
+            everything = self.spendable(None, now)
+            if everything < all_of_it:
+                raise self.shortage(all_of_it, everything)
+            free = [lot for lot in self.lots if self.can_pay(lot, None, now) and self.may_leave(lot["source"])]
+            if sum(lot["available"] for lot in free) < all_of_it:
+                short = self.shortage(all_of_it, sum(lot["available"] for lot in free))
+                raise Refusal("not_transferable", **short.details)
+            for lot in in_burn_down_order(free):
+                taken = min(lot["available"], all_of_it - sum(much for _, much in paid))
+                if taken:
+                    self.move("transferred", lot, taken, now, operation)
+                    paid.append((lot, taken))
+        purse = list(paid)
+        for text in said["codes"]:
+            stubs: list[list[tuple[Row, int]]] = []
+            for _ in range(uses if paid else 0):
+                stub, missing = [], said["amount"]
+                while missing:
+                    lot, there = purse.pop(0)
+                    stub.append((lot, min(there, missing)))
+                    if there > missing:
+                        purse.insert(0, (lot, there - missing))
+                    missing -= stub[-1][1]
+                stubs.append(stub)
+            ends = [lot["end"] for stub in stubs for lot, _ in stub if lot["end"] is not None]
+            self.codes[text] = {
+                "by": said["account"], "issue": operation, "amount": said["amount"], "uses": uses, "stubs": stubs,
+                "each": said.get("per_account", 1), "end": min([end, *ends]), "closed": False, "users": [],
+                "source": None if paid else said.get("source", "promotion"), "life": said.get("credits_expire_in"),
+                "parcels": [[self.parcel(lot, much) for lot, much in stub] for stub in stubs],
+                "place": said["codes"].index(text),
+            }  # fmt: skip
+        return {
+            "charged": sum(much for _, much in paid),
+            "uses": [(lot["number"], much) for lot, much in paid],
+            "expires_at": min(self.codes[text]["end"] for text in said["codes"]),
+        }
+
+    def parcel(self, lot: Row, much: int) -> Row:
+        return {**{name: lot[name] for name in ("source", "priority", "end", "price")}, "amount": much}
+
+    def code_redeem_(self, said: Row, operation: str, now: datetime) -> Row:
+        code = self.codes.get(said["code"])
+        if code is None:
+            raise Refusal("code_unknown")
+        if code["closed"] or code["end"] <= now:
+            raise Refusal("code_expired")
+        if len(code["users"]) == code["uses"] or code["users"].count(said["account"]) >= code["each"]:
+            raise Refusal("code_used")
+        slot = len(code["users"])
+        came = code["parcels"][slot] if code["stubs"] else [{
+            "source": code["source"], "priority": None, "price": None, "amount": code["amount"],
+            "end": None if code["life"] is None else now + timedelta(seconds=code["life"]),
+        }]  # fmt: skip
+        alive = [lot for lot in self.lots if lot["available"] + lot["held"] + lot["in_transit"] > 0]
+        if len(alive) + len(came) > MANY:
+            raise Refusal("limit_reached")
+        self.make_room(code["amount"])
+        uses = []
+        for parcel in came:
+            lot = self.add_lot(operation, now, parcel["source"], parcel["priority"], end=parcel["end"])
+            lot["price"] = parcel["price"]
+            self.move("received" if code["stubs"] else "granted", lot, parcel["amount"], now, operation)
+            assert lot["end"] is None or lot["end"] > now, "a code ends before its credits do"
+            self.take_what_is_owed(lot, parcel["amount"], now, now, operation)
+            uses.append((lot["number"], parcel["amount"]))
+        code["users"].append(said["account"])
+        details = {"uses": uses, "gift_code": said["code"]}
+        if not code["stubs"]:
+            return details
+        letter = {
+            "account": code["by"], "code": said["code"], "issue": code["issue"], "place": code["place"], "slot": slot,
+            "redeemed_by": said["account"],
+        }  # fmt: skip
+        self.letters.append(("codes.conclude", told_id(said["code"], slot), letter))
+        return {**details, "sender": code["by"]}
+
+    def code_conclude_(self, said: Row, operation: str, now: datetime) -> Row:
+        if operation != told_id(said["code"], said["slot"]):
+            raise Refusal("invalid")
+        code = self.codes.get(said["code"])
+        if code is None or (code["by"], code["issue"]) != (said["account"], said["issue"]) or not code["stubs"]:
+            raise Refusal("code_unknown")
+        if code["place"] != said["place"] or said["slot"] >= code["uses"]:
+            raise Refusal("code_unknown")
+        stub = code["stubs"][said["slot"]]
+        for lot, much in stub:
+            self.move("sent", lot, much, now, operation, code["issue"])
+        return {
+            "uses": [(lot["number"], much) for lot, much in stub],
+            "gift_code": said["code"],
+            "to": said["redeemed_by"],
+        }
+
+    def code_withdraw_(self, said: Row, operation: str, now: datetime) -> Row:
+        own = [self.codes[text] for text in said["codes"] if self.codes.get(text, {}).get("by") == said["account"]]
+        if "actor" not in said and any(
+            code["source"] is not None and not code["closed"] and code["end"] > now for code in own
+        ):
+            raise Refusal("invalid")
+        if len(own) < len(said["codes"]):
+            raise Refusal("code_unknown")
+        back = []
+        for code in own:
+            left = [] if code["closed"] else code["stubs"][len(code["users"]) :]
+            code["closed"] = True
+            # A lot's credits of uses that lie side by side come back in one.
+            pieces: list[tuple[Row, int]] = []
+            for lot, much in [piece for stub in left for piece in stub]:
+                if pieces and pieces[-1][0] is lot:
+                    much += pieces.pop()[1]
+                pieces.append((lot, much))
+            for lot, much in reversed(pieces):
+                self.move("bounced", lot, much, now, operation, code["issue"])
+                self.settle_in(lot, much, now, now, operation, code["issue"])
+                back.append((lot["number"], much))
+        return {"charged": -sum(much for _, much in back), "uses": back}
 
     def may_leave(self, source: str) -> bool:
         if source in self.policy["sources"]:

@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import pytest
-from creditlane.gift_codes import new_code
 
 from creditlane.codes import Code
+from creditlane.gift_codes import new_code
 from models.forecast import forecast
 from models.reading import history
 from models.rules.calendar import add_months
+from models.rules.state import achieved_at
 from models.usage_reading import usage
 from schedules.warnings import due, give
 from tests.support import eventually
@@ -359,7 +360,7 @@ def test_a_referral_rewards_referrer_and_referee_with_the_first_purchase(system:
     code = new_code()
     referrer.send("referrals.issue", code=code)
     referee.send("referrals.claim", code=code)
-    assert (referee.available, referrer.available) == (0, 0)
+    assert referee.available == referrer.available == 0
     referee.buy("small")
     assert referee.by_source == {"referral": "25", "pack": "100"}
     eventually(lambda: referrer.by_source == {"referral": "50"}, what="the referrer's bonus")
@@ -487,4 +488,6 @@ def test_the_whole_history_can_be_read_page_by_page(system: System) -> None:
 def test_achievements_are_reached_by_use(system: System) -> None:
     member, _ = subscriber(system)
     member.burn(10)
-    assert system.read("SELECT achieved FROM accounts WHERE account = %s", member.account) == [("first_steps",)]
+    ((achieved,),) = system.read("SELECT achieved FROM accounts WHERE account = %s", member.account)
+    assert [*achieved_at(achieved)] == ["first_steps"]
+    assert member.notices("achievement") == ["achievement"]
