@@ -151,6 +151,8 @@ class Ledger:
         if operation in self.answers:
             first_name, first_said, first_answer = self.answers[operation]
             if (first_name, first_said) == (name, said):
+                if name == "credits.open" and first_answer["status"] == "applied":
+                    self.call_the_lead(said)
                 if name == "credits.receive" and first_answer["status"] == "applied":
                     self.answer_the_sender("credits.confirm", said)
                 elif name == "credits.receive" and operation == derived("receive", said["sender"], said["transfer"]):
@@ -220,9 +222,7 @@ class Ledger:
             raise Refusal("account_exists")
         self.opened = True
         kind = self.kind = said.get("kind", "user")
-        if "lead" in said:
-            content = {"account": said["lead"], "to": said["account"]}
-            self.letters.append(("credits.convert", f"lead.convert:{fingerprint(*content.values())}", content))
+        self.call_the_lead(said)
         if kind == "pool" or not said.get("welcome", True):
             return {}
         welcome = self.policy["signup"] if kind == "user" else self.policy["lead"]
@@ -234,6 +234,12 @@ class Ledger:
         lot = self.add_lot(operation, now, source=welcome["source"], end=end)
         self.move("granted", lot, welcome["credits"], now, operation)
         return {"uses": [(lot["number"], welcome["credits"])]}
+
+    def call_the_lead(self, said: Row) -> None:
+        """The lead that somebody was is told whom it has become."""
+        if "lead" in said:
+            content = {"account": said["lead"], "to": said["account"]}
+            self.letters.append(("credits.convert", f"lead.convert:{fingerprint(*content.values())}", content))
 
     def grant_(self, said: Row, operation: str, now: datetime) -> Row:
         start = said.get("effective_at", now)
