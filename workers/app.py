@@ -95,6 +95,7 @@ app.conf.imports = (
     "workers.receiving",
     "schedules.expiry",
     "schedules.audit",
+    "schedules.codes",
     "schedules.notices",
     "schedules.outbox",
     "schedules.payments",

@@ -8,7 +8,7 @@ accounts, grants, holds and receipts set by set -> commit.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -18,7 +18,7 @@ from psycopg import Connection, Cursor
 
 from creditlane.client import NOTICES
 from creditlane.codes import Code
-from creditlane.contract import Message
+from creditlane.contract import Message, WithdrawCodes
 from creditlane.events import EXCHANGE
 from models.columns import (
     ALLOWANCE_COLUMNS,
@@ -31,6 +31,7 @@ from models.columns import (
 )
 from models.rules.catalog import Catalog
 from models.rules.sharing import (
+    MEMBER,
     SharedCode,
     allowance_of,
     allowance_row,
@@ -42,6 +43,7 @@ from models.rules.sharing import (
 from models.rules.state import (
     ACCOUNT_FIELDS,
     COUNTERS,
+    POOL,
     Account,
     Grant,
     Hold,
@@ -56,6 +58,7 @@ from models.rules.state import (
 from tasks.events import events_of
 from tasks.ledger import Answer, Row, apply, encode
 from tasks.operation import FollowUp, Need
+from tasks.pools import charged_member
 from tasks.registry import OPERATIONS
 from workers.crash import crash_point
 from workers.metrics import stages
@@ -99,12 +102,20 @@ WHERE h.account = ANY(%s::text[]) AND h.status = 'open' ORDER BY r.account, r.op
 """
 PAIRS = "unnest(%s::text[], %s::text[]) AS k(account, key)"
 TRANSFERS = f"""
-SELECT o.account, o.operation, o.name, o.status, o.arguments::text, o.result::text, e.grant_id, e.amount_micro, 0
+SELECT o.account, o.operation, o.name, o.status, CASE WHEN e.line = 1 THEN o.arguments::text END,
+       CASE WHEN e.line = 1 THEN o.result::text END, e.grant_id, e.amount_micro, 0
 FROM {PAIRS} JOIN operations o ON o.account = k.account AND o.operation = k.key
-JOIN entries e ON e.account = o.account AND e.seq >= o.first_seq AND e.seq < o.first_seq + o.entries
-WHERE o.name = 'credits.transfer' AND e.kind = 'transferred'
+JOIN LATERAL (
+    SELECT e.seq, e.grant_id, e.amount_micro, row_number() OVER (ORDER BY e.seq) AS line FROM entries e
+    WHERE e.account = o.account AND e.seq >= o.first_seq AND e.seq < o.first_seq + o.entries
+      AND e.kind = 'transferred'
+) e ON true
+WHERE o.name IN ('credits.transfer', 'credits.convert', 'codes.issue')
 ORDER BY o.account, o.operation, e.seq
 """
+"""Arguments and result come with the first line alone: those of an issue of many codes are long, and it may have many
+lines."""
+
 KNOWN = f"""
 SELECT o.account, o.operation, o.name, o.status, o.arguments::text, o.result::text
 FROM {PAIRS} JOIN operations o ON o.account = k.account AND o.operation = k.key
@@ -170,6 +181,12 @@ ALLOWANCES = (
     f"SELECT {', '.join(f'a.{column}' for column in ALLOWANCE_COLUMNS)}"
     f" FROM {PAIRS} JOIN allowances a ON a.account = k.account AND a.key = k.key"
 )
+COUNTING = """
+SELECT k.account FROM unnest(%s::text[]) AS k(account)
+WHERE EXISTS (SELECT FROM allowances a WHERE a.account = k.account)
+"""
+"""Of pools those that count anything of their members: nearly none has limits, and nothing is looked for there."""
+
 REFERRALS = f"SELECT {', '.join(REFERRAL_COLUMNS)} FROM referrals WHERE account = ANY(%s::text[])"
 CODES = "SELECT status, used, closed_at, terms::text FROM codes WHERE code = ANY(%s::text[]) ORDER BY code FOR UPDATE"
 """Sorted, so that of two batches that name the same codes one waits for the other, and neither for both."""
@@ -243,7 +260,10 @@ ACCOUNTS = Changing(
 )
 """In the order of :data:`models.rules.state.ACCOUNT_FIELDS`."""
 
-NEXT_DUE_AT = ACCOUNT_FIELDS.index("next_due_at")
+KIND, NEXT_DUE_AT = ACCOUNT_FIELDS.index("kind"), ACCOUNT_FIELDS.index("next_due_at")
+
+HOLDER, RESULT = 5, 4
+"""Where a loaded hold's row, without its account, has its member; and a loaded charge's its result."""
 
 account_fields = attrgetter(*ACCOUNT_FIELDS)
 
@@ -439,7 +459,13 @@ class LedgerWriter:
         poisoned = [*quarantined, *(job.quarantined for job in jobs if job.quarantined is not None)]
         accounts = [account for account in loaded.accounts.values() if account.is_dirty]
         messages = [(each.account, "", each.name, each.operation, encode(each.arguments)) for each in follow]
-        notices = [(account.account, notice) for account in accounts for notice in account.notices]
+        # Of what is told again and again, such as a limit that many run into, once in a batch.
+        notices = [
+            (account.account, notice)
+            for account in accounts
+            if account.notices
+            for notice in {notice.key: notice for notice in account.notices}.values()
+        ]
         channels = catalog.notify.channels
         if channels:
             messages += [
@@ -511,7 +537,8 @@ class LedgerWriter:
     @staticmethod
     def _write_codes(cursor: Cursor[Any], codes: Iterable[SharedCode]) -> None:
         """Write codes that were issued, what became of others, and each use of them."""
-        codes = list(codes)
+        # By their text: of two batches that make the same codes one waits for the other, and neither for both.
+        codes = sorted(codes, key=lambda code: code.terms.code)
         copy(cursor, COPY_CODES, [row_line(code_row(code)) for code in codes if code.is_new])
         old = [code for code in codes if not code.is_new and (code.is_dirty or code.taken)]
         if old:
@@ -643,6 +670,8 @@ class Loaded:
                 holds.append(connection.execute(OPEN_HOLDS, (texts(due),)))
                 hold_lines = connection.execute(OPEN_HOLD_LINES, (texts(due),))
                 subscriptions.append(connection.execute(SUBSCRIPTIONS, (texts(due),)))
+            pools = [name for name, row in self._accounts.items() if row[KIND] == POOL]
+            counting = connection.execute(COUNTING, (texts(pools),)) if pools else None
             self._purchases = _by_account([purchases])
             if self._purchases:
                 returned = (texts(self._purchases),)
@@ -657,15 +686,49 @@ class Loaded:
             self._hold_lines = _by_account([hold_lines])
             self._subscriptions = _by_account(subscriptions)
             self._known = _by_account([known])
-            self._charges = _by_account([charges, transfers])
-            self._allowances = _by_account([allowances])
             self._referrals = _by_account([referrals])
+            self._codes: list[Values] = [] if codes is None else codes.fetchall()
             self.codes: dict[str, SharedCode] = {}
             """The codes that the jobs name, and those that they make: the same for all accounts."""
-            if codes is not None:
-                shared = [code_of(*row) for row in codes.fetchall()]
-                self.codes.update((code.terms.code, code) for code in shared)
+            self._make_codes()
+            issues = self._withdrawn(jobs) - set(zip(*needs.get("transfer", ((), ())), strict=True))
+            issued = connection.execute(TRANSFERS, _pairs(issues)) if issues else None
+            self._charges = _by_account([charges, transfers, issued])
+            pairs = self._members(jobs, {row[0] for row in counting}) if counting is not None else None
+            members = connection.execute(ALLOWANCES, pairs) if pairs is not None else None
+            self._allowances = _by_account([allowances, members])
+        self._sharing = frozenset(needs["code"][0]) if "code" in needs else frozenset()
         self.accounts = {name: self.make(name) for name in names}
+
+    def _make_codes(self) -> None:
+        """The codes as the database has them, before anything of this batch."""
+        self.codes.clear()
+        for row in self._codes:
+            code = code_of(*row)
+            self.codes[code.terms.code] = code
+
+    def _withdrawn(self, jobs: Sequence[Job]) -> set[tuple[str, str]]:
+        """Account and issue of the codes that jobs end, as far as somebody paid for them."""
+        named = (
+            (job.account, self.codes[code].terms)
+            for job in jobs
+            if isinstance(job.message, WithdrawCodes)
+            for code in job.message.codes
+            if code in self.codes
+        )
+        return {(account, terms.operation) for account, terms in named if terms.account == account and terms.lots}
+
+    def make_anew(self, name: str) -> Collection[str]:
+        """Make an account anew, and with one that had to do with codes all others that had: they saw what it did.
+
+        :returns: the accounts that are as before this batch.
+        """
+        names = self._sharing if name in self._sharing else (name,)
+        if names is self._sharing:
+            self._make_codes()
+        for each in names:
+            self.accounts[each] = self.make(each)
+        return names
 
     def _missing_roots(self) -> tuple[str, str] | None:
         """The lots that loaded ones continue and that are not loaded themselves: revocations are booked there."""
@@ -680,6 +743,26 @@ class Loaded:
             return None
         return texts(account for account, _ in missing), plain(root for _, root in missing)
 
+    def _members(self, jobs: Sequence[Job], pools: set[str]) -> tuple[str, str] | None:
+        """The members of pools that the jobs, or the time that passes with them, may charge or give back to.
+
+        :returns: pairs of account and the key of its allowance.
+        """
+        pairs: dict[tuple[str, str], None] = {}
+        for job in jobs:
+            if job.account in pools:
+                member = getattr(job.message, "member", None)
+                if member is not None:
+                    pairs[job.account, member] = None
+        for name in pools:
+            holders = {hold[HOLDER] for hold in self._holds.get(name, ())}
+            results = (charge[RESULT] for charge in self._charges.get(name, ()))
+            charged = {charged_member(result) for result in results if result is not None}
+            pairs.update(((name, member), None) for member in holders | charged if member is not None)
+        if not pairs:
+            return None
+        return texts(name for name, _ in pairs), texts(MEMBER + member for _, member in pairs)
+
     def account_row(self, name: str) -> Values:
         """The :data:`~models.rules.state.ACCOUNT_FIELDS` of an account as they were read."""
         return self._accounts[name]
@@ -693,11 +776,6 @@ class Loaded:
         row = self._accounts.get(name)
         account = Account(name) if row is None else Account(name, row)
         account.is_new = row is None
-        for code in [*self.codes.values()]:
-            if code.is_new and code.terms.account == name:
-                del self.codes[code.terms.code]
-            else:
-                code.forget(name)
         account.codes = self.codes
         for grant_id, source, priority, features, *rest in self._grants.get(name, ()):
             if grant_id not in account.grants:
@@ -752,7 +830,8 @@ def apply_all(loaded: Loaded, jobs: Sequence[Job], catalog: Catalog, poison: Poi
     """Apply jobs in order to the loaded accounts, in memory.
 
     A job whose code raises is taken out: its account is made anew from the rows that were read, and the jobs
-    of that account before it are applied again, so that nothing half done is left. The others stand.
+    of that account before it are applied again, so that nothing half done is left. The others stand, but for those
+    that shared codes with it: see :meth:`Loaded.make_anew`.
     """
     for place, job in enumerate(jobs):
         job.quarantined = job.answer = None
@@ -762,9 +841,9 @@ def apply_all(loaded: Loaded, jobs: Sequence[Job], catalog: Catalog, poison: Poi
             trace = traceback.format_exc()
             reason = f"{type(error).__name__}: {error}"
             job.quarantined = poison(job, Code.INTERNAL_ERROR, reason, trace)
-            loaded.accounts[job.account] = loaded.make(job.account)
+            anew = loaded.make_anew(job.account)
             for before in jobs[:place]:
-                if before.account == job.account and before.quarantined is None:
+                if before.account in anew and before.quarantined is None:
                     before.answer = _apply_one(loaded, before, catalog)
 
 
@@ -925,6 +1004,12 @@ def _by_account(cursors: Iterable[Cursor[Any] | None]) -> dict[str, list[Values]
         for row in cursor.fetchall() if cursor is not None else ():
             grouped.setdefault(row[0], []).append(row[1:])
     return grouped
+
+
+def _pairs(pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
+    """Pairs as two arrays."""
+    first, second = zip(*pairs, strict=True)
+    return texts(first), texts(second)
 
 
 def _needs(jobs: Sequence[Job]) -> dict[str, tuple[list[str], list[str]]]:

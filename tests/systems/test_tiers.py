@@ -360,7 +360,7 @@ def test_a_referral_rewards_referrer_and_referee_with_the_first_purchase(system:
     code = new_code()
     referrer.send("referrals.issue", code=code)
     referee.send("referrals.claim", code=code)
-    assert (referee.available, referrer.available) == (0, 0)
+    assert referee.available == referrer.available == 0
     referee.buy("small")
     assert referee.by_source == {"referral": "25", "pack": "100"}
     eventually(lambda: referrer.by_source == {"referral": "50"}, what="the referrer's bonus")
