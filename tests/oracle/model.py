@@ -196,7 +196,7 @@ class Ledger:
         """What the operation under way brought: the lowest first, each with its credits and the lot they are in."""
         used = sum(lot["consumed"] - lot["restored"] for lot in self.lots)
         brought: list[tuple[str, int, int | None]] = []
-        if self.closed:
+        if self.closed or self.halted:
             return brought
         wanted = [each for each in self.policy.get("achievements", []) if each["name"] not in self.achieved]
         for each in sorted(wanted, key=lambda each: (each["at"], each["name"])):
