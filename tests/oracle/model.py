@@ -132,7 +132,9 @@ class Ledger:
                 raise Refusal("unknown_account")
             if self.closed and name not in ("credits.confirm", "credits.bounce", "credits.claw_back"):
                 raise Refusal("account_closed")
-            step: Callable[[Row, str, datetime], Row] = getattr(self, name.partition(".")[2] + "_")
+            family, _, verb = name.partition(".")
+            own = f"{verb}_" if family in ("credits", "plans") else f"{family}_{verb}"
+            step: Callable[[Row, str, datetime], Row] = getattr(self, own)
             details = step(said, operation, now)
             answer = {"status": "applied", "code": None, "charged": 0, "uses": [], **details}
         except Refusal as refusal:
