@@ -55,6 +55,7 @@ from creditlane.inbox import Inbox
 from creditlane.lanes import LANES, lane_of
 from creditlane.reports import (
     FORECAST_DAYS,
+    ActionsPage,
     BalanceExplained,
     Forecast,
     GrantExplained,
@@ -151,17 +152,20 @@ class Operations:
         locale: str | None = None,
         timezone: str | None = None,
         plan: str | None = None,
+        lead: str | None = None,
         referral_code: str | None = None,
         wait: float | None = None,
     ) -> Result | None:
         """Create an account, with the catalog's sign-up grant; a ``plan`` begins at once.
+
+        What the ``lead`` has left that it was before arrives within moments, as by :meth:`convert`.
 
         :param referral_code: that of who referred it, as people type it; the answer's ``referral`` says what became of
             it.
         """
         arguments = {
             "account": account, "kind": kind, "email": email, "locale": locale, "timezone": timezone, "plan": plan,
-            "referral_code": None if referral_code is None else normal_code(referral_code),
+            "lead": lead, "referral_code": None if referral_code is None else normal_code(referral_code),
         }  # fmt: skip
         return self.submit("credits.open", id, arguments, wait)
 
@@ -317,6 +321,94 @@ class Operations:
         """
         arguments = {"account": account, "to": to, "amount": to_wire(amount), "message": message}
         return self.submit("credits.transfer", id, arguments, wait)
+
+    def issue_codes(
+        self,
+        account: str,
+        codes: Sequence[str],
+        amount: Amount,
+        *,
+        id: str,
+        uses: int | None = None,
+        per_account: int | None = None,
+        expires_at: datetime | None = None,
+        expires_in: int | None = None,
+        credits_expire_in: int | None = None,
+        source: str | None = None,
+        message: str | None = None,
+        actor: str | None = None,
+        reason: str | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """Make gift codes of ``amount`` credits a use; the account pays for all of their uses at once.
+
+        :param codes: their texts, at most 1,000, such as :func:`creditlane.gift_codes.new_code` makes; keep them, and
+            the id, before this is sent.
+        :param uses: how often each may be redeemed, in all; once unless given.
+        :param per_account: how often by one account; once unless given.
+        :param expires_in: seconds that they can be redeemed; the catalog says, unless this or ``expires_at`` is given.
+        :param actor: an administrator, with a ``reason``: then nothing is taken from the account; and ``source`` and
+            ``credits_expire_in`` (seconds from being redeemed) are of such codes alone.
+        """
+        arguments = {
+            "account": account, "codes": [normal_code(code) for code in codes], "amount": to_wire(amount), "uses": uses,
+            "per_account": per_account, "expires_at": expires_at, "expires_in": expires_in,
+            "credits_expire_in": credits_expire_in, "source": source, "message": message, "actor": actor,
+            "reason": reason,
+        }  # fmt: skip
+        return self.submit("codes.issue", id, arguments, wait)
+
+    def redeem_code(self, account: str, code: str, *, id: str, wait: float | None = None) -> Result | None:
+        """Get the credits of a gift code, typed in whatever way: ``abcd-efgh`` is ``ABCDEFGH``."""
+        return self.submit("codes.redeem", id, {"account": account, "code": normal_code(code)}, wait)
+
+    def withdraw_codes(
+        self,
+        account: str,
+        codes: Sequence[str],
+        *,
+        id: str,
+        actor: str | None = None,
+        reason: str | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """End codes that the account issued; what it paid for uses that are left comes back."""
+        arguments = {
+            "account": account, "codes": [normal_code(code) for code in codes], "actor": actor, "reason": reason,
+        }  # fmt: skip
+        return self.submit("codes.withdraw", id, arguments, wait)
+
+    def convert(self, lead: str, to: str, *, id: str, wait: float | None = None) -> Result | None:
+        """Make a lead the user ``to``, who gets all that the lead has left, within moments; the lead is closed.
+
+        If the user cannot take it, it comes back as a ``credits.bounce`` in the lead's history, and the lead is open
+        again.
+        """
+        return self.submit("credits.convert", id, {"account": lead, "to": to}, wait)
+
+    def freeze_account(
+        self, account: str, *, actor: str, reason: str, id: str, wait: float | None = None
+    ) -> Result | None:
+        """An administrator has an account give no credits out; what comes in, and what was begun, goes on."""
+        return self.submit("accounts.freeze", id, {"account": account, "actor": actor, "reason": reason}, wait)
+
+    def thaw_account(
+        self, account: str, *, actor: str, reason: str, id: str, wait: float | None = None
+    ) -> Result | None:
+        """An administrator lets a frozen account spend again."""
+        return self.submit("accounts.thaw", id, {"account": account, "actor": actor, "reason": reason}, wait)
+
+    def close_account(
+        self, account: str, *, actor: str, reason: str, id: str, wait: float | None = None
+    ) -> Result | None:
+        """An administrator ends an account: its plan ends, and what is left of its credits is revoked."""
+        return self.submit("accounts.close", id, {"account": account, "actor": actor, "reason": reason}, wait)
+
+    def reopen_account(
+        self, account: str, *, actor: str, reason: str, id: str, wait: float | None = None
+    ) -> Result | None:
+        """An administrator has a closed account take operations again; what was revoked stays so."""
+        return self.submit("accounts.reopen", id, {"account": account, "actor": actor, "reason": reason}, wait)
 
     def subscribe(
         self,
@@ -678,6 +770,28 @@ class CreditClient(Operations):
         """
         arguments = {"account": account, "grant": grant, "limit": limit, "after": after}
         return self._explain(GrantExplained, arguments, wait)
+
+    def actions(
+        self,
+        *,
+        actor: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        limit: int = 50,
+        before: str | None = None,
+        wait: float = 10.0,
+    ) -> ActionsPage:
+        """A page of what administrators did, in all accounts, the newest first.
+
+        :param actor: only by this one.
+        :param since: applied then or later; 30 days ago unless given.
+        :param until: applied before.
+        :param limit: of the page, at most 1,000.
+        :param before: ``next_before`` of the page before.
+        :param wait: seconds.
+        """
+        arguments = {"actor": actor, "since": since, "until": until, "limit": limit, "before": before}
+        return msgspec.convert(self._read("actions", arguments, wait), ActionsPage)
 
     def simulate(
         self,

@@ -95,6 +95,39 @@ class HistoryPage(msgspec.Struct, kw_only=True, frozen=True):
     """What to ask for next with ``before``; None at the beginning of the history."""
 
 
+# --- What administrators did --------------------------------------------------------------------------
+
+
+class Action(msgspec.Struct, kw_only=True, frozen=True):
+    """One operation that an administrator sent, applied or refused."""
+
+    account: str
+    number: int
+    """Its place among the account's operations, from 1."""
+    operation: str
+    """Its id."""
+    name: str
+    status: str
+    code: str | None
+    actor: str
+    reason: str | None
+    charged: str
+    """Credits that were taken by it; negative where they were given back."""
+    change: str
+    """What it did to the available credits, with its sign."""
+    applied_at: datetime
+
+
+class ActionsPage(msgspec.Struct, kw_only=True, frozen=True):
+    """A page of what administrators did, the newest first."""
+
+    actions: list[Action]
+    since: datetime
+    """How far back was looked."""
+    next_before: str | None
+    """What to ask for next with ``before``; None where there is nothing older in this span."""
+
+
 # --- Usage -------------------------------------------------------------------------------------------
 
 

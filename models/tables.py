@@ -76,13 +76,14 @@ class AccountRow(Buckets, Base):
         CheckConstraint(f"{NOT_NEGATIVE} AND debt_micro >= 0", name="accounts_not_negative"),
         Index("accounts_due", "next_due_at", "account", postgresql_where=text("next_due_at IS NOT NULL")),
         Index("accounts_in_transit", "account", postgresql_where=text("in_transit_micro > 0")),
+        Index("accounts_converted", "account", postgresql_where=text("converted_to IS NOT NULL")),
         {"postgresql_with": {"fillfactor": "70"}},
     )
 
     account: Mapped[str] = mapped_column(primary_key=True)
     kind: Mapped[str]
     status: Mapped[str]
-    """``unopened`` (only mentioned so far), ``open`` or ``closed``."""
+    """``unopened`` (only mentioned so far), ``open``, ``frozen`` (by an administrator) or ``closed``."""
     email: Mapped[str | None]
     locale: Mapped[str | None]
     timezone: Mapped[str | None]
@@ -123,7 +124,8 @@ class AllowanceRow(Base):
     """When the period began that the counters are of."""
     used_micro: Mapped[int] = mapped_column(BigInteger)
     uses: Mapped[int] = mapped_column(BigInteger)
-    is_removed: Mapped[bool]
+    is_listed: Mapped[bool | None]
+    """Of a member of a pool: true on its list, false taken off, NULL never on it."""
 
 
 class ReferralRow(Base):

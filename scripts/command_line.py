@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from models.audit import Report, audit_new
 from models.audit import audit as audit_ledger
 from models.audit_processes import HelperError
-from models.catalog import CatalogError, load_catalog, shipped_names
+from models.catalog import load_catalog, shipped_names
 from models.catalog_texts import kept_catalogs
 from models.cutoff import WAIT_SECONDS as SEAL_WAIT_SECONDS
 from models.cutoff import BusyError
@@ -42,6 +42,19 @@ from models.reading import (
 from models.reading import history as read_history
 from models.rules.catalog import Catalog
 from models.seal import make_seal, read_seals
+from scripts.account_commands import (
+    ACTIONS_EXAMPLES,
+    CLOSE_EXAMPLES,
+    FREEZE_EXAMPLES,
+    REOPEN_EXAMPLES,
+    THAW_EXAMPLES,
+    close_account,
+    freeze_account,
+    lead_app,
+    reopen_account,
+    show_actions,
+    thaw_account,
+)
 from scripts.capacity import (
     BOX_CORES,
     LINGER_SECONDS,
@@ -66,6 +79,8 @@ from scripts.capacity import (
 )
 from scripts.capacity_showing import plan_lines, simulated_lines
 from scripts.capacity_simulation import simulate
+from scripts.catalog_commands import catalog_app
+from scripts.codes_commands import codes_app
 from scripts.command_parts import (
     AWAY,
     FAULTS,
@@ -145,7 +160,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 account_app = typer.Typer(
-    help="Open an account, look at it, and read its history.",
+    help="Open an account, look at it, read its history; freeze, thaw, close, reopen it; what administrators did.",
     no_args_is_help=True,
     epilog=examples("creditlane account open alice", "creditlane account show alice"),
 )
@@ -155,8 +170,11 @@ quarantine_app = typer.Typer(
     epilog=examples("creditlane quarantine list", "creditlane quarantine replay 7"),
 )
 app.add_typer(account_app, name="account")
+app.add_typer(lead_app, name="lead")
 app.add_typer(quarantine_app, name="quarantine")
 app.add_typer(plan_app, name="plan")
+app.add_typer(catalog_app, name="catalog")
+app.add_typer(codes_app, name="codes")
 app.add_typer(notices_app, name="notices")
 app.add_typer(payments_app, name="payments")
 app.add_typer(referrals_app, name="referrals")
@@ -191,6 +209,9 @@ def account_open(
     timezone: Annotated[
         str | None, typer.Option(help="Their IANA time zone, such as Europe/Paris.", show_default=False)
     ] = None,
+    lead: Annotated[
+        str | None, typer.Option(help="The lead that it was: what is left of its credits follows.", show_default=False)
+    ] = None,
     referral_code: Annotated[
         str | None, typer.Option(metavar="CODE", help="That of who referred them.", show_default=False)
     ] = None,
@@ -203,7 +224,7 @@ def account_open(
     operate(
         id, wait, as_json, account, "open",
         lambda client, identity, seconds: client.open(
-            account, id=identity, kind=chosen, email=email, locale=locale, timezone=timezone,
+            account, id=identity, kind=chosen, email=email, locale=locale, timezone=timezone, lead=lead,
             referral_code=referral_code, wait=seconds,
         ),
     )  # fmt: skip
@@ -225,6 +246,13 @@ def account_show(account: AccountArgument, as_json: JsonOption = False) -> None:
         show_json(summary)
     else:
         console().print(summary_lines(summary))
+
+
+account_app.command("freeze", epilog=FREEZE_EXAMPLES)(freeze_account)
+account_app.command("thaw", epilog=THAW_EXAMPLES)(thaw_account)
+account_app.command("close", epilog=CLOSE_EXAMPLES)(close_account)
+account_app.command("reopen", epilog=REOPEN_EXAMPLES)(reopen_account)
+account_app.command("actions", epilog=ACTIONS_EXAMPLES)(show_actions)
 
 
 class StatusName(StrEnum):
@@ -849,14 +877,14 @@ def read_root(text: str) -> bytes:
 
 def catalogs_at_hand(connection: Connection[Any], given: Sequence[str]) -> dict[str, Catalog]:
     """The catalogs to replay with, by label: those given, those that the ledger has kept, that of the environment, and
-    those that are shipped; of one label the first of these."""
+    those that are shipped; of one label the first of these.
+
+    :raises CatalogError: when a file cannot be used.
+    """
     names = [*shipped_names(), *filter(None, [os.environ.get("CREDITLANE_CATALOG")])]
-    try:
-        found = {catalog.label: catalog for catalog in map(load_catalog, names)}
-        found.update(kept_catalogs(connection))
-        found.update((catalog.label, catalog) for catalog in map(load_catalog, given))
-    except CatalogError as error:
-        fail(str(error), USAGE)
+    found = {catalog.label: catalog for catalog in map(load_catalog, names)}
+    found.update(kept_catalogs(connection))
+    found.update((catalog.label, catalog) for catalog in map(load_catalog, given))
     return found
 
 

@@ -32,7 +32,7 @@ from creditlane.contract import ContractError, Result
 from creditlane.errors import BrokerUnavailableError, CreditlaneError, NoAnswerError, QuarantinedError
 from creditlane.lanes import LANES
 from creditlane.tls import TLSOptions, tls_options
-from models.catalog import DEFAULT_CATALOG, load_catalog
+from models.catalog import DEFAULT_CATALOG, CatalogError, load_catalog
 from models.database import connect
 from models.reading import (
     MAX_PAGE,
@@ -227,7 +227,7 @@ class Commands(TyperGroup):
         """Run a command."""
         try:
             return super().invoke(ctx)
-        except (ContractError, RequeueError, ConfigurationError) as error:
+        except (ContractError, RequeueError, ConfigurationError, CatalogError) as error:
             fail(str(error), USAGE)
         except QuarantinedError as error:
             fail(f"the message was quarantined: {error}", FAULTS)

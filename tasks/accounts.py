@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 
-import msgspec
-
 from creditlane.codes import Code
 from creditlane.contract import Open, Settle
 from models.rules.burning import Plan, came_in, new_grant
@@ -14,7 +12,8 @@ from models.rules.catalog import Welcome
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import OPEN, UNOPENED, Account
-from tasks.operation import Context, Need, Outcome, operation
+from tasks.leads import converting
+from tasks.operation import Context, FollowUp, Need, Outcome, operation
 from tasks.plans import begin
 from tasks.referrals import claim_with_opening
 
@@ -23,13 +22,20 @@ def _need(message: Open) -> Sequence[Need]:
     return () if message.referral_code is None else (Need("code", message.referral_code),)
 
 
-@operation(Open, need=_need, opens=True)
+def _repeated(message: Open, operation: str, code: Code | None) -> Sequence[FollowUp]:
+    """The lead is told again whom it has become: what told it before may be lost."""
+    return _converted(message) if code is None else ()
+
+
+@operation(Open, need=_need, opens=True, repeated=_repeated)
 def open_account(account: Account, message: Open, context: Context) -> Outcome:
     """Create the account, and give a user or a lead what the catalog welcomes them with, unless told not to.
 
-    A pool starts empty. A ``plan`` begins at once. A ``referral_code`` is claimed, and never keeps an account from
-    being opened: the details tell ``referral``, ``claimed`` or the code that a ``referrals.claim`` would be refused
-    with. Refusals: ``account_exists``, ``unknown_plan``. (ledger rules: operations, open)
+    A pool starts empty. A ``plan`` begins at once. What the ``lead`` has left that it was follows by a
+    ``credits.convert`` in that one's lane; if that is refused, the account stays open. A ``referral_code`` is claimed,
+    and never keeps an account from being opened: the details tell ``referral``, ``claimed`` or the code that a
+    ``referrals.claim`` would be refused with. Refusals: ``account_exists``, ``unknown_plan``.
+    (ledger rules: operations, open)
     """
     if account.status != UNOPENED:
         raise RefusedError(Code.ACCOUNT_EXISTS)
@@ -45,12 +51,14 @@ def open_account(account: Account, message: Open, context: Context) -> Outcome:
     account.is_dirty = True
     uses = _welcome(account, message, context)
     details = None if terms is None else begin(account, terms, None, context).details
+    outcome = Outcome(uses=uses, details=details, follow=_converted(message))
     if message.referral_code is None:
-        return Outcome(uses=uses, details=details)
-    claimed = claim_with_opening(account, message.referral_code, context)
-    return msgspec.structs.replace(
-        claimed, uses=[*uses, *claimed.uses], details={**(details or {}), **(claimed.details or {})}
-    )
+        return outcome
+    return claim_with_opening(account, message.referral_code, outcome, context)
+
+
+def _converted(message: Open) -> Sequence[FollowUp]:
+    return () if message.lead is None else (converting(message.lead, message.account),)
 
 
 def _welcome(account: Account, message: Open, context: Context) -> Plan:

@@ -8,7 +8,7 @@ from datetime import timedelta
 from creditlane.amounts import format_amount
 from creditlane.codes import Code
 from creditlane.contract import Adjust, Grant, Revoke
-from models.rules.burning import burn, came_in, check_room, new_grant, plan_burn
+from models.rules.burning import Plan, burn, came_in, check_room, new_grant, plan_burn
 from models.rules.claw_back import TakenBack, bought_with, come_due, families_of, take_back, worth_in_all
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
@@ -79,11 +79,16 @@ def adjust(account: Account, message: Adjust, context: Context) -> Outcome:
     if missing:
         raise insufficient(account, context, -amount, missing)
     burn(account, plan, "revoked", context.now, context.operation)
+    taken_by_hand(account, plan)
+    return Outcome(charged=-amount, uses=plan)
+
+
+def taken_by_hand(account: Account, plan: Plan) -> None:
+    """Note what an administrator took of lots, so that a later revocation of them does not take it twice."""
     for lot, taken in plan:
         root = account.grants[lot.family]
-        root.clawed_back += taken  # so that a later revocation of the lot does not take it twice
+        root.clawed_back += taken
         root.is_dirty = True
-    return Outcome(charged=-amount, uses=plan)
 
 
 def _revoke_need(message: Revoke) -> Sequence[Need]:

@@ -18,9 +18,10 @@ from creditlane.contract import Message, decode_message
 from models.rules.catalog import Catalog
 from models.rules.refusal import RefusedError
 from models.rules.settling import settle
-from models.rules.state import CLOSED, UNOPENED, Account, Grant, Known
+from models.rules.state import CLOSED, FROZEN, OPEN, UNOPENED, Account, Grant, Known
+from tasks.leads import following
 from tasks.notices import Told
-from tasks.operation import Context, FollowUp, Outcome
+from tasks.operation import Context, FollowUp, Operation, Outcome
 from tasks.registry import OPERATIONS
 
 encode = msgspec.json.Encoder().encode
@@ -106,16 +107,15 @@ def apply(
     code: str | None = None
     task = OPERATIONS[name]
     try:
-        if account.status == UNOPENED and not task.opens:
-            raise RefusedError(Code.UNKNOWN_ACCOUNT)
-        if account.status == CLOSED and not task.concludes:
-            raise RefusedError(Code.ACCOUNT_CLOSED)
+        if account.status != OPEN:
+            _admit(account, task)
         outcome = task.run(account, message, Context(now, catalog, operation))
     except RefusedError as refusal:
         if account.seq != settled:
             raise AssertionError(f"{name} was refused after it wrote entries") from refusal
         status, code = "rejected", refusal.code.value
-        outcome = Outcome(follow=() if task.refused is None else task.refused(message, operation, refusal.code))
+        follow = () if task.refused is None else task.refused(message, operation, refusal.code)
+        outcome = Outcome(details=refusal.details, follow=follow)
         fields: dict[str, Any] = {"code": code, "reason": refusal.reason, **refusal.details}
     else:
         fields = {"charged": format_amount(outcome.charged)}
@@ -153,7 +153,26 @@ def apply(
         now,
         catalog.label,
     )
-    return Answer(name, operation, account.account, status, stored, row, False, outcome.follow)
+    follow = outcome.follow
+    if account.converted_to is not None:
+        follow = (*follow, *following(account, operation, now))
+    return Answer(name, operation, account.account, status, stored, row, False, follow)
+
+
+def _admit(account: Account, task: Operation) -> None:
+    """Refuse what an account does not take that is not open.
+
+    :raises RefusedError: ``unknown_account``, ``account_closed``, ``account_frozen``.
+    """
+    if account.status == UNOPENED and not task.opens:
+        raise RefusedError(Code.UNKNOWN_ACCOUNT)
+    if account.status == CLOSED and not task.concludes:
+        if account.converted_to is None:
+            raise RefusedError(Code.ACCOUNT_CLOSED)
+        if not task.returns:
+            raise RefusedError(Code.ACCOUNT_CLOSED, converted_to=account.converted_to)
+    if account.status == FROZEN and task.spends:
+        raise RefusedError(Code.ACCOUNT_FROZEN)
 
 
 def _repeat(account: Account, name: str, operation: str, message: Message, known: Known) -> Answer:

@@ -177,12 +177,21 @@ def cancel(account: Account, message: CancelPlan, context: Context) -> Outcome:
     With ``at`` ``now`` it ends at once, and they with it. Refusals: ``no_subscription``.
     """
     subscription = _active(account)
+    return _outcome(account, subscription, expired=stop(account, subscription, context, message.at == "now"))
+
+
+def stop(account: Account, subscription: Subscription, context: Context, at_once: bool) -> int:
+    """End a plan with its period, or at once; gives how many micro-credits expired by it."""
     now = context.now
-    if message.at == "now" or subscription.period_end <= now:
-        return _outcome(account, subscription, expired=end(account, subscription, now, now, context.operation))
-    subscription.cancels = True
-    subscription.pending = subscription.pending_at = None
-    return _outcome(account, subscription)
+    expired = 0
+    if at_once or subscription.period_end <= now:
+        expired = end(account, subscription, now, now, context.operation)
+    else:
+        subscription.cancels = True
+        subscription.pending = subscription.pending_at = None
+    subscription.is_dirty = account.is_dirty = True
+    account.next_due_at = account.due_at()
+    return expired
 
 
 @operation(RenewPlan, need=_need)

@@ -10,7 +10,7 @@ import psycopg
 from celery import shared_task
 
 from creditlane.amounts import parse_amount
-from creditlane.contract import MAX_BATCH, VERSION, Instant, Key, Name
+from creditlane.contract import MAX_BATCH, VERSION, Instant, Key, Name, Text
 from creditlane.reports import (
     FORECAST_DAYS,
     MAX_FORECAST_DAYS,
@@ -21,6 +21,7 @@ from creditlane.reports import (
     Status,
 )
 from models import explaining, forecast, leaderboard, reading, referral_reading, refund_reading, usage_reading
+from models.actions import actions as read_actions
 from models.database import reader
 from models.in_force import catalog_in_force
 from models.reading import DEFAULT_PAGE, MAX_PAGE
@@ -88,6 +89,16 @@ class ForecastQuery(Query, frozen=True, kw_only=True):
     pace: str | int | None = None
     """Credits a day, as amounts are written."""
     paid: bool = True
+
+
+class ActionsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``queries.actions``: see :func:`models.actions.actions`."""
+
+    actor: Text | None = None
+    since: Instant | None = None
+    until: Instant | None = None
+    limit: Limit = DEFAULT_PAGE
+    before: Annotated[str, msgspec.Meta(max_length=256)] | None = None
 
 
 class ExplainQuery(Query, frozen=True, kw_only=True):
@@ -245,6 +256,22 @@ def explain(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
         if asked.grant is not None:
             return _told(explaining.explain_grant(connection, account, asked.grant, limit=limit, after=after))
         return _told(explaining.explain_balance(connection, account, catalog_in_force(connection)))
+
+
+@shared_task(name="queries.actions", **RETRIES)
+def actions(v: int = 1, **arguments: Any) -> dict[str, Any]:
+    """A page of what administrators did, in all accounts, the newest first.
+
+    :param v: the contract's version.
+    :param arguments: those of an :class:`ActionsQuery`.
+    :returns: a :class:`creditlane.reports.ActionsPage` as JSON has it.
+    :raises ValueError: for arguments that make no sense, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away, or takes more than 30 s.
+    """
+    asked = understood(ActionsQuery, v, arguments)
+    with reader() as connection:
+        told: dict[str, Any] = msgspec.to_builtins(read_actions(connection, **msgspec.structs.asdict(asked)))
+    return told
 
 
 @shared_task(name="queries.simulate", **RETRIES)

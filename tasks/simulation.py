@@ -61,9 +61,8 @@ def simulate_operations(
     :raises ValueError: for operations that do not fit the contract, or an instant that makes no sense.
     """
     steps = list(_steps(account, operations))
-    needs = [
-        each for name, _, message, _ in steps if (need := OPERATIONS[name].need) is not None for each in need(message)
-    ]
+    finders = ((OPERATIONS[name].need, message) for name, _, message, _ in steps)
+    needs = [need for find, message in finders if find is not None for need in find(message)]
     named = {each.id for each in operations if each.id is not None} | {str(need.key) for need in needs}
     loaded = load_account(connection, account, sorted(named) if named else None)
     if loaded is None:

@@ -15,7 +15,7 @@ import pytest
 from creditlane.client import CreditClient
 from creditlane.codes import Code
 from models.audit import audit
-from models.catalog import load_catalog
+from models.catalog import load_catalog, shipped_names
 from models.migrate import upgrade
 from scripts.embedded import Stack, temporary_directory, temporary_stack
 from scripts.rabbitmq import RabbitMQ
@@ -29,7 +29,7 @@ from workers.quarantine import Quarantined
 LANES = 8
 """Few lanes, so that two workers have some each and every lane some accounts."""
 
-CATALOGS = [load_catalog(name) for name in ("packs", "metering", "rollover", "dual", "registration")]
+CATALOGS = [load_catalog(name) for name in shipped_names()]
 """What the operations of the tests are replayed with in the end; those of other catalogs are not."""
 
 TEMPLATE = "migrated"

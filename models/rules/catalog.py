@@ -85,7 +85,7 @@ class About(Section, frozen=True):
     """``[catalog]``: its name, its version (recorded on every operation), currency and time zone."""
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9_-]+\Z")]
-    version: Annotated[int, msgspec.Meta(ge=1)] = 1
+    version: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)] = 1
     currency: Annotated[str, msgspec.Meta(pattern=r"^[A-Z]{3}\Z")] = "EUR"
     zone: str = "UTC"
 
@@ -94,7 +94,7 @@ class Welcome(Section, frozen=True):
     """``[signup]`` and ``[lead]``: what a new user or a new lead is given, and for how long."""
 
     credits: Micro = Micro(0)
-    source: str = "signup"
+    source: Name = "signup"
     expires_days: Days | None = None
 
     def __post_init__(self) -> None:
@@ -265,8 +265,8 @@ class Plan(Section, frozen=True, kw_only=True):
     unlimited: bool = False
     """Whether its subscribers are charged nothing; what they use is counted all the same."""
     mode: Literal["reset", "rollover", "accumulate"] = "reset"
-    source: Annotated[str, msgspec.Meta(min_length=1, max_length=128)] = "monthly"
-    rollover_source: Annotated[str, msgspec.Meta(min_length=1, max_length=128)] = "rollover"
+    source: Name = "monthly"
+    rollover_source: Name = "rollover"
     rollover_cap: str | None = None
     """At most so much in live rollover lots after a renewal: ``"50%"``, ``"2x"`` of the monthly credits, or credits."""
     balance_cap: str | None = None
@@ -511,12 +511,12 @@ class Catalog(Section, frozen=True):
     catalog: About
     signup: Welcome = Welcome()
     lead: Welcome = Welcome(source="lead")
-    priorities: dict[str, Priority] = {}
-    sources: dict[str, Source] = {}
-    features: dict[str, Feature] = {}
-    packs: dict[str, Pack] = {}
-    plans: dict[str, Plan] = {}
-    offers: dict[str, Offer] = {}
+    priorities: dict[Name, Priority] = {}
+    sources: dict[Name, Source] = {}
+    features: dict[Name, Feature] = {}
+    packs: dict[Name, Pack] = {}
+    plans: dict[Name, Plan] = {}
+    offers: dict[Name, Offer] = {}
     notify: Notify = Notify()
     clawback: Clawback = Clawback()
     refunds: Refunds = Refunds()

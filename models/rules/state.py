@@ -26,6 +26,9 @@ MAX_OPEN_HOLDS = 1000
 
 UNOPENED, OPEN, FROZEN, CLOSED = "unopened", "open", "frozen", "closed"
 
+POOL = "pool"
+"""The kind of accounts that have members."""
+
 MAX_TOTAL_MICRO = 9 * 10**18
 """What one account may be credited with in all its life, in micro-credits: a Postgres bigint holds it."""
 

@@ -46,6 +46,17 @@ MINIMAL: dict[str, dict[str, Any]] = {
     },
     "credits.confirm": {"account": "user_42", "transfer": "gift-1"},
     "credits.bounce": {"account": "user_42", "transfer": "gift-1", "refused": "unknown_account"},
+    "codes.issue": {"account": "user_42", "codes": ["ABCD1234"], "amount": "5"},
+    "codes.redeem": {"account": "user_42", "code": "ABCD1234"},
+    "codes.withdraw": {"account": "user_42", "codes": ["ABCD1234"]},
+    "codes.conclude": {
+        "account": "user_42",
+        "code": "ABCD1234",
+        "issue": "issue-1",
+        "place": 0,
+        "slot": 0,
+        "redeemed_by": "user_43",
+    },
     "referrals.issue": {"account": "user_42", "code": "ANNA2X"},
     "referrals.claim": {"account": "user_42", "code": "ANNA2X"},
     "referrals.reward": {"account": "user_42", "referee": "user_43", "code": "ANNA2X"},
@@ -128,6 +139,29 @@ FULL: dict[str, dict[str, Any]] = {
     },
     "credits.confirm": {"account": "user_42", "transfer": "gift-1"},
     "credits.bounce": {"account": "user_42", "transfer": "gift-1", "refused": "limit_reached"},
+    "codes.issue": {
+        "account": "user_42",
+        "codes": ["ABCD", "1234"],
+        "amount": 5,
+        "uses": 3,
+        "per_account": 2,
+        "expires_at": "2027-03-01T00:00:00Z",
+        "credits_expire_in": 86400,
+        "source": "campaign",
+        "message": "for you",
+        "actor": "anna",
+        "reason": "campaign 12",
+    },
+    "codes.redeem": {"account": "user_42", "code": "ABCD1234"},
+    "codes.withdraw": {"account": "user_42", "codes": ["ABCD", "1234"], "actor": "anna", "reason": "over"},
+    "codes.conclude": {
+        "account": "user_42",
+        "code": "ABCD1234",
+        "issue": "issue-1",
+        "place": 999,
+        "slot": 5,
+        "redeemed_by": "user_43",
+    },
     "referrals.issue": {"account": "user_42", "code": "7" * 64},
     "referrals.claim": {"account": "user_42", "code": "ANNA2X"},
     "referrals.reward": {"account": "user_42", "referee": "user_43", "code": "ANNA2X", "v": 1},
@@ -255,6 +289,7 @@ TEXTS = [
     ("credits.grant", "reason"),
     ("credits.refund", "reason"),
     ("credits.revoke", "reason"),
+    ("codes.issue", "message"),
 ]
 CONTROLS = ["\x00", "\n", "\r", "\t", "\x1b", "\x7f", "\x80", "\x85", "\x9f", "\u2028", "\u2029"]
 
@@ -901,3 +936,33 @@ def test_the_largest_transfer_there_can_be_fits_a_message() -> None:
     assert isinstance(decode_message("credits.receive", raw), contract.Receive)
     assert len(raw) + 1000 < contract.MAX_MESSAGE_BYTES
     assert contract.MAX_LOTS >= MAX_OPEN_GRANTS
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("codes.issue", {"codes": []}, "$.codes"),
+        ("codes.issue", {"codes": ["ABC"]}, "$.codes"),
+        ("codes.issue", {"codes": ["abcd"]}, "$.codes"),
+        ("codes.issue", {"codes": ["AB-CD"]}, "$.codes"),
+        ("codes.issue", {"codes": ["A" * 65]}, "$.codes"),
+        ("codes.issue", {"codes": ["ABCD", "ABCD"]}, "twice"),
+        ("codes.issue", {"codes": [f"CODE{number}" for number in range(1001)]}, "$.codes"),
+        ("codes.issue", {"amount": 0}, "more than 0"),
+        ("codes.issue", {"uses": 0}, "$.uses"),
+        ("codes.issue", {"uses": 1_000_001}, "$.uses"),
+        ("codes.issue", {"expires_at": "2027-03-01T00:00:00Z", "expires_in": 1}, "not both"),
+        ("codes.issue", {"actor": "anna"}, "both or neither"),
+        ("codes.issue", {"source": "pack"}, "administrator"),
+        ("codes.issue", {"credits_expire_in": 60}, "administrator"),
+        ("codes.withdraw", {"codes": ["ABCD", "ABCD"]}, "twice"),
+        ("codes.withdraw", {"reason": "over"}, "both or neither"),
+        ("codes.redeem", {"code": "abcd1234"}, "$.code"),
+    ],
+)
+def test_what_a_gift_code_is_not(name: str, changes: dict[str, Any], said: str) -> None:
+    assert said in invalid(name, **changes)
+
+
+def test_a_code_is_typed_in_many_ways_and_meant_in_one() -> None:
+    assert {contract.normal_code(text) for text in ("abcd-1234", " ABCD 1234", "AbCd1234\n")} == {"ABCD1234"}

@@ -54,7 +54,7 @@ class ReferringLedger(PlanLedger):
             details = self.together(details, self.settle_claim(said, operation, now))
         return details
 
-    def referrals_issue(self, said: Row, operation: str, now: datetime) -> Row:
+    def referral_issue_(self, said: Row, operation: str, now: datetime) -> Row:
         if self.kind == "lead":
             raise Refusal("invalid")
         if self.own_code is None:
@@ -63,7 +63,7 @@ class ReferringLedger(PlanLedger):
             self.own_code = said["code"]
         return {"referral_code": self.own_code}
 
-    def referrals_claim(self, said: Row, operation: str, now: datetime) -> Row:
+    def referral_claim_(self, said: Row, operation: str, now: datetime) -> Row:
         return self.claim_code({**said, "referral_code": said["code"]}, operation, now)
 
     def claim_code(self, said: Row, operation: str, now: datetime) -> Row:
@@ -94,7 +94,7 @@ class ReferringLedger(PlanLedger):
         self.letters.append(("referrals.reward", rewarding(owner, said["account"]), letter))
         return {"referrer": owner, **self.bonus(self.terms.get("referee", 0), operation, now)}
 
-    def referrals_reward(self, said: Row, operation: str, now: datetime) -> Row:
+    def referral_reward_(self, said: Row, operation: str, now: datetime) -> Row:
         if operation != rewarding(said["account"], said["referee"]):
             raise Refusal("invalid")
         if self.own_code != said["code"]:

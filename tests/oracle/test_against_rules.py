@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from creditlane.contract import decode_message
 from models.catalog import parse_catalog
 from models.rules.catalog import Catalog, Money, Plan
-from models.rules.state import CLOSED, COUNTERS, UNOPENED, Account, Entry
+from models.rules.state import CLOSED, COUNTERS, FROZEN, UNOPENED, Account, Entry
 from tasks.ledger import Answer, apply, encode
 from tests.oracle.model import BUCKETS, Row, meaning
 from tests.oracle.plans import PlanLedger
@@ -295,7 +295,8 @@ def read_answer(answer: Answer) -> Row:
     ):  # fmt: skip
         if amount in said:
             read[amount] = credits_of(said[amount])
-    for same in ("grant", "hold", "to", "sender", "transfer", "refused", "plan", "plan_status", "plan_next"):
+    for same in ("grant", "hold", "to", "sender", "transfer", "refused", "plan", "plan_status", "plan_next",
+                 "converted_to", "account_status", "gift_code"):  # fmt: skip
         if same in said:
             read[same] = said[same]
     for instant in ("expires_at", "period_start", "period_end", "paid_until"):
@@ -413,7 +414,7 @@ class Both:
         for entry in new:
             if entry.kind in ("consumed", "held", "transferred"):
                 grant = self.account.grants[entry.grant]
-                assert grant.effective_at <= self.now
+                assert grant.effective_at <= self.now or self.account.kind == "lead"
                 assert grant.expires_at is None or self.now < grant.expires_at
 
     def check_purchases(self) -> None:
@@ -432,6 +433,8 @@ class Both:
         """Every grant, every hold, the debt and every entry are the same in both."""
         assert (self.account.status != UNOPENED) is self.ledger.opened
         assert (self.account.status == CLOSED) is self.ledger.closed
+        assert (self.account.status == FROZEN) is self.ledger.halted
+        assert self.account.converted_to == self.ledger.became
         assert self.account.debt == self.ledger.debt
         assert self.account.last_grant == len(self.ledger.lots) == len(self.account.grants)
         for lot in self.ledger.lots:
@@ -484,7 +487,7 @@ class Both:
 def bare(content: Row) -> Row:
     """A letter of the second ledger without what is not there."""
     return {
-        name: [bare(each) for each in value] if isinstance(value, list) else value
+        name: [bare(each) if isinstance(each, dict) else each for each in value] if isinstance(value, list) else value
         for name, value in content.items()
         if value is not None
     }

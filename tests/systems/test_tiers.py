@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import pytest
-from creditlane.gift_codes import new_code
 
 from creditlane.codes import Code
+from creditlane.gift_codes import new_code
 from models.forecast import forecast
 from models.reading import history
 from models.rules.calendar import add_months

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any
 
-from creditlane.contract import decode_message, redeemed_id
+import msgspec
+import pytest
+
+from creditlane.contract import MAX_CODES, decode_message, redeemed_id
 from models.audit_codes import check_codes
 from models.report import Report
+from models.rules.sharing import Redemption
+from models.rules.state import Account
+from tasks.operation import Need
+from tasks.registry import OPERATIONS
+from tests.conftest import _ledger
 from tests.support import Ledger, rows
-from workers.ledger_writer import Job
+from workers.lane_consumer import write_around
+from workers.ledger_writer import Job, LedgerWriter
 
 CONCLUDED = redeemed_id("BBBB", 0)
 ISSUE = ("anna", "operations", "issue")
@@ -151,3 +161,106 @@ def test_whoever_tampers_with_codes_is_named(tampered_ledger: Ledger) -> None:
             raise Undone
     assert found == {what: named for what, (_, named) in TAMPERED.items()}
     assert checked(ledger) == set()
+
+
+def test_what_raises_in_a_batch_that_shares_codes_changes_nothing_for_the_others(
+    ledger: Ledger, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever's account is made anew: what others saw of its codes, or it of theirs, is as if nobody had raised."""
+    begin(ledger, "anna", "bert", "dora")
+    ledger.apply("codes.issue", "issue", account="anna", codes=["AAAA"], amount=2, uses=2)
+    settle = OPERATIONS["credits.settle"]
+
+    def run(account: Account, message: Any, context: Any) -> Any:
+        code = account.codes["AAAA"]
+        code.taken[code.uses] = Redemption(account.account, context.operation, 1, context.now)  # half done
+        raise LookupError("no such thing")
+
+    monkeypatch.setitem(
+        OPERATIONS, "credits.settle", settle._replace(run=run, need=lambda message: (Need("code", "AAAA"),))
+    )
+    jobs = [
+        ledger.job("codes.redeem", "first", account="bert", code="AAAA"),
+        ledger.job("codes.issue", "new", account="anna", codes=["NEWS"], amount=3, uses=2),
+        ledger.job("codes.redeem", "of-new", account="dora", code="NEWS"),
+        ledger.job("credits.settle", "poison-1", account="anna"),
+        ledger.job("codes.redeem", "of-new", account="bert", code="NEWS"),
+        ledger.job("codes.withdraw", "end", account="anna", codes=["AAAA", "NEWS"]),
+        ledger.job("credits.settle", "poison-2", account="bert"),
+        ledger.job("codes.redeem", "late", account="dora", code="AAAA"),
+        ledger.job("credits.settle", "poison-3", account="dora"),
+    ]
+    results = ledger.write(*jobs)
+    assert [job.operation for job in jobs if job.quarantined] == ["poison-1", "poison-2", "poison-3"]
+    assert [each["status"] for each in results if each] == ["applied"] * 5 + ["rejected"]
+    assert (results[5]["charged"], results[7]["code"]) == ("-2", "code_expired")
+    assert rows(database, "SELECT code, slot, account FROM redemptions ORDER BY 1, 2") == [
+        ("AAAA", 0, "bert"), ("NEWS", 0, "dora"), ("NEWS", 1, "bert"),
+    ]  # fmt: skip
+    monkeypatch.undo()
+    assert [each["status"] for each in deliver(ledger)] == ["applied"] * 3
+    assert buckets(database, "anna") == {"available": 92, "sent": 8, "granted": 100}
+    assert buckets(database, "dora") == {"available": 3, "received": 3}
+
+
+def test_two_lanes_want_the_last_use_of_a_code_and_the_same_text(ledger: Ledger, database: str) -> None:
+    begin(ledger, "anna", "bert", "dora")
+    ledger.apply("codes.issue", "issue", account="anna", codes=["AAAA", "BBBB"], amount=2)
+    ledger.apply("credits.grant", "plain", account="bert", amount=9, source="pack")
+    ledger.apply("credits.grant", "plain", account="dora", amount=9, source="pack")
+    wanted = {
+        name: [
+            ledger.job("codes.redeem", "a", account=name, code=first),
+            ledger.job("codes.redeem", "b", account=name, code=second),
+            ledger.job("codes.issue", "new", account=name, codes=["NEWS", f"OF{name.upper()}"], amount=1),
+        ]
+        for name, first, second in (("bert", "AAAA", "BBBB"), ("dora", "BBBB", "AAAA"))
+    }
+    begun = threading.Barrier(2)
+
+    def work(writer: LedgerWriter, jobs: list[Job]) -> None:
+        begun.wait(30)
+        write_around(writer, jobs)
+
+    for other in _ledger(database):
+        writers = {"bert": ledger.writer, "dora": other.writer}
+        threads = [threading.Thread(target=work, args=(writers[name], jobs)) for name, jobs in wanted.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert [job.quarantined for jobs in wanted.values() for job in jobs] == [None] * 6
+    results = {name: [msgspec.json.decode(job.result or b"") for job in jobs] for name, jobs in wanted.items()}
+    winners = [name for name, jobs in results.items() if [each["status"] for each in jobs] == ["applied"] * 3]
+    assert len(winners) == 1, results
+    (loser,) = set(results) - set(winners)
+    assert [each.get("code") for each in results[loser]] == ["code_used", "code_used", "code_exists"]
+    assert results[loser][2]["existing"] == ["NEWS"]
+    assert rows(database, "SELECT code, used FROM codes ORDER BY 1") == [
+        ("AAAA", 1), ("BBBB", 1), ("NEWS", 0), (f"OF{winners[0].upper()}", 0),
+    ]  # fmt: skip
+
+
+def test_an_issue_of_as_many_lots_and_codes_as_there_may_be(ledger: Ledger, database: str) -> None:
+    begin(ledger, "anna", "bert", credits=4)
+    source = "s" * 128
+    for block in range(2):
+        ledger.write(*(
+            ledger.job("credits.grant", f"{block} {number}", account="anna", amount=1, source=source, priority=99)
+            for number in range(499)
+        ))  # fmt: skip
+    codes = [f"{number:064d}" for number in range(MAX_CODES)]
+    issued = ledger.apply("codes.issue", "issue", account="anna", codes=codes, amount="1.002")
+    assert issued["status"] == "applied"
+    assert len(msgspec.json.encode(issued)) < 256 * 1024
+    assert ledger.apply("codes.redeem", "one", account="bert", code=codes[500])["status"] == "applied"
+    poor = ledger.apply("codes.issue", "all", account="anna", codes=["ABCD"], amount=1)
+    assert poor["code"] == "insufficient_credits"
+    assert [each["status"] for each in deliver(ledger)] == ["applied"]
+    ended = ledger.apply("codes.withdraw", "end", account="anna", codes=codes)
+    assert (ended["codes"], ended["charged"]) == (MAX_CODES, "-1000.998")
+    assert len(msgspec.json.encode(ended)) < 512 * 1024
+    whole = ledger.apply("codes.issue", "whole", account="anna", codes=["ABCD"], amount="1000.998")
+    assert whole["status"] == "applied"
+    redeemed = ledger.apply("codes.redeem", "whole", account="bert", code="ABCD")
+    assert (redeemed["code"], redeemed.get("status")) == ("limit_reached", "rejected")  # he has two lots already
