@@ -15,6 +15,7 @@ from creditlane.errors import (
 from creditlane.inbox import Inbox, Notice
 from creditlane.lanes import lane_of
 from creditlane.reports import (
+    Achievements,
     BalanceExplained,
     Forecast,
     GrantExplained,
@@ -29,6 +30,7 @@ from creditlane.reports import (
 from creditlane.selling import Inquiry, Page, SaleCode
 
 __all__ = [
+    "Achievements",
     "AlreadyReservedError",
     "Balance",
     "BalanceExplained",

@@ -55,6 +55,7 @@ from creditlane.inbox import Inbox
 from creditlane.lanes import LANES, lane_of
 from creditlane.reports import (
     FORECAST_DAYS,
+    Achievements,
     ActionsPage,
     BalanceExplained,
     Forecast,
@@ -274,10 +275,17 @@ class Operations:
         id: str,
         amount: Amount | None = None,
         reason: str | None = None,
+        actor: str | None = None,
         wait: float | None = None,
     ) -> Result | None:
-        """Give back all, or ``amount`` credits, of the consume or capture with the id ``operation``."""
-        arguments = {"account": account, "operation": operation, "amount": _wire(amount), "reason": reason}
+        """Give back all, or ``amount`` credits, of the consume or capture with the id ``operation``.
+
+        :param reason: what reports of refunds tell apart.
+        :param actor: the administrator who gives it back, if one does.
+        """
+        arguments = {
+            "account": account, "operation": operation, "amount": _wire(amount), "actor": actor, "reason": reason,
+        }  # fmt: skip
         return self.submit("credits.refund", id, arguments, wait)
 
     def adjust(
@@ -875,6 +883,13 @@ class CreditClient(Operations):
             "after": after,
         }  # fmt: skip
         return msgspec.convert(self._read("refunds", arguments, wait), Refunds | None)
+
+    def achievements(self, account: str, *, wait: float = 10.0) -> Achievements | None:
+        """What the account has achieved, and how far it is with the rest; ``None`` for one that does not exist.
+
+        :param wait: seconds.
+        """
+        return msgspec.convert(self._read("achievements", {"account": account}, wait), Achievements | None)
 
     def _explain(self, kind: type[Explained], arguments: dict[str, Any], wait: float) -> Explained | None:
         return msgspec.convert(self._read("explain", arguments, wait), kind | None)

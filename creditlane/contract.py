@@ -757,6 +757,16 @@ class MemberUse(msgspec.Struct, kw_only=True, frozen=True):
     """The first instant after the period; none of ``total``."""
 
 
+class Achieved(msgspec.Struct, kw_only=True, frozen=True):
+    """An achievement that an operation brought."""
+
+    achievement: str
+    """Its name in the catalog."""
+    credits: Decimal
+    grant: int | None = None
+    """The grant that its credits are in; None where it comes with none."""
+
+
 class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The answer to one operation.
 
@@ -846,6 +856,8 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """Who was referred by it."""
     bonus: Decimal | None = None
     """What came for a referral."""
+    achieved: list[Achieved] = []
+    """The achievements that it brought, each once for ever."""
     replayed: bool = False
 
     @property
@@ -987,6 +999,7 @@ __all__ = [
     "INTERNAL",
     "MAX_MICRO",
     "OPERATIONS",
+    "Achieved",
     "Adjust",
     "Balance",
     "Batch",

@@ -379,7 +379,7 @@ class Simulation(msgspec.Struct, kw_only=True, frozen=True):
     before: Balance
     after: Balance
     charged: Decimal
-    """What those that would be applied charge, less what they give back."""
+    """What they would use up, less what they give back; what is held is not used yet."""
     refused: int
     """How many would be refused: their results say why, and what pack or plan would do."""
     results: list[Result]
@@ -498,3 +498,48 @@ class Referrals(msgspec.Struct, kw_only=True, frozen=True):
     referees: list[Referee]
     next_before: str | None = None
     """For the page after this one."""
+
+
+# --- Achievements ------------------------------------------------------------------------------------
+
+
+class Trophy(msgspec.Struct, kw_only=True, frozen=True):
+    """An achievement that an account has reached."""
+
+    achievement: str
+    """Its name."""
+    title: str
+    credits: Decimal
+    """What came with it."""
+    reached_at: datetime
+    operation: str
+    """The operation that brought it."""
+    grant: int | None
+    """The grant that the credits came in; None where none did."""
+
+
+class Goal(msgspec.Struct, kw_only=True, frozen=True):
+    """An achievement that is yet to be reached."""
+
+    achievement: str
+    title: str
+    measure: str
+    """What is counted: ``used`` credits, or ``referrals``."""
+    at: Decimal
+    """From how many on it is reached."""
+    done: Decimal
+    """How many there are."""
+    percent: float
+    """``done`` of ``at``, to a tenth."""
+    credits: Decimal
+    """What will come with it."""
+
+
+class Achievements(msgspec.Struct, kw_only=True, frozen=True):
+    """What an account has achieved, and what comes next."""
+
+    account: str
+    reached: list[Trophy]
+    """In the order in which they were."""
+    goals: list[Goal]
+    """The nearest first."""

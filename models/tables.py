@@ -103,7 +103,7 @@ class AccountRow(Buckets, Base):
     converted_to: Mapped[str | None]
     """Of a lead that has signed up, the user."""
     achieved: Mapped[str | None]
-    """The achievements that it has, with commas between them."""
+    """The achievements that it has, each with the number of its operation: ``beginner:3,expert:120``."""
 
 
 class AllowanceRow(Base):
@@ -340,6 +340,12 @@ class GrantRow(Buckets, Base):
             "grant_id",
             postgresql_where=text("is_open AND expires_at IS NOT NULL"),
         ),
+        Index(
+            "grants_by_time",
+            "created_at",
+            postgresql_using="brin",
+            postgresql_with={"pages_per_range": 16, "autosummarize": "on"},
+        ),
         {"postgresql_with": {"fillfactor": "70"}},
     )
 
@@ -380,6 +386,7 @@ class OperationRow(Base):
             postgresql_using="brin",
             postgresql_with={"pages_per_range": 16, "autosummarize": "on"},
         ),
+        Index("operations_refunds", "applied_at", postgresql_where=text("name = 'credits.refund'")),
     )
 
     number: Mapped[int] = mapped_column(BigInteger)
@@ -633,7 +640,15 @@ class UsageDayRow(Base):
     """What one account used of one feature on one day, UTC; made of operations, and can be made of them again."""
 
     __tablename__ = "usage_days"
-    __table_args__ = ({"postgresql_with": {"fillfactor": "70"}},)
+    __table_args__ = (
+        Index(
+            "usage_days_by_day",
+            "day",
+            postgresql_using="brin",
+            postgresql_with={"pages_per_range": 16, "autosummarize": "on"},
+        ),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
 
     account: Mapped[str] = mapped_column(primary_key=True)
     day: Mapped[date] = mapped_column(primary_key=True)

@@ -339,6 +339,15 @@ QuantityOption = Annotated[
 MemberOption = Annotated[
     str | None, typer.Option("--member", help="The member of a pool who uses it.", show_default=False)
 ]
+ActorOption = Annotated[
+    str | None, typer.Option("--actor", help="Who does it; the user of this system unless given.", show_default=False)
+]
+FeatureArgument = Annotated[
+    str | None, typer.Argument(metavar="FEATURE", help="A feature of the catalog.", show_default=False)
+]
+QuantityArgument = Annotated[
+    str | None, typer.Argument(metavar="QUANTITY", help="How much of it; 1 unless given.", show_default=False)
+]
 LimitOption = Annotated[int, typer.Option("--limit", min=1, max=MAX_PAGE, help="How many at most.")]
 
 _SPAN = re.compile(r"(?:([0-9]{1,9})([wdhms]))", re.ASCII)

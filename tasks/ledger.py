@@ -19,6 +19,7 @@ from models.rules.catalog import Catalog
 from models.rules.refusal import RefusedError
 from models.rules.settling import settle
 from models.rules.state import CLOSED, FROZEN, OPEN, UNOPENED, Account, Grant, Known
+from tasks.achievements import Reached, reach
 from tasks.leads import following
 from tasks.notices import Told
 from tasks.operation import Context, FollowUp, Operation, Outcome
@@ -109,7 +110,8 @@ def apply(
     try:
         if account.status != OPEN:
             _admit(account, task)
-        outcome = task.run(account, message, Context(now, catalog, operation))
+        context = Context(now, catalog, operation)
+        outcome = task.run(account, message, context)
     except RefusedError as refusal:
         if account.seq != settled:
             raise AssertionError(f"{name} was refused after it wrote entries") from refusal
@@ -126,6 +128,12 @@ def apply(
             ]
         if outcome.details:
             fields.update(outcome.details)
+        if catalog.achievements:
+            reached = reach(account, message, context)
+            if reached:
+                fields["achieved"] = [_reached(each) for each in reached]
+            if told is not None:
+                told.achieved(reached)
     fields["balance"] = balance_of(account, now)
     stored = encode(fields)
     account.operations += 1
@@ -173,6 +181,12 @@ def _admit(account: Account, task: Operation) -> None:
             raise RefusedError(Code.ACCOUNT_CLOSED, converted_to=account.converted_to)
     if account.status == FROZEN and task.spends:
         raise RefusedError(Code.ACCOUNT_FROZEN)
+
+
+def _reached(reached: Reached) -> dict[str, Any]:
+    """What an operation brought, as its result tells it."""
+    told: dict[str, Any] = {"achievement": reached.name, "credits": format_amount(reached.achievement.credits)}
+    return told if reached.lot is None else {**told, "grant": reached.lot.id}
 
 
 def _repeat(account: Account, name: str, operation: str, message: Message, known: Known) -> Answer:

@@ -14,6 +14,7 @@ from creditlane.codes import Code
 from creditlane.contract import CancelPlan, ChangePlan, ClawBack, Grant, Message, Receive, RedeemCode, Refund
 from models.rules.catalog import Catalog
 from models.rules.state import Account, Entry, Notice
+from tasks.achievements import Reached
 from tasks.operation import Outcome
 
 LOW_BALANCE, DEPLETED, EXPIRING = "low_balance", "depleted", "expiring"
@@ -64,6 +65,14 @@ class Told:
         self._member(code, outcome.details or {})
         if self._watches and self._account.converted_to is None:
             self._balance(self._account.spendable(self._now))
+
+    def achieved(self, reached: Iterable[Reached]) -> None:
+        """The operation brought achievements."""
+        for name, achievement, _ in reached:
+            self._tell(
+                "achievement", f"achievement:{name}", self._now, achievement=name, title=achievement.title or name,
+                amount=format_amount(achievement.credits),
+            )  # fmt: skip
 
     def _operation(self, message: Message, operation: str, outcome: Outcome) -> None:
         now = self._now

@@ -20,7 +20,16 @@ from creditlane.reports import (
     RefundGrouping,
     Status,
 )
-from models import explaining, forecast, leaderboard, reading, referral_reading, refund_reading, usage_reading
+from models import (
+    achievement_reading,
+    explaining,
+    forecast,
+    leaderboard,
+    reading,
+    referral_reading,
+    refund_reading,
+    usage_reading,
+)
 from models.actions import actions as read_actions
 from models.database import reader
 from models.in_force import catalog_in_force
@@ -120,6 +129,10 @@ class SimulateQuery(Query, frozen=True, kw_only=True):
     operations: Annotated[list[Planned], msgspec.Meta(min_length=1, max_length=MAX_BATCH)]
     at: Instant | None = None
     paid: bool = True
+
+
+class AchievementsQuery(Query, frozen=True, kw_only=True):
+    """``queries.achievements``."""
 
 
 class LeaderboardQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -336,6 +349,22 @@ def referrals(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
     asked = understood(ReferralsQuery, v, arguments)
     with reader() as connection:
         return _told(referral_reading.referrals(connection, asked.account, limit=asked.limit, before=asked.before))
+
+
+@shared_task(name="queries.achievements", **RETRIES)
+def achievements(account: str, v: int = 1) -> dict[str, Any] | None:
+    """What an account has achieved, and how far it is with the rest.
+
+    :param account: whose.
+    :param v: the contract's version.
+    :returns: a :class:`creditlane.reports.Achievements` as JSON has it; None for an account that no operation ever
+        named.
+    :raises ValueError: for what is no account, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away.
+    """
+    asked = understood(AchievementsQuery, v, {"account": account})
+    with reader() as connection:
+        return _told(achievement_reading.achievements(connection, asked.account, catalog_in_force(connection)))
 
 
 def _told(found: msgspec.Struct | None) -> dict[str, Any] | None:

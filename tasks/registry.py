@@ -20,7 +20,7 @@ OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         open_account, grant, consume, hold, capture, release, refund, adjust, revoke, claw_back, settle, transfer,
-        receive, confirm, bounce, convert, freeze, thaw, close, reopen, issue, redeem, withdraw, conclude,
-        issue_referral, claim, reward, set_member, remove_member, subscribe, change, cancel, renew_on_payment, undo,
+        receive, confirm, bounce, convert, freeze, thaw, close, reopen, issue, redeem, withdraw, conclude, set_member,
+        remove_member, issue_referral, claim, reward, subscribe, change, cancel, renew_on_payment, undo,
     )
 }  # fmt: skip

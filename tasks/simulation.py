@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from decimal import Decimal
 from typing import Any
 
 import msgspec
 from psycopg import Connection
 
 from creditlane.contract import (
+    INTERNAL,
     MAX_BATCH,
     Balance,
     ContractError,
@@ -25,15 +25,11 @@ from models.reading import load_account
 from models.referral_reading import own_referral
 from models.rules.catalog import Catalog
 from models.simulating import advance
+from models.usage_reading import credits_of
+from tasks.achievements import used_micro
 from tasks.ledger import apply, balance_of, encode
+from tasks.operation import Need
 from tasks.registry import OPERATIONS
-
-SIMULATED = frozenset({
-    "credits.open", "credits.grant", "credits.consume", "credits.hold", "credits.capture", "credits.release",
-    "credits.refund", "credits.adjust", "credits.revoke", "credits.transfer", "credits.settle", "plans.subscribe",
-    "plans.change", "plans.cancel", "plans.renew", "plans.undo",
-})  # fmt: skip
-"""What depends on nothing but the account itself."""
 
 Step = tuple[str, str, Message, bytes]
 """Task name, operation id, message and arguments."""
@@ -53,7 +49,8 @@ def simulate_operations(
     """What operations would cost, which grants would pay, and which would be refused, one after the other.
 
     :param connection: not within a transaction; nothing is written, so it need not be able to.
-    :param operations: at most :data:`creditlane.contract.MAX_BATCH` together, of :data:`SIMULATED`.
+    :param operations: at most :data:`creditlane.contract.MAX_BATCH` together; what the ledger sends itself, and what
+        depends on more than the account, as redeeming a code does, cannot be simulated.
     :param catalog: the one in force.
     :param at: when they are applied, at most :data:`models.simulating.MAX_DAYS` ahead; now unless given.
     :param paid: whether a plan with a price is paid for in time until then.
@@ -61,8 +58,7 @@ def simulate_operations(
     :raises ValueError: for operations that do not fit the contract, or an instant that makes no sense.
     """
     steps = list(_steps(account, operations))
-    finders = ((OPERATIONS[name].need, message) for name, _, message, _ in steps)
-    needs = [need for find, message in finders if find is not None for need in find(message)]
+    needs = [need for name, _, message, _ in steps for need in _needs(name, message)]
     named = {each.id for each in operations if each.id is not None} | {str(need.key) for need in needs}
     loaded = load_account(connection, account, sorted(named) if named else None)
     if loaded is None:
@@ -72,7 +68,7 @@ def simulate_operations(
         state.referral = own_referral(connection, account)
     then = at or now
     advance(state, now, then, catalog, paid)
-    before = _balance(balance_of(state, then))
+    before, used = _balance(balance_of(state, then)), used_micro(state)
     results = [
         _decode_result(apply(state, name, id, message, arguments, then, catalog).result)
         for name, id, message, arguments in steps
@@ -84,7 +80,7 @@ def simulate_operations(
         paid=paid,
         before=before,
         after=_balance(balance_of(state, then)),
-        charged=sum((result.charged for result in results if result.applied and not result.replayed), Decimal(0)),
+        charged=credits_of(used_micro(state) - used),
         refused=sum(1 for result in results if not result.applied),
         results=results,
     )
@@ -99,10 +95,8 @@ def _steps(account: str, operations: Sequence[Planned]) -> Iterator[Step]:
         raise ValueError(f"one may simulate 1 to {MAX_BATCH} operations at a time")
     place = 0
     for each in operations:
-        if each.name not in SIMULATED:
-            raise ValueError(
-                f"operation {place + 1}: {each.name!r} cannot be simulated: {', '.join(sorted(SIMULATED))}"
-            )
+        if each.name not in OPERATIONS or each.name in INTERNAL:
+            raise ValueError(f"operation {place + 1}: {each.name!r} is no operation that anybody sends")
         if "account" in each.arguments:
             raise ValueError(f"operation {place + 1}: an account of its own; all are of one")
         arguments = encode({"account": account, **each.arguments})
@@ -112,9 +106,17 @@ def _steps(account: str, operations: Sequence[Planned]) -> Iterator[Step]:
                 check_reserved(each.name, check_id(each.id), message)
         except ContractError as error:
             raise ValueError(f"operation {place + 1}: {error}") from None
+        if any(need.kind == "code" for need in _needs(each.name, message)):
+            raise ValueError(f"operation {place + 1}: {each.name} depends on what others do: it cannot be simulated")
         for _ in range(each.times):
             place += 1
             yield each.name, each.id or f"simulated:{place}", message, arguments
+
+
+def _needs(name: str, message: Message) -> Sequence[Need]:
+    """The past rows that an operation works on."""
+    find = OPERATIONS[name].need
+    return () if find is None else find(message)
 
 
 def _balance(told: dict[str, Any]) -> Balance:

@@ -28,7 +28,7 @@ MINOR_DIGITS = {"BIF": 0, "CLP": 0, "DJF": 0, "GNF": 0, "ISK": 0, "JPY": 0, "KMF
 NOTICE_KINDS = (
     "depleted", "credits_expired", "period_renewed", "pack_bought", "payment_failed", "plan_started", "plan_changed",
     "plan_cancelled", "plan_ended", "gift_received", "referral_bonus", "refunded", "member_limit", "purchase_frozen",
-    "purchase_thawed", "quote_ready",
+    "purchase_thawed", "quote_ready", "achievement",
 )  # fmt: skip
 """What a notice may be of, beside ``low_balance`` and ``expiring``, which have settings of their own."""
 
@@ -553,10 +553,9 @@ class Catalog(Section, frozen=True):
     @property
     def earned_sources(self) -> list[str]:
         """The sources of credits that count as earned."""
-        said = {name: source.earned for name, source in self.sources.items() if source.earned is not None}
-        return sorted((EARNED | {name for name, earned in said.items() if earned}) - {
-            name for name, earned in said.items() if not earned
-        })  # fmt: skip
+        named = {name: source.earned for name, source in self.sources.items() if source.earned is not None}
+        counted = dict.fromkeys((*EARNED, self.referrals.source), True) | named
+        return sorted(name for name, earned in counted.items() if earned)
 
     def zone_of(self, plan: str) -> str:
         """The IANA time zone of a plan's calendar."""

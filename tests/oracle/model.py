@@ -119,7 +119,8 @@ class Ledger:
     :param policy: the catalog as plain data: ``features`` (each with ``price`` and ``per`` in millionths and
         ``rounding``), ``signup`` and ``lead`` (``credits`` in micro-credits, ``source``, ``expires_days``),
         ``priorities``, ``sources`` (whether they may be given away), ``packs`` (name, micro-credits, minor units,
-        price as text), ``on_spent``, ``refund_days``.
+        price as text), ``on_spent``, ``refund_days``, and perhaps ``achievements`` (each with ``name``, ``at`` and
+        ``credits`` in micro-credits, ``expires_days``).
     """
 
     def __init__(self, policy: Row) -> None:
@@ -142,6 +143,7 @@ class Ledger:
         self.returned: dict[str, Row] = {}
         self.codes: dict[str, Row] = {}
         """Gift codes, of all accounts that share them: put another in its place."""
+        self.achieved: dict[str, int] = {}
 
     # The one way in.
 
@@ -174,6 +176,9 @@ class Ledger:
             step: Callable[[Row, str, datetime], Row] = getattr(self, prefix + deed + "_")
             details = step(said, operation, now)
             answer = {"status": "applied", "code": None, "charged": 0, "uses": [], **details}
+            new = self.achieve(operation, now)
+            if new:
+                answer["achieved"] = new
         except Refusal as refusal:
             answer = {"status": "rejected", "code": refusal.code, "charged": 0, "uses": [], **refusal.details}
             if name == "credits.receive" and operation == derived("receive", said["sender"], said["transfer"]):
@@ -186,6 +191,29 @@ class Ledger:
             id = f"lead.convert:{fingerprint(said['account'], self.became, operation)}"
             self.letters.append(("credits.convert", id, follower))
         return answer
+
+    def achieve(self, operation: str, now: datetime) -> list[tuple[str, int, int | None]]:
+        """What the operation under way brought: the lowest first, each with its credits and the lot they are in."""
+        used = sum(lot["consumed"] - lot["restored"] for lot in self.lots)
+        brought: list[tuple[str, int, int | None]] = []
+        if self.closed:
+            return brought
+        wanted = [each for each in self.policy.get("achievements", []) if each["name"] not in self.achieved]
+        for each in sorted(wanted, key=lambda each: (each["at"], each["name"])):
+            came = sum(lot["granted"] + lot["received"] + lot["restored"] for lot in self.lots)
+            alive = [lot for lot in self.lots if lot["available"] + lot["held"] + lot["in_transit"] > 0]
+            full = each["credits"] > 0 and (came + each["credits"] > MOST or len(alive) >= MANY)
+            if used < each["at"] or full:
+                continue
+            number = None
+            if each["credits"]:
+                end = None if each["expires_days"] is None else now + timedelta(days=each["expires_days"])
+                lot = self.add_lot(operation, now, "achievement", end=end)
+                self.come_in(lot, each["credits"], operation, now)
+                number = lot["number"]
+            self.achieved[each["name"]] = len(self.answers) + 1
+            brought.append((each["name"], each["credits"], number))
+        return brought
 
     # The operations.
 
@@ -692,7 +720,7 @@ class Ledger:
         if any(text in self.codes for text in said["codes"]):
             raise Refusal("code_exists")
         uses = said.get("uses", 1)
-        paid = []
+        paid: list[tuple[Row, int]] = []
         if "actor" not in said:
             all_of_it = said["amount"] * uses * len(said["codes"])
             everything = self.spendable(None, now)

@@ -15,6 +15,7 @@ from creditlane.gift_codes import new_code
 from models.forecast import forecast
 from models.reading import history
 from models.rules.calendar import add_months
+from models.rules.state import achieved_at
 from models.usage_reading import usage
 from schedules.warnings import due, give
 from tests.support import eventually
@@ -487,4 +488,6 @@ def test_the_whole_history_can_be_read_page_by_page(system: System) -> None:
 def test_achievements_are_reached_by_use(system: System) -> None:
     member, _ = subscriber(system)
     member.burn(10)
-    assert system.read("SELECT achieved FROM accounts WHERE account = %s", member.account) == [("first_steps",)]
+    ((achieved,),) = system.read("SELECT achieved FROM accounts WHERE account = %s", member.account)
+    assert [*achieved_at(achieved)] == ["first_steps"]
+    assert member.notices("achievement") == ["achievement"]
