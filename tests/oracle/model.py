@@ -82,7 +82,10 @@ def meaning(name: str, content: Row) -> Row:
     return said
 
 
-SPENDING = ("credits.consume", "credits.hold", "credits.transfer", "credits.convert", "codes.issue")
+SPENDING = (
+    "credits.consume", "credits.hold", "credits.transfer", "credits.convert", "codes.issue", "referrals.issue",
+    "referrals.claim",
+)  # fmt: skip
 """What an account that an administrator has frozen may not do."""
 
 CONCLUDING = (
@@ -171,9 +174,8 @@ class Ledger:
             if self.halted and name in SPENDING:
                 raise Refusal("account_frozen")
             family, _, deed = name.partition(".")
-            step: Callable[[Row, str, datetime], Row] = getattr(
-                self, ("code_" if family == "codes" else "") + deed + "_"
-            )
+            prefix = {"codes": "code_", "referrals": "referral_"}.get(family, "")
+            step: Callable[[Row, str, datetime], Row] = getattr(self, prefix + deed + "_")
             details = step(said, operation, now)
             answer = {"status": "applied", "code": None, "charged": 0, "uses": [], **details}
             new = self.achieve(operation, now)

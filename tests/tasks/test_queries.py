@@ -216,6 +216,9 @@ def ask_all(client: CreditClient, ledger: Ledger) -> None:
     ask_reports(client, ledger)
     assert client.history("nobody").lines == []
     assert (client.usage("nobody"), client.forecast("nobody"), client.explain("nobody")) == (None, None, None)
+    referred = client.referrals("alice")
+    assert referred is not None
+    assert (referred.code, referred.referees, client.referrals("nobody")) == (None, [], None)
     assert client.explain_operation("alice", "none") is None
     assert client.explain_grant("alice", 9) is None
     with pytest.raises(CreditlaneError, match="1000"):
