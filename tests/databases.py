@@ -26,6 +26,8 @@ IN_TURN = 2
 STOP_MS = 10_000
 """How long a session may take to end."""
 
+_numbers = itertools.count(1)
+
 CLOCK = "SELECT pg_get_functiondef('ledger_now()'::regprocedure)"
 
 # A row of a catalog is written anew, by another transaction, whenever what it describes is altered. That of a table is
@@ -71,7 +73,6 @@ class Databases:
     def __init__(self, server: Postgres, template: str) -> None:
         self._server = server
         self._template = template
-        self._numbers = itertools.count(1)
         self._free: deque[tuple[str, int]] = deque()
         self._deleted: dict[str, int] = {}
         with psycopg.connect(server.url_of(template), autocommit=True) as connection:
@@ -86,7 +87,7 @@ class Databases:
 
         :returns: its URL.
         """
-        name = f"ledger_{next(self._numbers)}"
+        name = f"ledger_{next(_numbers)}"
         if len(self._free) < IN_TURN:
             self._deleted[name] = 0
             return self._server.create_database(name, template=self._template)
