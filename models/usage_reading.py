@@ -114,8 +114,8 @@ def usage(
     with connection.transaction():
         connection.execute(SNAPSHOT)
         connection.execute(BY_KEY)
-        now, counted_until = _clock(connection)
-        since, until, before = _span(now, since, until)
+        now, counted_until = clock(connection)
+        since, until, before = span_of(now, since, until)
         if account is not None and not account_exists(connection, account):
             return None
         values = {
@@ -161,13 +161,14 @@ def usage(
     )
 
 
-def _clock(connection: Connection[Any]) -> tuple[datetime, datetime | None]:
+def clock(connection: Connection[Any]) -> tuple[datetime, datetime | None]:
+    """The ledger's time, and until when usage is rolled up."""
     row = connection.execute(CLOCK).fetchone()
     assert row is not None
     return row[0], row[1]
 
 
-def _span(now: datetime, since: date | None, until: date | None) -> tuple[date, date, date]:
+def span_of(now: datetime, since: date | None, until: date | None) -> tuple[date, date, date]:
     """The first day, the day after the last, and the first of as many days before."""
     try:
         if until is None:

@@ -101,6 +101,7 @@ from scripts.lane_state import lane_states
 from scripts.notices_commands import notices_app
 from scripts.payments_commands import payments_app
 from scripts.plan_commands import plan_app, simulate_account
+from scripts.pools_commands import pools_app
 from scripts.reading_commands import (
     EXPLAIN_EXAMPLES,
     FORECAST_EXAMPLES,
@@ -156,6 +157,7 @@ quarantine_app = typer.Typer(
 app.add_typer(account_app, name="account")
 app.add_typer(quarantine_app, name="quarantine")
 app.add_typer(plan_app, name="plan")
+app.add_typer(pools_app, name="pools")
 app.add_typer(notices_app, name="notices")
 app.add_typer(payments_app, name="payments")
 
