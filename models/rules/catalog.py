@@ -91,7 +91,7 @@ class About(Section, frozen=True):
 
 
 class Welcome(Section, frozen=True):
-    """``[signup]`` and ``[lead]``: what a new user or a new lead is given, and for how long."""
+    """``[signup]``: what a new user is given, and for how long."""
 
     credits: Micro = Micro(0)
     source: Name = "signup"
@@ -100,6 +100,12 @@ class Welcome(Section, frozen=True):
     def __post_init__(self) -> None:
         if self.credits < 0:
             raise ValueError("credits must not be negative")
+
+
+class LeadWelcome(Welcome, frozen=True):
+    """``[lead]``: as ``[signup]``, of a source of its own."""
+
+    source: Name = "lead"
 
 
 class Feature(Section, frozen=True):
@@ -510,7 +516,7 @@ class Catalog(Section, frozen=True):
 
     catalog: About
     signup: Welcome = Welcome()
-    lead: Welcome = Welcome(source="lead")
+    lead: LeadWelcome = LeadWelcome()
     priorities: dict[Name, Priority] = {}
     sources: dict[Name, Source] = {}
     features: dict[Name, Feature] = {}

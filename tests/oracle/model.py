@@ -154,6 +154,8 @@ class Ledger:
         if operation in self.answers:
             first_name, first_said, first_answer = self.answers[operation]
             if (first_name, first_said) == (name, said):
+                if name == "credits.open" and first_answer["status"] == "applied":
+                    self.call_the_lead(said)
                 if name == "credits.receive" and first_answer["status"] == "applied":
                     self.answer_the_sender("credits.confirm", said)
                 elif name == "credits.receive" and operation == derived("receive", said["sender"], said["transfer"]):
@@ -196,7 +198,7 @@ class Ledger:
         """What the operation under way brought: the lowest first, each with its credits and the lot they are in."""
         used = sum(lot["consumed"] - lot["restored"] for lot in self.lots)
         brought: list[tuple[str, int, int | None]] = []
-        if self.closed:
+        if self.closed or self.halted:
             return brought
         wanted = [each for each in self.policy.get("achievements", []) if each["name"] not in self.achieved]
         for each in sorted(wanted, key=lambda each: (each["at"], each["name"])):
@@ -222,9 +224,7 @@ class Ledger:
             raise Refusal("account_exists")
         self.opened = True
         kind = self.kind = said.get("kind", "user")
-        if "lead" in said:
-            content = {"account": said["lead"], "to": said["account"]}
-            self.letters.append(("credits.convert", f"lead.convert:{fingerprint(*content.values())}", content))
+        self.call_the_lead(said)
         if kind == "pool" or not said.get("welcome", True):
             return {}
         welcome = self.policy["signup"] if kind == "user" else self.policy["lead"]
@@ -236,6 +236,12 @@ class Ledger:
         lot = self.add_lot(operation, now, source=welcome["source"], end=end)
         self.move("granted", lot, welcome["credits"], now, operation)
         return {"uses": [(lot["number"], welcome["credits"])]}
+
+    def call_the_lead(self, said: Row) -> None:
+        """The lead that somebody was is told whom it has become."""
+        if "lead" in said:
+            content = {"account": said["lead"], "to": said["account"]}
+            self.letters.append(("credits.convert", f"lead.convert:{fingerprint(*content.values())}", content))
 
     def grant_(self, said: Row, operation: str, now: datetime) -> Row:
         start = said.get("effective_at", now)
