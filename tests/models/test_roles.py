@@ -137,7 +137,7 @@ def test_neither_role_may_tamper(role: str, stack: Stack, ledger: Ledger, databa
     make_seal(ledger.writer.connection, 0)
     with psycopg.connect(as_role(stack, database, role), autocommit=True) as connection:
         for table, statement in TAMPERING:
-            key = "account" if table in (*LEDGER, "seal_leaves") else "cutoff"
+            key = "account" if table in (*LEDGER, "seal_leaves", "redemptions") else "cutoff"
             with pytest.raises(psycopg.Error) as refused:
                 connection.execute(statement.replace("{}", table).replace("{key}", key))
             assert refused.value.sqlstate == "42501", (statement, refused.value)
@@ -161,7 +161,7 @@ def test_the_trigger_refuses_even_who_was_given_the_right(
 ) -> None:
     live(ledger, "a")
     execute(database, f"GRANT ALL ON {table} TO {WORKERS}")
-    key = "account" if table in (*LEDGER, "seal_leaves") else "cutoff"
+    key = "account" if table in (*LEDGER, "seal_leaves", "redemptions") else "cutoff"
     with (
         psycopg.connect(as_role(stack, database, WORKER), autocommit=True) as connection,
         pytest.raises(psycopg.errors.RestrictViolation, match="written once"),
