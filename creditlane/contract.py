@@ -127,6 +127,8 @@ class Open(Message):
 
     def __post_init__(self) -> None:
         _in_calendar(self.occurred_at, "occurred_at")
+        if self.lead is not None and (self.kind != "user" or self.lead == self.account):
+            raise ValueError("lead names another account, and what it becomes is a user")
 
 
 class Grant(Message):
@@ -320,6 +322,9 @@ class Convert(Message):
     operation: ClassVar[str] = "credits.convert"
 
     to: Name
+    after: Name | None = None
+    """The lead's operation by which credits came to it after it was converted: the ledger itself sends this, under
+    :func:`converting_id`."""
 
     def __post_init__(self) -> None:
         if self.to == self.account:
@@ -364,7 +369,7 @@ class SetMember(Message):
 
     member: Name
     limit: Micro | None = None
-    """Credits; none means no limit of its own."""
+    """Credits in a period; none means no limit of its own: the catalog's for all members holds, if it has one."""
     period: Literal["day", "week", "month", "total"] = "month"
 
     def __post_init__(self) -> None:
@@ -373,7 +378,7 @@ class SetMember(Message):
 
 
 class RemoveMember(Message):
-    """``pools.remove_member``: it may use the pool no more."""
+    """``pools.remove_member``: it may use the pool no more; what it holds can still be captured or released."""
 
     operation: ClassVar[str] = "pools.remove_member"
 
@@ -494,10 +499,14 @@ class Parcel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     priority: Annotated[int, msgspec.Meta(ge=0, le=1000)]
     expires_at: Instant | None = None
     unit_price: UnitPrice | None = None
+    features: Annotated[list[Name], msgspec.Meta(min_length=1, max_length=MAX_FEATURES)] | None = None
+    effective_at: Instant | None = None
+    """Where it lies ahead."""
 
     def __post_init__(self) -> None:
         _positive(self.amount, "amount")
         _in_calendar(self.expires_at, "expires_at")
+        _in_calendar(self.effective_at, "effective_at")
 
 
 class Receive(Message):
@@ -510,6 +519,8 @@ class Receive(Message):
     """The transfer's operation id, which is the sender's."""
     lots: Annotated[list[Parcel], msgspec.Meta(min_length=1, max_length=MAX_LOTS)]
     message: Text | None = None
+    from_lead: bool = False
+    """Whether it is no gift, but what a lead had that has signed up."""
 
 
 class Confirm(Message):
@@ -553,9 +564,12 @@ RESERVED = RECEIVING, CONCLUDING, CONVERTING, REDEEMED, REWARDING = (
 """What the ids of the ledger's own operations begin with."""
 
 
-def converting_id(lead: str, to: str) -> str:
-    """The operation id under which a lead is converted that was named when its user's account was opened."""
-    return f"{CONVERTING}{_digest(lead, to)}"
+def converting_id(lead: str, to: str, after: str | None = None) -> str:
+    """The operation id under which a lead is converted that was named when its user's account was opened.
+
+    :param after: the lead's operation by which credits came to it later, which follow.
+    """
+    return f"{CONVERTING}{_digest(lead, to) if after is None else _digest(lead, to, after)}"
 
 
 def redeemed_id(code: str, slot: int) -> str:
@@ -597,8 +611,8 @@ def check_reserved(name: str, operation_id: str, message: Message) -> None:
         derived = operation_id == redeemed_id(message.code, message.slot)
     elif isinstance(message, RewardReferral):
         derived = operation_id == rewarding_id(message.account, message.referee)
-    elif isinstance(message, Convert) and operation_id.startswith(CONVERTING):
-        derived = operation_id == converting_id(message.account, message.to)
+    elif isinstance(message, Convert) and (operation_id.startswith(CONVERTING) or message.after is not None):
+        derived = operation_id == converting_id(message.account, message.to, message.after)
     elif isinstance(message, ClawBack):
         if not operation_id.startswith(PAYMENT):
             raise ContractError(Code.INVALID_MESSAGE, f"{name} under this id: it follows from a payment alone")
@@ -610,8 +624,8 @@ def check_reserved(name: str, operation_id: str, message: Message) -> None:
         raise ContractError(Code.INVALID_MESSAGE, reason)
 
 
-def _digest(sender: str, transfer: str) -> str:
-    parts = (sender.encode(), transfer.encode())
+def _digest(*names: str) -> str:
+    parts = [name.encode() for name in names]
     return sha256(b"".join(b"%d:%s" % (len(part), part) for part in parts)).hexdigest()
 
 
@@ -727,6 +741,32 @@ class GrantUse(msgspec.Struct, kw_only=True, frozen=True):
     amount: Decimal
 
 
+class MemberUse(msgspec.Struct, kw_only=True, frozen=True):
+    """How a member of a pool stands after an operation that counts."""
+
+    member: str
+    period: Literal["day", "week", "month", "total"]
+    since: datetime
+    """When the period began, or the first instant of all."""
+    counted: Decimal
+    """What of the operation counts in this period."""
+    limit: Decimal | None = None
+    left: Decimal | None = None
+    """What the member may use yet; none without a limit."""
+    period_end: datetime | None = None
+    """The first instant after the period; none of ``total``."""
+
+
+class Achieved(msgspec.Struct, kw_only=True, frozen=True):
+    """An achievement that an operation brought."""
+
+    achievement: str
+    """Its name in the catalog."""
+    credits: Decimal
+    grant: int | None = None
+    """The grant that its credits are in; None where it comes with none."""
+
+
 class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The answer to one operation.
 
@@ -786,6 +826,12 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The sender's operation id of the transfer that this operation belongs to."""
     refused: Code | None = None
     """Why a transfer came back."""
+    converted_to: str | None = None
+    """Of a refusal: who this lead has become."""
+    account_status: Literal["open", "frozen", "closed"] | None = None
+    """For ``accounts.…``: what the account is now."""
+    open_holds: list[str] = []
+    """Of a refusal to close an account: holds that are open, the first of them."""
     gift_code: str | None = None
     """For ``codes.redeem`` and ``codes.conclude``: the code."""
     credits: Decimal | None = None
@@ -794,6 +840,24 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The word of who issued it."""
     codes: int | None = None
     """How many gift codes an operation made or ended."""
+    member: str | None = None
+    """The member of a pool that was listed or removed, or whose limit refused it."""
+    limit: Decimal | None = None
+    """What that member may use in a period."""
+    allowance: MemberUse | None = None
+    """For what a member of a pool is charged: how it stands then, where it is counted."""
+    referral: str | None = None
+    """What became of a referral code: ``claimed``, or why ``credits.open`` went on without."""
+    referral_code: str | None = None
+    """By which code the account refers others."""
+    referrer: str | None = None
+    """Who referred the account."""
+    referee: str | None = None
+    """Who was referred by it."""
+    bonus: Decimal | None = None
+    """What came for a referral."""
+    achieved: list[Achieved] = []
+    """The achievements that it brought, each once for ever."""
     replayed: bool = False
 
     @property
@@ -935,6 +999,7 @@ __all__ = [
     "INTERNAL",
     "MAX_MICRO",
     "OPERATIONS",
+    "Achieved",
     "Adjust",
     "Balance",
     "Batch",

@@ -19,7 +19,7 @@ PURCHASE_COLUMNS = {
 
 ALLOWANCE_COLUMNS = {
     "account": "text", "key": "text", "limit_micro": "bigint", "period": "text", "since": "timestamptz",
-    "used_micro": "bigint", "uses": "bigint", "is_removed": "bool",
+    "used_micro": "bigint", "uses": "bigint", "is_listed": "bool",
 }  # fmt: skip
 """In the order of :func:`models.rules.sharing.allowance_row`, the account first."""
 

@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     """How many processes share the daily audit, where there is enough of it."""
 
     audit_catalogs: str = ""
-    """Catalogs of the past for the daily replay, besides ``catalog``: names or paths, with commas between them."""
+    """Catalogs of before the ledger kept them, for the daily replay: names or paths, with commas between them."""
 
     seal_wait_seconds: float = Field(120.0, gt=0, le=3600)
     """How long a seal waits for transactions that may still write what belongs to it, before it is tried again."""

@@ -8,9 +8,12 @@ import psycopg
 from celery import shared_task
 from celery.schedules import crontab
 from celery.utils.log import get_task_logger
+from psycopg import Connection
 
 from models.audit import audit, audit_new
-from models.catalog import load_catalog
+from models.catalog import CatalogError, load_catalog
+from models.catalog_texts import kept_catalogs
+from models.in_force import catalog_in_force
 from models.report import Report
 from models.settings import Settings, settings
 from schedules.progress import Progress
@@ -47,7 +50,8 @@ def audit_all(self: Any) -> dict[str, Any]:
     config = settings()
     with psycopg.connect(config.database_url.get_secret_value(), autocommit=True) as connection:
         progress = Progress(self, logger, "audit", "operations")
-        report = audit(connection, progress=progress, processes=config.audit_processes, replayer=replayer(config))
+        report = audit(connection, progress=progress, processes=config.audit_processes,
+                       replayer=replayer(connection, config))  # fmt: skip
     return _verdict("audit", report)
 
 
@@ -64,13 +68,24 @@ def audit_since(self: Any) -> dict[str, Any]:
     return _verdict("audit of what is new", report)
 
 
-def replayer(config: Settings) -> Replayer:
-    """What replays with the catalog in force and with those of the past that the settings name.
+def replayer(connection: Connection[Any], config: Settings) -> Replayer:
+    """What replays with every catalog that was ever in force, as the ledger has kept it, and with the present one.
 
-    :raises models.catalog.CatalogError: when one of them cannot be read.
+    Those that the settings name come first: of before the ledger kept any.
+
+    :raises models.catalog.CatalogError: when one of these cannot be read.
     """
-    names = [config.catalog, *filter(None, (name.strip() for name in config.audit_catalogs.split(",")))]
-    return Replayer({catalog.label: catalog for catalog in map(load_catalog, names)})
+    try:
+        present = catalog_in_force(connection)
+        catalogs = {present.label: present}
+    except CatalogError as error:  # what is to be proven was applied under others
+        logger.error("audit: without the catalog in force, which cannot be used: %s", error)
+        catalogs = {}
+    catalogs.update(kept_catalogs(connection))
+    for name in filter(None, (name.strip() for name in config.audit_catalogs.split(","))):
+        given = load_catalog(name)
+        catalogs[given.label] = given
+    return Replayer(catalogs)
 
 
 def _verdict(what: str, report: Report) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from celery.schedules import crontab
 from celery.utils.log import get_task_logger
 from psycopg import Connection
 
-from models.catalog import load_catalog
 from models.cutoff import BusyError, alone
 from models.due import BEGINNING, IN_ORDER
+from models.in_force import catalog_in_force
 from models.settings import settings
 from schedules.progress import Progress
 from schedules.sessions import connect
@@ -59,7 +59,6 @@ def retain(self: Any) -> dict[str, int]:
     :returns: how many ``notices`` and ``quarantined`` messages were deleted.
     """
     config = settings()
-    periods = load_catalog(config.catalog).retention
     progress = Progress(self, logger, "retention", "rows")
     deleted = {"notices": 0, "quarantined": 0}
     try:
@@ -67,6 +66,7 @@ def retain(self: Any) -> dict[str, int]:
             connect(config.database_url.get_secret_value(), "creditlane retention") as connection,
             alone(connection, "retention"),
         ):
+            periods = catalog_in_force(connection).retention
             for what, days, delete in (
                 ("notices", periods.notices_days, delete_notices),
                 ("quarantined", periods.quarantine_days, delete_quarantined),

@@ -22,8 +22,8 @@ from celery.utils.log import get_task_logger
 from psycopg import Connection
 
 from creditlane.amounts import format_amount
-from models.catalog import load_catalog
 from models.database import connect
+from models.in_force import catalog_in_force
 from models.rules.catalog import Catalog
 from models.settings import settings
 from tasks.notices import EXPIRING
@@ -80,10 +80,10 @@ def sweep(self: Any) -> dict[str, int]:
     :raises BrokerUnavailableError: likewise; what is written and not sent, the sweep of notices sends.
     """
     config = settings()
-    catalog = load_catalog(config.catalog)
     warned = 0
-    if catalog.notify.expiry_days:
-        with connect(config.database_url.get_secret_value(), "creditlane warnings", read_only=False) as connection:
+    with connect(config.database_url.get_secret_value(), "creditlane warnings", read_only=False) as connection:
+        catalog = catalog_in_force(connection)
+        if catalog.notify.expiry_days:
             row = connection.execute("SELECT ledger_now()").fetchone()
             assert row is not None
             for page in due(connection, row[0], catalog):

@@ -25,7 +25,8 @@ from psycopg import Connection
 from creditlane.codes import Code
 from creditlane.contract import Grant, Message
 from models.audit_processes import HelperError
-from models.catalog import load_catalog
+from models.catalog import CatalogText, read_catalog
+from models.catalog_texts import keep
 from models.rules.catalog import Notify
 from scripts.import_reading import BadLine, Checker, LineError, Operation, Record, Source, prefix_of
 from workers.bulk_writer import BulkWriter, LanesTakenError, known_accounts, own_lanes
@@ -287,7 +288,8 @@ class Hand:
 
     def __init__(self, order: Order, lanes: Sequence[int]) -> None:
         self._order, self._lanes = order, lanes
-        self._checker = Checker(order.name, load_catalog(order.catalog_name), order.welcome)
+        self._read = read_catalog(order.catalog_name)
+        self._checker = Checker(order.name, self._read.catalog, order.welcome)
         self._importer: Importer | None = None
 
     def do(self, what: bytes, records: Sequence[Record]) -> Found:
@@ -296,7 +298,7 @@ class Hand:
         if what == CHECK:
             check_records(records, self._checker, found)
         elif what == OWN:
-            self._importer = Importer(self._order, self._checker, self._lanes)
+            self._importer = Importer(self._order, self._read, self._checker, self._lanes)
         else:
             assert self._importer is not None
             found = self._importer.write(records)
@@ -334,18 +336,21 @@ def check_records(records: Iterable[Record], checker: Checker, found: Found) -> 
 class Importer:
     """Writes the accounts of some lanes, which it owns.
 
+    :param read: the catalog that they are written under.
     :raises LanesTakenError: when somebody else does.
+    :raises CatalogError: when other content was used under the catalog's label.
     """
 
-    def __init__(self, order: Order, checker: Checker, lanes: Sequence[int]) -> None:
+    def __init__(self, order: Order, read: CatalogText, checker: Checker, lanes: Sequence[int]) -> None:
         self._order, self._checker = order, checker
         self._connection: Connection[Any] = connect(order.database_url, APPLICATION, SILENT_SECONDS)
         try:
             own_lanes(self._connection, lanes)
+            keep(self._connection, read, order.catalog_name)
         except BaseException:
             self._connection.close()
             raise
-        catalog = checker.catalog
+        catalog = read.catalog
         if not order.notify:
             catalog = msgspec.structs.replace(catalog, notify=Notify())
         self._bulk = BulkWriter(self._connection, lambda: catalog, _poison)

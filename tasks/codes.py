@@ -45,7 +45,7 @@ from models.rules.sharing import (
     of_wire,
     row_of,
 )
-from models.rules.state import FROZEN, Account, Grant, Known
+from models.rules.state import Account, Grant, Known
 from tasks.gifts import GIFT_NEED, check_gift, count_gift, plan_gift
 from tasks.grants import check_grant_limit, credit
 from tasks.operation import Context, FollowUp, Need, Outcome, operation
@@ -62,7 +62,7 @@ def _raw(value: Any) -> msgspec.Raw:
     return msgspec.Raw(encode_row(value))
 
 
-@operation(IssueCodes, need=lambda message: (GIFT_NEED, *(Need("code", code) for code in message.codes)))
+@operation(IssueCodes, need=lambda message: (GIFT_NEED, *(Need("code", code) for code in message.codes)), spends=True)
 def issue(account: Account, message: IssueCodes, context: Context) -> Outcome:
     """Make gift codes of ``amount`` credits a use, paid for by the account, or given by an administrator.
 
@@ -72,8 +72,6 @@ def issue(account: Account, message: IssueCodes, context: Context) -> Outcome:
     ``promotion`` unless another is named. Refusals: ``account_frozen``; ``invalid`` (it would have ended);
     ``code_exists``; ``daily_limit``; ``insufficient_credits``; ``not_transferable``. (ledger rules: codes)
     """
-    if account.status == FROZEN:
-        raise RefusedError(Code.ACCOUNT_FROZEN)
     seconds = message.expires_in or context.catalog.gifts.code_days * 86400
     expires_at = message.expires_at or context.now + timedelta(seconds=seconds)
     if expires_at <= context.now:

@@ -12,29 +12,42 @@ from models.rules.catalog import price_of
 from models.rules.refusal import RefusedError
 from models.rules.state import MAX_OPEN_GRANTS, Account
 from tasks.operation import Context, Need, Outcome, operation
+from tasks.pools import admitted, check_limit, counted, limit_shortage, uncount, want_code
 
 CHARGES = Consume.operation, Capture.operation
 """What can be refunded."""
 
 
-@operation(Consume)
+@operation(Consume, spends=True)
 def consume(account: Account, message: Consume, context: Context) -> Outcome:
     """Charge a feature times a quantity, or an explicit amount in credits.
 
     Priced by the catalog in force now, paid by the grants that are live now. ``partial`` takes what there
-    is, if it is not enough. Refusals: ``unknown_feature``, ``insufficient_credits`` (with ``partial``: only
-    when there is nothing to take). (ledger rules: burn-down order, feature prices)
+    is, if it is not enough. A member of a pool is charged up to its limit. Refusals: ``unknown_feature``,
+    ``unknown_member``; ``member_limit``, then ``insufficient_credits``, or ``pool_exhausted`` for a member of a
+    pool (with ``partial``: only when there is nothing to take). (ledger rules: burn-down order, feature prices, pools)
     """
     cost, quantity = cost_of(account, message, context)
-    plan, missing = plan_burn(account, cost, message.feature, context.now)
+    standing = admitted(account, message.member, context)
+    asked = cost
+    if standing is not None:
+        if message.partial and standing.left:
+            asked = min(cost, standing.left)  # what its limit leaves is the most that can be taken in part
+        check_limit(standing, asked, context)
+    plan, missing = plan_burn(account, asked, message.feature, context.now)
     if missing and not (message.partial and plan):
-        raise insufficient(account, context, cost, missing)
+        raise insufficient(account, context, cost, missing + cost - asked, message.member)
+    charged = asked - missing
     receipt = burn(account, plan, "consumed", context.now, context.operation)
-    details = shortage(account, context, cost, missing) if missing else None
-    return Outcome(cost - missing, plan, receipt, details, quantity, message.feature)
+    details = shortage(account, context, cost, cost - charged) if missing else None
+    if standing is not None:
+        if asked < cost and not missing:
+            details = limit_shortage(standing, cost, context)
+        details = {**(details or {}), **counted(account, standing, charged, context)}
+    return Outcome(charged, plan, receipt, details, quantity, message.feature)
 
 
-@operation(Refund, need=lambda message: (Need("charge", message.charge),))
+@operation(Refund, need=lambda message: (Need("charge", message.charge),), returns=True)
 def refund(account: Account, message: Refund, context: Context) -> Outcome:
     """Give back all, or ``amount`` credits, of a consume or a capture, in reverse order of taking.
 
@@ -45,7 +58,8 @@ def refund(account: Account, message: Refund, context: Context) -> Outcome:
     charge = account.known.get(message.charge)
     if charge is None or charge.lines is None or charge.name not in CHARGES:
         raise RefusedError(Code.UNKNOWN_CHARGE)
-    left = sum(line.taken - line.returned for line in charge.lines)
+    returned = sum(line.returned for line in charge.lines)
+    left = sum(line.taken for line in charge.lines) - returned
     amount = left if message.amount is None else int(message.amount)
     if amount > left or not left:
         raise RefusedError(Code.EXCEEDS_ORIGINAL, f"{format_amount(left)} credits of this charge are left to give back")
@@ -63,6 +77,8 @@ def refund(account: Account, message: Refund, context: Context) -> Outcome:
         context.catalog.refunds.refund_days,
     )
     charge.is_dirty = True
+    if account.allowances:
+        uncount(account, charge.result, returned, amount)
     return Outcome(charged=-amount, uses=uses)
 
 
@@ -110,6 +126,11 @@ def shortage(account: Account, context: Context, required: int, missing: int) ->
     return fields
 
 
-def insufficient(account: Account, context: Context, required: int, missing: int) -> RefusedError:
-    """The refusal for want of credits (ledger rules: refusals)."""
-    return RefusedError(Code.INSUFFICIENT_CREDITS, **shortage(account, context, required, missing))
+def insufficient(
+    account: Account, context: Context, required: int, missing: int, member: str | None = None
+) -> RefusedError:
+    """The refusal for want of credits (ledger rules: refusals).
+
+    :param member: who was to be charged; of a pool it is told that the pool's balance was wanting, not its limit.
+    """
+    return RefusedError(want_code(account, member), **shortage(account, context, required, missing))

@@ -10,9 +10,11 @@ from datetime import datetime
 from typing import Any
 
 from creditlane.amounts import format_amount, parse_amount
+from creditlane.codes import Code
 from creditlane.contract import CancelPlan, ChangePlan, ClawBack, Grant, Message, Receive, RedeemCode, Refund
 from models.rules.catalog import Catalog
 from models.rules.state import Account, Entry, Notice
+from tasks.achievements import Reached
 from tasks.operation import Outcome
 
 LOW_BALANCE, DEPLETED, EXPIRING = "low_balance", "depleted", "expiring"
@@ -60,18 +62,32 @@ class Told:
         if code is None:
             self._operation(message, operation, outcome)
             self._renewed()
-        if self._watches:
+        self._member(code, outcome.details or {})
+        if self._watches and self._account.converted_to is None:
             self._balance(self._account.spendable(self._now))
+
+    def achieved(self, reached: Iterable[Reached]) -> None:
+        """The operation brought achievements."""
+        for name, achievement, _ in reached:
+            self._tell(
+                "achievement", f"achievement:{name}", self._now, achievement=name, title=achievement.title or name,
+                amount=format_amount(achievement.credits),
+            )  # fmt: skip
 
     def _operation(self, message: Message, operation: str, outcome: Outcome) -> None:
         now = self._now
         subscription = self._account.subscription
         details = outcome.details or {}
+        if "bonus" in details:
+            other = {side: details[side] for side in ("referrer", "referee") if side in details}
+            self._tell("referral_bonus", f"referral_bonus:{operation}", now, amount=details["bonus"], **other)
         plan = {key: value for key, value in details.items() if key.startswith(("plan", "period_", "allotted"))}
         if isinstance(message, Grant) and message.purchase is not None:
             self._tell("pack_bought", f"pack_bought:{operation}", now, amount=format_amount(message.amount),
                        source=message.source, purchase=message.purchase)  # fmt: skip
         elif isinstance(message, Receive):
+            if message.from_lead:
+                return  # nobody gave it
             amount = format_amount(sum(lot.amount for lot in message.lots))
             self._tell("gift_received", f"gift_received:{operation}", now, amount=amount, sender=message.sender,
                        **({} if message.message is None else {"message": message.message}))  # fmt: skip
@@ -89,6 +105,19 @@ class Told:
             self._tell("plan_changed", f"plan_changed:{operation}", now, **plan)
         elif isinstance(message, CancelPlan):
             self._tell("plan_cancelled", f"plan_cancelled:{operation}", now, **plan)
+
+    def _member(self, code: str | None, details: dict[str, Any]) -> None:
+        """A member of a pool has used what it may, or wanted more than that: once in a period, whatever comes then."""
+        allowance = details.get("allowance")
+        if code == Code.MEMBER_LIMIT:
+            reached = details
+        elif allowance is not None and allowance.get("left") == "0":
+            reached = allowance
+        else:
+            return
+        told = {name: reached[name] for name in ("member", "limit", "period_end") if name in reached}
+        until = told["period_end"].isoformat() if "period_end" in told else "total"
+        self._tell("member_limit", f"member_limit:{until}:{told['member']}", self._now, **told)
 
     def _clawed_back(self, purchase: str, operation: str, outcome: Outcome) -> None:
         """What was taken with a refund, what is owed of it included; and that a dispute began or ended."""

@@ -15,8 +15,8 @@ from psycopg import Connection
 from creditlane.amounts import parse_amount
 from creditlane.contract import VERSION, Name, Text
 from creditlane.selling import Inquiry, Ordered, Page, SaleAnswer, SaleCode
-from models.catalog import load_catalog
 from models.database import connect
+from models.in_force import catalog_in_force
 from models.orders import NotSoldError, inquire, place
 from models.settings import settings
 from workers.selling import Order, Url, check_page, customer_of, open_checkout
@@ -94,7 +94,7 @@ def checkout(
                        pack=pack, plan=plan, offer=offer, quote=quote, quantity=quantity)  # fmt: skip
         api, config = _api(), settings()
         with _database() as connection:
-            catalog = load_catalog(config.catalog)
+            catalog = catalog_in_force(connection)
             return open_checkout(connection, api, catalog, wanted, livemode=config.payments_livemode)
 
     return _answer(sell, v)
@@ -149,7 +149,7 @@ def ask(
         except ValueError as error:
             raise NotSoldError(SaleCode.INVALID, f"credits: {error}") from None
         with _database() as connection:
-            made = inquire(connection, wanted.account, credits_micro, load_catalog(settings().catalog),
+            made = inquire(connection, wanted.account, credits_micro, catalog_in_force(connection),
                            request=wanted.request, pack=wanted.pack, note=wanted.note)  # fmt: skip
         return Inquiry(status="done", order=made.id)
 
@@ -170,7 +170,7 @@ def order_pack(account: str, pack: str, request: str, v: int = 1) -> dict[str, A
     def note_down() -> SaleAnswer:
         wanted = _read(PackOrder, account=account, pack=pack, request=request)
         with _database() as connection:
-            made = place(connection, wanted.account, wanted.pack, load_catalog(settings().catalog),
+            made = place(connection, wanted.account, wanted.pack, catalog_in_force(connection),
                          request=wanted.request)  # fmt: skip
         return Ordered(status="done", order=made.id, price=made.price, expires_at=made.expires_at)
 

@@ -10,8 +10,8 @@ from celery import shared_task
 
 from creditlane.contract import VERSION, Name
 from models import inbox
-from models.catalog import load_catalog
 from models.database import connect, reader
+from models.in_force import catalog_in_force
 from models.reading import DEFAULT_PAGE
 from models.settings import settings
 from tasks.queries import RETRIES
@@ -34,7 +34,7 @@ def notices(
     """
     _check(account, v)
     with reader() as connection:
-        catalog = load_catalog(settings().catalog)
+        catalog = catalog_in_force(connection)
         page = inbox.inbox(connection, account, catalog, limit=limit, before=before, unread=unread)
     told: dict[str, Any] = msgspec.to_builtins(page)
     return told

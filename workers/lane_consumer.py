@@ -40,7 +40,7 @@ from creditlane.events import matching
 from creditlane.lanes import lane_name
 from creditlane.rabbitmq import is_rabbitmq
 from creditlane.sending import make_sender
-from models.catalog import load_catalog
+from models.in_force import InForce
 from models.settings import settings
 from workers import metrics, task_events
 from workers.crash import crash_point
@@ -263,7 +263,7 @@ class LaneStep(bootsteps.StartStopStep):
         consumer.lanes = self
         self.consumer = consumer
         self.settings = settings()
-        self.catalog = load_catalog(self.settings.catalog)
+        self.in_force = InForce(self.settings.catalog, applies=True)
         self.buffer: deque[Delivery] = deque()
         self.writer: LedgerWriter | None = None
         self.ownership: Ownership | None = None
@@ -289,6 +289,7 @@ class LaneStep(bootsteps.StartStopStep):
         self.outage = metrics.Outage()
         metrics.LANES.set_function(lambda: len(self.consuming))
         metrics.BUFFERED.set_function(lambda: self.buffered)
+        metrics.CATALOG_REFUSED.set_function(lambda: self.in_force.refused is not None)
         metrics.serve(self.settings)
 
     # Celery's life cycle
@@ -355,6 +356,7 @@ class LaneStep(bootsteps.StartStopStep):
                 self.give_up(found.excess)
                 if self.ownership is None:
                     return  # the database was lost meanwhile
+            self.show_catalog()
             # A lane may be held without being consumed: when giving it up failed half way, or the broker refused.
             self.consume(sorted(self.ownership.mine - self.consuming))
         except psycopg.Error as error:
@@ -369,6 +371,15 @@ class LaneStep(bootsteps.StartStopStep):
             )  # fmt: skip
         self.broker.poll()
 
+    def show_catalog(self) -> None:
+        """Have metrics and log say which catalog is in force, and whether a later one was elsewhere.
+
+        :raises psycopg.Error: when the database is away.
+        """
+        assert self.writer is not None
+        metrics.CATALOG_VERSION.set(self.in_force.catalog(self.writer.connection).catalog.version)
+        metrics.CATALOG_BEHIND.set(self.in_force.compare(self.writer.connection))
+
     def open_database(self) -> None:
         """Connect to Postgres; from here on lanes can be owned.
 
@@ -379,7 +390,8 @@ class LaneStep(bootsteps.StartStopStep):
         connection = connect(self.settings.database_url.get_secret_value(), application, silent_seconds)
         check_session(connection)
         self.ownership = Ownership(connection, self.settings.lanes)
-        self.writer = LedgerWriter(connection, lambda: self.catalog, poison_of_job, self.events)
+        self.in_force.forget()
+        self.writer = LedgerWriter(connection, lambda: self.in_force.last, poison_of_job, self.events)
         if self.outbox is None:
             self.outbox = Outbox(connection, self.sender, self.settings.lanes)
         self.outbox.connection = connection  # the same outbox: that the broker is away is not forgotten
@@ -595,6 +607,7 @@ class LaneStep(bootsteps.StartStopStep):
             if delivery.request is not None:
                 state.task_accepted(delivery.request)
         try:
+            self.in_force.catalog(self.writer.connection)  # that the rules go by until the next batch
             self.write(batch, more)
         except psycopg.Error as error:
             self.hold_on(error)

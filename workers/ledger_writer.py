@@ -18,7 +18,7 @@ from psycopg import Connection, Cursor
 
 from creditlane.client import NOTICES
 from creditlane.codes import Code
-from creditlane.contract import Message, WithdrawCodes
+from creditlane.contract import IssueReferral, Message, WithdrawCodes
 from creditlane.events import EXCHANGE
 from models.columns import (
     ALLOWANCE_COLUMNS,
@@ -31,6 +31,8 @@ from models.columns import (
 )
 from models.rules.catalog import Catalog
 from models.rules.sharing import (
+    MEMBER,
+    REFEREE,
     SharedCode,
     allowance_of,
     allowance_row,
@@ -42,6 +44,7 @@ from models.rules.sharing import (
 from models.rules.state import (
     ACCOUNT_FIELDS,
     COUNTERS,
+    POOL,
     Account,
     Grant,
     Hold,
@@ -56,6 +59,7 @@ from models.rules.state import (
 from tasks.events import events_of
 from tasks.ledger import Answer, Row, apply, encode
 from tasks.operation import FollowUp, Need
+from tasks.pools import charged_member
 from tasks.registry import OPERATIONS
 from workers.crash import crash_point
 from workers.metrics import stages
@@ -99,11 +103,15 @@ WHERE h.account = ANY(%s::text[]) AND h.status = 'open' ORDER BY r.account, r.op
 """
 PAIRS = "unnest(%s::text[], %s::text[]) AS k(account, key)"
 TRANSFERS = f"""
-SELECT o.account, o.operation, o.name, o.status, CASE WHEN e.seq = o.first_seq THEN o.arguments::text END,
-       CASE WHEN e.seq = o.first_seq THEN o.result::text END, e.grant_id, e.amount_micro, 0
+SELECT o.account, o.operation, o.name, o.status, CASE WHEN e.line = 1 THEN o.arguments::text END,
+       CASE WHEN e.line = 1 THEN o.result::text END, e.grant_id, e.amount_micro, 0
 FROM {PAIRS} JOIN operations o ON o.account = k.account AND o.operation = k.key
-JOIN entries e ON e.account = o.account AND e.seq >= o.first_seq AND e.seq < o.first_seq + o.entries
-WHERE o.name IN ('credits.transfer', 'codes.issue') AND e.kind = 'transferred'
+JOIN LATERAL (
+    SELECT e.seq, e.grant_id, e.amount_micro, row_number() OVER (ORDER BY e.seq) AS line FROM entries e
+    WHERE e.account = o.account AND e.seq >= o.first_seq AND e.seq < o.first_seq + o.entries
+      AND e.kind = 'transferred'
+) e ON true
+WHERE o.name IN ('credits.transfer', 'credits.convert', 'codes.issue')
 ORDER BY o.account, o.operation, e.seq
 """
 """Arguments and result come with the first line alone: those of an issue of many codes are long, and it may have many
@@ -174,6 +182,12 @@ ALLOWANCES = (
     f"SELECT {', '.join(f'a.{column}' for column in ALLOWANCE_COLUMNS)}"
     f" FROM {PAIRS} JOIN allowances a ON a.account = k.account AND a.key = k.key"
 )
+COUNTING = """
+SELECT k.account FROM unnest(%s::text[]) AS k(account)
+WHERE EXISTS (SELECT FROM allowances a WHERE a.account = k.account)
+"""
+"""Of pools those that count anything of their members: nearly none has limits, and nothing is looked for there."""
+
 REFERRALS = f"SELECT {', '.join(REFERRAL_COLUMNS)} FROM referrals WHERE account = ANY(%s::text[])"
 CODES = "SELECT status, used, closed_at, terms::text FROM codes WHERE code = ANY(%s::text[]) ORDER BY code FOR UPDATE"
 """Sorted, so that of two batches that name the same codes one waits for the other, and neither for both."""
@@ -247,7 +261,10 @@ ACCOUNTS = Changing(
 )
 """In the order of :data:`models.rules.state.ACCOUNT_FIELDS`."""
 
-NEXT_DUE_AT = ACCOUNT_FIELDS.index("next_due_at")
+KIND, NEXT_DUE_AT = ACCOUNT_FIELDS.index("kind"), ACCOUNT_FIELDS.index("next_due_at")
+
+HOLDER, RESULT = 5, 4
+"""Where a loaded hold's row, without its account, has its member; and a loaded charge's its result."""
 
 account_fields = attrgetter(*ACCOUNT_FIELDS)
 
@@ -443,7 +460,13 @@ class LedgerWriter:
         poisoned = [*quarantined, *(job.quarantined for job in jobs if job.quarantined is not None)]
         accounts = [account for account in loaded.accounts.values() if account.is_dirty]
         messages = [(each.account, "", each.name, each.operation, encode(each.arguments)) for each in follow]
-        notices = [(account.account, notice) for account in accounts for notice in account.notices]
+        # Of what is told again and again, such as a limit that many run into, once in a batch.
+        notices = [
+            (account.account, notice)
+            for account in accounts
+            if account.notices
+            for notice in {notice.key: notice for notice in account.notices}.values()
+        ]
         channels = catalog.notify.channels
         if channels:
             messages += [
@@ -648,6 +671,8 @@ class Loaded:
                 holds.append(connection.execute(OPEN_HOLDS, (texts(due),)))
                 hold_lines = connection.execute(OPEN_HOLD_LINES, (texts(due),))
                 subscriptions.append(connection.execute(SUBSCRIPTIONS, (texts(due),)))
+            pools = [name for name, row in self._accounts.items() if row[KIND] == POOL]
+            counting = connection.execute(COUNTING, (texts(pools),)) if pools else None
             self._purchases = _by_account([purchases])
             if self._purchases:
                 returned = (texts(self._purchases),)
@@ -662,7 +687,6 @@ class Loaded:
             self._hold_lines = _by_account([hold_lines])
             self._subscriptions = _by_account(subscriptions)
             self._known = _by_account([known])
-            self._allowances = _by_account([allowances])
             self._referrals = _by_account([referrals])
             self._codes: list[Values] = [] if codes is None else codes.fetchall()
             self.codes: dict[str, SharedCode] = {}
@@ -671,6 +695,12 @@ class Loaded:
             issues = self._withdrawn(jobs) - set(zip(*needs.get("transfer", ((), ())), strict=True))
             issued = connection.execute(TRANSFERS, _pairs(issues)) if issues else None
             self._charges = _by_account([charges, transfers, issued])
+            pairs = self._members(jobs, {row[0] for row in counting}) if counting is not None else None
+            members = connection.execute(ALLOWANCES, pairs) if pairs is not None else None
+            referees = None
+            if "referee" in needs:
+                referees = connection.execute(ALLOWANCES, self._referees(jobs, needs["referee"]))
+            self._allowances = _by_account([allowances, members, referees])
         self._sharing = frozenset(needs["code"][0]) if "code" in needs else frozenset()
         self.accounts = {name: self.make(name) for name in names}
 
@@ -704,6 +734,23 @@ class Loaded:
             self.accounts[each] = self.make(each)
         return names
 
+    def _referees(self, jobs: Sequence[Job], claims: tuple[list[str], list[str]]) -> tuple[list[str], list[str]]:
+        """Where it stands whether accounts have referred the owners of codes, those of this batch included.
+
+        :param claims: accounts, and the code that each claims.
+        :returns: accounts, and the key of the allowance.
+        """
+        owners = {text: {code.terms.account} for text, code in self.codes.items()}
+        for job in jobs:
+            if isinstance(job.message, IssueReferral):
+                owners.setdefault(job.message.code, set()).add(job.account)
+        pairs = [
+            (account, REFEREE + owner)
+            for account, text in zip(*claims, strict=True)
+            for owner in sorted(owners.get(text, ()))
+        ]
+        return [account for account, _ in pairs], [key for _, key in pairs]
+
     def _missing_roots(self) -> tuple[str, str] | None:
         """The lots that loaded ones continue and that are not loaded themselves: revocations are booked there."""
         roots = {
@@ -716,6 +763,26 @@ class Loaded:
         if not missing:
             return None
         return texts(account for account, _ in missing), plain(root for _, root in missing)
+
+    def _members(self, jobs: Sequence[Job], pools: set[str]) -> tuple[str, str] | None:
+        """The members of pools that the jobs, or the time that passes with them, may charge or give back to.
+
+        :returns: pairs of account and the key of its allowance.
+        """
+        pairs: dict[tuple[str, str], None] = {}
+        for job in jobs:
+            if job.account in pools:
+                member = getattr(job.message, "member", None)
+                if member is not None:
+                    pairs[job.account, member] = None
+        for name in pools:
+            holders = {hold[HOLDER] for hold in self._holds.get(name, ())}
+            results = (charge[RESULT] for charge in self._charges.get(name, ()))
+            charged = {charged_member(result) for result in results if result is not None}
+            pairs.update(((name, member), None) for member in holders | charged if member is not None)
+        if not pairs:
+            return None
+        return texts(name for name, _ in pairs), texts(MEMBER + member for _, member in pairs)
 
     def account_row(self, name: str) -> Values:
         """The :data:`~models.rules.state.ACCOUNT_FIELDS` of an account as they were read."""

@@ -61,6 +61,17 @@ UNSENT_RESULTS = Counter(
     registry=registry,
 )  # fmt: skip
 
+CATALOG_VERSION = Gauge("creditlane_catalog_version", "The version of the catalog in force.", registry=registry)
+CATALOG_REFUSED = Gauge(
+    "creditlane_catalog_refused",
+    "1 while the catalog's file as it stands is wrong, and the last good one is in force; the log says why.",
+    registry=registry,
+)
+CATALOG_BEHIND = Gauge(
+    "creditlane_catalog_behind", "1 while a later version than that in force here was in force elsewhere.",
+    registry=registry,
+)  # fmt: skip
+
 
 STAGES = ("take", "decode", "read", "rules", "write", "commit", "results", "ack", "outbox", "events")
 """The way of a message through a lane worker, from the broker's bytes to the watchers' events. ``take`` is counted on

@@ -25,8 +25,8 @@ from creditlane.client import NOTICES, SHOWN_CHARACTERS, task_message
 from creditlane.inbox import ADVISED
 from creditlane.sending import Outgoing, Sender, make_sender
 from models.advice_reading import account_advice
-from models.catalog import load_catalog
 from models.database import connect, reader
+from models.in_force import catalog_in_force
 from models.rules.catalog import Catalog
 from models.settings import Settings, settings
 from workers import mail, webhooks
@@ -171,7 +171,8 @@ def _attempt(account: str, key: str, channel: str, attempt: int, config: Setting
     if not rests.admits(channel):
         return _again(account, key, channel, attempt, "not tried: the channel was away a moment ago")
     try:
-        catalog = load_catalog(config.catalog)
+        with reader() as connection:
+            catalog = catalog_in_force(connection)
         way(told_of(account, key, catalog), catalog, config)
     except NoAddressError as error:
         rests.end(channel)

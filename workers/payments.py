@@ -24,9 +24,9 @@ from psycopg import Connection
 from creditlane.client import NOTICES, PAYMENTS, SHOWN_CHARACTERS, task_message
 from creditlane.events import EXCHANGE, PAYMENT_SETTLED, matching
 from creditlane.sending import Outgoing
-from models.catalog import load_catalog
 from models.cutoff import BusyError, try_alone
 from models.database import connect
+from models.in_force import catalog_in_force
 from models.payments import Message, Settled, TooManyFactsError, alone, now_of, record, settle
 from models.rules.catalog import Catalog
 from models.rules.state import Notice
@@ -275,7 +275,7 @@ def working() -> Iterator[Working]:
             connection,
             readers,
             {} if api is None else {"stripe": api.fetch},
-            load_catalog(config.catalog),
+            catalog_in_force(connection),
             Outbox(connection, sender(), config.lanes),
             matching(config.events),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
+from models.rules.allowances import give_back_held as give_back_to_member
 from models.rules.burning import give_back_held
 from models.rules.catalog import Catalog
 from models.rules.posting import post
@@ -85,6 +86,8 @@ def close_hold(
     :param status: ``captured``, ``released`` or ``expired`` (its time ran out).
     """
     give_back_held(account, hold.lines, hold.amount - captured, now, operation, hold.id, at)
+    if account.allowances and hold.member is not None:
+        give_back_to_member(account, hold.member, hold.amount - captured, hold.created_at)
     hold.status = status
     hold.captured = captured
     hold.closed_at = at or now

@@ -22,14 +22,14 @@ from creditlane.contract import Parcel
 MEMBER, CODE, REFEREE = "member:", "code:", "referee:"
 """What the keys of allowances begin with that are of one member, of one code, of one who was referred."""
 
-GIVEN, REDEEMED = "gifts", "redeems"
-"""The keys of the allowances that count what an account gives away in a day, and what it redeems."""
+GIVEN, REDEEMED, REFERRED = "gifts", "redeems", "referrals"
+"""The keys of the allowances that count what an account gives away in a day, what it redeems, and whom it refers."""
 
 
 class Allowance:
     """How much of something an account, or a member of a pool, has used in the period under way."""
 
-    __slots__ = ("is_dirty", "is_removed", "key", "limit", "period", "since", "used", "uses")
+    __slots__ = ("is_dirty", "is_listed", "key", "limit", "period", "since", "used", "uses")
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Allowance:
         since: datetime,
         used: int = 0,
         uses: int = 0,
-        is_removed: bool = False,
+        is_listed: bool | None = None,
     ) -> None:
         self.key = key
         """What it is of, see the prefixes above."""
@@ -53,7 +53,8 @@ class Allowance:
         """Micro-credits."""
         self.uses = uses
         """How many times."""
-        self.is_removed = is_removed
+        self.is_listed = is_listed
+        """Of a member of a pool, whether it is on its list; False for one that was taken off, None if it never was."""
         self.is_dirty = False
 
 
@@ -61,7 +62,7 @@ def allowance_row(allowance: Allowance) -> tuple[Any, ...]:
     """What is kept of it, in the order of the columns of its table, its account apart."""
     return (
         allowance.key, allowance.limit, allowance.period, allowance.since, allowance.used, allowance.uses,
-        allowance.is_removed,
+        allowance.is_listed,
     )  # fmt: skip
 
 

@@ -43,6 +43,7 @@ import psycopg
 
 from tests.oracle.model import BUCKETS, Row, meaning, micro
 from tests.oracle.plans import PlanLedger, share
+from tests.oracle.referring import ReferringLedger
 
 MAX_FAULTS = 20
 """Faults that a judgement spells out; further ones are only counted."""
@@ -180,7 +181,11 @@ def read_policy(catalog: Path) -> Row:
         "signup": welcome("signup"),
         "lead": welcome("lead"),
         "priorities": dict(tables.get("priorities", {})),
-        "sources": {name: source["transferable"] for name, source in tables.get("sources", {}).items()},
+        "sources": {
+            name: source["transferable"]
+            for name, source in tables.get("sources", {}).items()
+            if "transferable" in source
+        },
         "packs": [
             {
                 "name": name,
@@ -200,6 +205,10 @@ def read_policy(catalog: Path) -> Row:
                 "price": money(plan["price"]) if "price" in plan else None,
             }
             for name, plan in tables.get("plans", {}).items()
+        },
+        "referrals": {
+            name: micro(said) if name in ("referrer", "referee") else said
+            for name, said in tables.get("referrals", {}).items()
         },
         "on_spent": tables.get("clawback", {}).get("on_spent", "debt"),
         "refund_days": tables.get("refunds", {}).get("refund_days", DEFAULT_DAYS),
@@ -430,8 +439,9 @@ def _replay(
     grants = _by_account(found["grants"])
     holds = _by_account(found["holds"])
     codes = GiftCodes(verdict, operations, entries, grants)
+    owners = _owners(operations)
     for account, seen in _by_account(found["accounts"]).items():
-        ledger = PlanLedger(policy)
+        ledger = ReferringLedger(policy, owners)
         try:
             letters |= _replay_account(
                 verdict, account, ledger, published, by_account.get(account, []), entries.get(account, []), codes
@@ -446,6 +456,18 @@ def _replay(
         if name != operation.name or _without_nothing(content) != meaning(name, operation.arguments):
             verdict.fault("O2", f"{operation.account}: {operation.id!r} is not what follows from the other operation")
     return {key: name for key, (name, _) in letters.items()}
+
+
+def _owners(operations: Iterable[Operation]) -> dict[str, str]:
+    """Whose each referral code is: the first that an account was given; no two may have one of the same text."""
+    first: dict[str, str] = {}
+    for operation in operations:
+        if operation.name == "referrals.issue" and operation.status == "applied":
+            first.setdefault(operation.account, operation.arguments["code"])
+    owners = {code: account for account, code in first.items()}
+    if len(owners) < len(first):
+        raise AssertionError("two accounts have one referral code")
+    return owners
 
 
 def _without_nothing(said: Any) -> Any:
@@ -631,12 +653,13 @@ def read_answer(status: str, code: str | None, result: Row) -> Row:
     }
     for amount in (
         "required", "available", "shortfall", "owed", "forgiven", "allotted", "expired", "taken_back", "restored",
-        "frozen", "thawed",
+        "frozen", "thawed", "bonus",
     ):  # fmt: skip
         if amount in result:
             read[amount] = micro(result[amount])
     for same in (
         "grant", "hold", "to", "sender", "transfer", "refused", "plan", "plan_status", "plan_next", "gift_code",
+        "referral", "referral_code", "referrer", "referee",
     ):  # fmt: skip
         if same in result:
             read[same] = result[same]

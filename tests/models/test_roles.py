@@ -33,7 +33,9 @@ from workers.ownership import LANE_CLASS, PRESENCE_CLASS
 PASSWORDS = {WORKER: secrets.token_urlsafe(16), READER: secrets.token_urlsafe(16)}
 
 LEDGER = ("operations", "entries")
-ONCE = (*LEDGER, "seals", "seal_leaves", "audits", "redemptions")
+ONCE = (*LEDGER, "seals", "seal_leaves", "audits", "redemptions", "catalogs")
+KEYS = {**dict.fromkeys((*LEDGER, "seal_leaves"), "account"), "redemptions": "code", "catalogs": "label"}
+"""A column of a table of those; of the others it is ``cutoff``."""
 STATE = ("accounts", "grants", "holds", "receipts", "checkpoints", "checkpoint_grants", "subscriptions",
          "purchases", "schedules", "payment_events", "payment_facts", "payment_aliases", "payment_bindings",
          "payment_orders", "payment_watermarks", "allowances", "referrals")  # fmt: skip
@@ -137,7 +139,7 @@ def test_neither_role_may_tamper(role: str, stack: Stack, ledger: Ledger, databa
     make_seal(ledger.writer.connection, 0)
     with psycopg.connect(as_role(stack, database, role), autocommit=True) as connection:
         for table, statement in TAMPERING:
-            key = "account" if table in (*LEDGER, "seal_leaves", "redemptions") else "cutoff"
+            key = KEYS.get(table, "cutoff")
             with pytest.raises(psycopg.Error) as refused:
                 connection.execute(statement.replace("{}", table).replace("{key}", key))
             assert refused.value.sqlstate == "42501", (statement, refused.value)
@@ -161,7 +163,7 @@ def test_the_trigger_refuses_even_who_was_given_the_right(
 ) -> None:
     live(ledger, "a")
     execute(database, f"GRANT ALL ON {table} TO {WORKERS}")
-    key = "account" if table in (*LEDGER, "seal_leaves", "redemptions") else "cutoff"
+    key = KEYS.get(table, "cutoff")
     with (
         psycopg.connect(as_role(stack, database, WORKER), autocommit=True) as connection,
         pytest.raises(psycopg.errors.RestrictViolation, match="written once"),
