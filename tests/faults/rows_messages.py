@@ -248,6 +248,38 @@ def refunds(scene: Scene, size: Size) -> Done:
     return Done(scene.done() - len(first), size.contenders, what, wrong)
 
 
+def redeems(scene: Scene, size: Size) -> Done:
+    """Row 12: many accounts in all lanes redeem the last uses of a few codes, paid for and given."""
+    names = [f"CODE{number}" for number in range(CONTENDED)]
+    issue: dict[str, Any] = {"account": "issuer", "amount": "2.5", "uses": 2}
+    given = {"actor": "ann", "reason": "a campaign"}
+    first: list[Operation] = [
+        ("credits.open", "issuer", "open", {"account": "issuer", "kind": "pool"}),
+        *(
+            ("credits.grant", "issuer", f"grant-{number}", {"account": "issuer", "amount": "17", "source": "pack"})
+            for number in range(3)
+        ),
+        ("codes.issue", "issuer", "paid", {**issue, "codes": names[1:]}),
+        ("codes.issue", "issuer", "given", {**issue, "codes": names[:1], **given}),
+        *(
+            ("credits.open", account, "open", {"account": account, "kind": "pool"})
+            for account in (f"user-{number}" for number in range(size.contenders))
+        ),
+    ]
+    wanted: list[Operation] = [
+        ("codes.redeem", f"user-{number}", "redeem", {"account": f"user-{number}", "code": names[number % CONTENDED]})
+        for number in range(size.contenders)
+    ]
+    contend(scene, size, first, wanted, CONTENDED * PROCESSES)
+    applied = applied_of(scene, "codes.redeem", "code")
+    expected = [(name, 2) for name in names]
+    uses = scene.rows("SELECT code, min(slot), max(slot), count(*) FROM redemptions GROUP BY code ORDER BY code")
+    wrong = [] if applied == expected else [f"codes redeemed: {applied}"]
+    wrong += [] if uses == [(name, 0, 1, 2) for name in names] else [f"uses of codes: {uses}"]
+    what = f"{size.contenders} accounts on {CONTENDED} codes of two uses by {PROCESSES} processes at once: two got each"
+    return Done(scene.done() - len(first), size.contenders, what, wrong)
+
+
 REFERRALS = """
 [catalog]
 name = "referrals"
@@ -403,10 +435,11 @@ ROWS = (
         Act("alone", poison_alone),
         Act("in the middle", poison_in_the_middle),
     )),
-    Row(12, "contention: captures of one hold, refunds of one charge, a balance for one, referrals", (
+    Row(12, "contention: captures of one hold, refunds of one charge, a balance for one, gift codes, referrals", (
         Act("captures", captures),
         Act("refunds", refunds),
         Act("a balance for one", one_for_many),
+        Act("redeems", redeems),
         Act("referrals", referrals),
     )),
     Row(16, "old and new on one queue; LANES changed with a backlog", (

@@ -17,7 +17,7 @@ import pytest
 from models import code_reading, due, reading, usage
 from models.catalog import load_catalog
 from models.database import connect
-from schedules import expiry, outbox, retention
+from schedules import codes, expiry, outbox, retention
 from scripts.bench_grow import fill
 from scripts.embedded import Stack
 from tests.conftest import TEMPLATE, _ledger
@@ -46,7 +46,7 @@ KEYS = {
     "purchases": [{"account"}],
     "allowances": [{"account", "key"}],
     "referrals": [{"account"}, {"referrer"}],
-    "codes": [{"code"}, {"account", "operation"}],
+    "codes": [{"code"}, {"account", "operation"}, {"expires_at"}],
     "redemptions": [{"code"}],
 }
 """What the condition of an index must have of a table's columns: one of these sets. Of what one account has many of,
@@ -69,7 +69,7 @@ READERS = {
     )
 } | {name: getattr(code_reading, name) for name in ("ONE", "OF_ACCOUNT", "USES")}  # fmt: skip
 SWEEPS = {
-    "DUE": expiry.DUE, "LEFT": outbox.LEFT, "DELETE": DELETE,
+    "DUE": expiry.DUE, "OVER": codes.OVER, "LEFT": outbox.LEFT, "DELETE": DELETE,
     **{name: getattr(due, name) for name in ("COUNT", "OLDEST")},
     **{
         name: getattr(retention, name)
@@ -78,6 +78,7 @@ SWEEPS = {
 }  # fmt: skip
 BOUNDED = {
     due.NOTICES: {"notices_undelivered"}, due.OUTBOX: {"outbox_pkey"}, due.IN_TRANSIT: {"accounts_in_transit"},
+    codes.UNTOLD: {"accounts_in_transit", "codes_by_account", "redemptions_pkey", "operations_pkey"},
 }  # fmt: skip
 """Statements that read the first rows of an index that has only what waits, or what is to be published in order."""
 
@@ -142,6 +143,7 @@ def large(stack: Stack) -> Iterator[str]:
             {
                 retention.DELETE_NOTICES: (["a"], ["k"]), retention.DELETE_DELIVERIES: (["a"], ["k"]),
                 retention.DELETE_QUARANTINED: ([1],), due.COUNT: (now,), due.OLDEST: (now,),
+                codes.OVER: (now, now, ""),
             }
         )  # fmt: skip
         with connection.transaction():
