@@ -299,8 +299,8 @@ def _policies(catalog: Catalog) -> Iterator[tuple[str, str]]:
         what = "credits used" if achievement.measure == "used" else "referrals"
         mark = format_amount(achievement.at)
         yield f"achievement {said(name)}", f"{mark} {what}{bonus}{_life(achievement.expires_days)}"
-    for name, source in catalog.sources.items():
-        yield f"source {said(name)}", "may be given away" if source.transferable else "stays where it is"
+    for name in catalog.sources:
+        yield f"source {said(name)}", "may be given away" if catalog.is_transferable(name) else "stays where it is"
 
 
 def _table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:

@@ -32,7 +32,7 @@ NOTICE_KINDS = (
 )  # fmt: skip
 """What a notice may be of, beside ``low_balance`` and ``expiring``, which have settings of their own."""
 
-PROMOTIONAL = frozenset({"signup", "lead", "bonus", "referral", "promotion", "achievement"})
+PROMOTIONAL = frozenset({"signup", "lead", "trial", "bonus", "referral", "promotion", "achievement"})
 """Sources of credits that nobody paid for: not to be given away unless the catalog says so."""
 
 EARNED = frozenset({"bonus", "referral", "promotion", "achievement"})
