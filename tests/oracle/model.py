@@ -718,7 +718,7 @@ class Ledger:
         if any(text in self.codes for text in said["codes"]):
             raise Refusal("code_exists")
         uses = said.get("uses", 1)
-        paid = []
+        paid: list[tuple[Row, int]] = []
         if "actor" not in said:
             all_of_it = said["amount"] * uses * len(said["codes"])
             everything = self.spendable(None, now)
