@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
 from decimal import Decimal
+from hashlib import sha256
 from itertools import count
 from os import PathLike
 from types import TracebackType
@@ -49,6 +50,7 @@ from creditlane.errors import (
     RefusedError,
     UnsentError,
 )
+from creditlane.gift_codes import ALPHABET
 from creditlane.inbox import Inbox
 from creditlane.lanes import LANES, lane_of
 from creditlane.reports import (
@@ -64,6 +66,8 @@ from creditlane.reports import (
     Merit,
     OperationExplained,
     Planned,
+    Pool,
+    Referrals,
     RefundGrouping,
     Refunds,
     Simulation,
@@ -151,15 +155,19 @@ class Operations:
         timezone: str | None = None,
         plan: str | None = None,
         lead: str | None = None,
+        referral_code: str | None = None,
         wait: float | None = None,
     ) -> Result | None:
         """Create an account, with the catalog's sign-up grant; a ``plan`` begins at once.
 
         What the ``lead`` has left that it was before arrives within moments, as by :meth:`convert`.
+
+        :param referral_code: that of who referred it, as people type it; the answer's ``referral`` says what became of
+            it.
         """
         arguments = {
             "account": account, "kind": kind, "email": email, "locale": locale, "timezone": timezone, "plan": plan,
-            "lead": lead,
+            "lead": lead, "referral_code": None if referral_code is None else normal_code(referral_code),
         }  # fmt: skip
         return self.submit("credits.open", id, arguments, wait)
 
@@ -411,6 +419,27 @@ class Operations:
         """An administrator has a closed account take operations again; what was revoked stays so."""
         return self.submit("accounts.reopen", id, {"account": account, "actor": actor, "reason": reason}, wait)
 
+    def set_member(
+        self,
+        account: str,
+        member: str,
+        *,
+        id: str,
+        limit: Amount | None = None,
+        period: Literal["day", "week", "month", "total"] = "month",
+        wait: float | None = None,
+    ) -> Result | None:
+        """List ``member`` of the pool ``account``, or change its limit: credits that it may use in each period.
+
+        :param limit: without one that of the catalog's ``[pools]`` holds, with its period.
+        """
+        arguments = {"account": account, "member": member, "limit": _wire(limit), "period": period}
+        return self.submit("pools.set_member", id, arguments, wait)
+
+    def remove_member(self, account: str, member: str, *, id: str, wait: float | None = None) -> Result | None:
+        """Take ``member`` off the list of the pool ``account``: it uses the pool no more."""
+        return self.submit("pools.remove_member", id, {"account": account, "member": member}, wait)
+
     def subscribe(
         self,
         account: str,
@@ -489,6 +518,20 @@ class Operations:
     ) -> Result | None:
         """An administrator takes back what the last renewal did."""
         return self.submit("plans.undo", id, {"account": account, "actor": actor, "reason": reason}, wait)
+
+    def issue_referral(
+        self, account: str, *, id: str, code: str | None = None, wait: float | None = None
+    ) -> Result | None:
+        """Give an account the code by which it refers others; the answer's ``referral_code`` is the one that it has.
+
+        :param code: 4 to 64 letters and digits; made of the account and the id unless given.
+        """
+        text = made_code(account, id) if code is None else normal_code(code)
+        return self.submit("referrals.issue", id, {"account": account, "code": text}, wait)
+
+    def claim_referral(self, account: str, code: str, *, id: str, wait: float | None = None) -> Result | None:
+        """Say who referred the account, by the code as people type it; that happens once."""
+        return self.submit("referrals.claim", id, {"account": account, "code": normal_code(code)}, wait)
 
     def settle(self, account: str, *, id: str, wait: float | None = None) -> Result | None:
         """Apply what time has made due, nothing else."""
@@ -695,6 +738,27 @@ class CreditClient(Operations):
         }  # fmt: skip
         return msgspec.convert(self._read("usage", arguments, wait), Usage | None)
 
+    def pool(
+        self,
+        account: str,
+        *,
+        since: date | None = None,
+        until: date | None = None,
+        limit: int = 50,
+        after: str | None = None,
+        wait: float = 10.0,
+    ) -> Pool | None:
+        """A pool and its members, what each may use and what it used; ``None`` for an account that is no pool.
+
+        :param since: the first day of what they were charged, UTC; 30 days before ``until`` unless given.
+        :param until: the day after the last; tomorrow unless given.
+        :param limit: members of the page, at most 1,000.
+        :param after: ``next_after`` of the page before.
+        :param wait: seconds.
+        """
+        arguments = {"account": account, "since": since, "until": until, "limit": limit, "after": after}
+        return msgspec.convert(self._read("pool", arguments, wait), Pool | None)
+
     def forecast(
         self,
         account: str,
@@ -713,6 +777,19 @@ class CreditClient(Operations):
         """
         arguments = {"account": account, "days": days, "pace": _wire(pace), "paid": paid}
         return msgspec.convert(self._read("forecast", arguments, wait), Forecast | None)
+
+    def referrals(
+        self, account: str, *, limit: int = 50, before: str | None = None, wait: float = 10.0
+    ) -> Referrals | None:
+        """By which code an account refers others, who referred it, and whom it referred, the latest first.
+
+        :param limit: referees of the page, at most 1,000.
+        :param before: ``next_before`` of the page before.
+        :param wait: seconds.
+        :returns: None for an account that no operation ever named.
+        """
+        answer = self._read("referrals", {"account": account, "limit": limit, "before": before}, wait)
+        return None if answer is None else msgspec.convert(answer, Referrals)
 
     def explain(self, account: str, *, wait: float = 10.0) -> BalanceExplained | None:
         """Why the balance is what it is: what came in and went, by grant; ``None`` for an account that does not exist.
@@ -1214,6 +1291,16 @@ def checked(name: str, id: str, arguments: dict[str, Any]) -> bytes:
                 known.clear()
             known.add(rest)
     return encoded
+
+
+CODE_CHARACTERS = 10
+"""How long a referral code is that nobody chose: of a million there are hardly ever two alike."""
+
+
+def made_code(account: str, id: str) -> str:
+    """A referral code for an account: the same whenever the call is repeated."""
+    number = int.from_bytes(sha256(f"{account}\n{id}".encode("utf-8", "replace")).digest())
+    return "".join(ALPHABET[number >> 5 * place & 31] for place in range(CODE_CHARACTERS))
 
 
 def _wire(amount: Amount | None) -> str | None:

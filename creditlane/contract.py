@@ -741,16 +741,6 @@ class GrantUse(msgspec.Struct, kw_only=True, frozen=True):
     amount: Decimal
 
 
-class Achieved(msgspec.Struct, kw_only=True, frozen=True):
-    """An achievement that an operation brought."""
-
-    achievement: str
-    """Its name in the catalog."""
-    credits: Decimal
-    grant: int | None = None
-    """The grant that its credits are in; None where it comes with none."""
-
-
 class MemberUse(msgspec.Struct, kw_only=True, frozen=True):
     """How a member of a pool stands after an operation that counts."""
 
@@ -765,6 +755,16 @@ class MemberUse(msgspec.Struct, kw_only=True, frozen=True):
     """What the member may use yet; none without a limit."""
     period_end: datetime | None = None
     """The first instant after the period; none of ``total``."""
+
+
+class Achieved(msgspec.Struct, kw_only=True, frozen=True):
+    """An achievement that an operation brought."""
+
+    achievement: str
+    """Its name in the catalog."""
+    credits: Decimal
+    grant: int | None = None
+    """The grant that its credits are in; None where it comes with none."""
 
 
 class Result(msgspec.Struct, kw_only=True, frozen=True):
@@ -826,8 +826,6 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The sender's operation id of the transfer that this operation belongs to."""
     refused: Code | None = None
     """Why a transfer came back."""
-    achieved: list[Achieved] = []
-    """The achievements that it brought, each once for ever."""
     converted_to: str | None = None
     """Of a refusal: who this lead has become."""
     account_status: Literal["open", "frozen", "closed"] | None = None
@@ -848,6 +846,18 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """What that member may use in a period."""
     allowance: MemberUse | None = None
     """For what a member of a pool is charged: how it stands then, where it is counted."""
+    referral: str | None = None
+    """What became of a referral code: ``claimed``, or why ``credits.open`` went on without."""
+    referral_code: str | None = None
+    """By which code the account refers others."""
+    referrer: str | None = None
+    """Who referred the account."""
+    referee: str | None = None
+    """Who was referred by it."""
+    bonus: Decimal | None = None
+    """What came for a referral."""
+    achieved: list[Achieved] = []
+    """The achievements that it brought, each once for ever."""
     replayed: bool = False
 
     @property

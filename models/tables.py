@@ -134,6 +134,7 @@ class ReferralRow(Base):
     __tablename__ = "referrals"
     __table_args__ = (
         Index("referrals_by_referrer", "referrer", "claimed_at", postgresql_where=text("referrer IS NOT NULL")),
+        Index("referrals_settled", "settled_at", postgresql_where=text("settled_at IS NOT NULL")),
         {"postgresql_with": {"fillfactor": "70"}},
     )
 

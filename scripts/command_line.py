@@ -122,6 +122,7 @@ from scripts.lane_state import lane_states
 from scripts.notices_commands import notices_app
 from scripts.payments_commands import payments_app
 from scripts.plan_commands import plan_app
+from scripts.pools_commands import pools_app
 from scripts.reading_commands import (
     EXPLAIN_EXAMPLES,
     FORECAST_EXAMPLES,
@@ -130,6 +131,7 @@ from scripts.reading_commands import (
     show_forecast,
     show_usage,
 )
+from scripts.referrals_commands import referrals_app
 from scripts.replay import EXPONENT
 from scripts.report_commands import (
     ACHIEVEMENTS_EXAMPLES,
@@ -189,8 +191,10 @@ app.add_typer(quarantine_app, name="quarantine")
 app.add_typer(plan_app, name="plan")
 app.add_typer(catalog_app, name="catalog")
 app.add_typer(codes_app, name="codes")
+app.add_typer(pools_app, name="pools")
 app.add_typer(notices_app, name="notices")
 app.add_typer(payments_app, name="payments")
+app.add_typer(referrals_app, name="referrals")
 
 MONEY, STATE_PANEL, FILES = "Credits", "State", "Files"
 
@@ -209,6 +213,7 @@ class Kind(StrEnum):
         "creditlane account open alice",
         "creditlane account open studio --kind pool",
         "creditlane account open bob --email bob@example.org --locale fr --timezone Europe/Paris",
+        "creditlane account open carol --referral-code ALICE-2026",
     ),
 )
 def account_open(
@@ -224,6 +229,9 @@ def account_open(
     lead: Annotated[
         str | None, typer.Option(help="The lead that it was: what is left of its credits follows.", show_default=False)
     ] = None,
+    referral_code: Annotated[
+        str | None, typer.Option(metavar="CODE", help="That of who referred them.", show_default=False)
+    ] = None,
     id: IdOption = None,
     wait: WaitOption = WAIT_SECONDS,
     as_json: JsonOption = False,
@@ -233,7 +241,8 @@ def account_open(
     operate(
         id, wait, as_json, account, "open",
         lambda client, identity, seconds: client.open(
-            account, id=identity, kind=chosen, email=email, locale=locale, timezone=timezone, lead=lead, wait=seconds
+            account, id=identity, kind=chosen, email=email, locale=locale, timezone=timezone, lead=lead,
+            referral_code=referral_code, wait=seconds,
         ),
     )  # fmt: skip
 

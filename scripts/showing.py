@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from creditlane.amounts import to_wire
+from creditlane.codes import Code
 from creditlane.contract import Result
 from creditlane.rabbitmq import DEAD
 from creditlane.reports import Action, EntryLine, HistoryLine
@@ -157,6 +158,10 @@ def result_lines(result: Result) -> RenderableType:
         facts.append(("period", f"{instant(result.period_start)} to {instant(result.period_end)} UTC"))
     if result.plan_next is not None:
         facts.append(("next plan", said(result.plan_next)))
+    if result.referral is not None:
+        facts.append(("referral", said(result.referral)))
+    if result.bonus:
+        facts.append(("bonus", credits(result.bonus)))
     if result.balance is not None:
         facts.append(("balance", _balance_words(result)))
     again = " [dim](this id was answered before; nothing was changed again)[/]" if result.replayed else ""
@@ -195,8 +200,17 @@ def _deed(result: Result) -> str:
         case "grant" | "adjust" if not amount:
             given = sum((use.amount for use in result.grants), Decimal(0))
             return f"{short(result.operation)}: {credits(given)} added to {account}"
+        case "referrals.issue":
+            return f"{account} refers others by the code [bold]{said(result.referral_code)}[/]"
+        case "referrals.claim":
+            return f"{account} was referred by [bold]{said(result.referrer)}[/]"
         case name if result.plan is not None and name.startswith("plans."):
             return f"{name}: {account} has the plan [bold]{said(result.plan)}[/], {result.plan_status}"
+        case "pools.set_member":
+            limit = "without a limit" if result.limit is None else f"for {credits(result.limit)} in each period"
+            return f"{result.operation}: [bold]{said(result.member)}[/] may use {account} {limit}"
+        case "pools.remove_member":
+            return f"{result.operation}: [bold]{said(result.member)}[/] may use {account} no more"
         case "adjust" | "revoke":
             return f"{short(result.operation)}: {credits(amount)} taken from {account}"
         case name:
@@ -222,6 +236,9 @@ def refusal(result: Result) -> str:
             f"{credits(result.required)} needed, {to_wire(result.available or 0)} available, "
             f"{to_wire(result.shortfall or 0)} short"
         )
+    if result.code is Code.MEMBER_LIMIT:
+        until = "" if result.period_end is None else f" until {instant(result.period_end)} UTC"
+        sentence += f"; {result.member} may use {to_wire(result.limit or 0)}{until}"
     if result.offer:
         kind = "plan" if "plan" in result.offer else "pack"
         sentence += f"; the cheapest that covers it: {kind} {result.offer.get(kind)}, {result.offer.get('price')}"

@@ -13,8 +13,13 @@ from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import OPEN, UNOPENED, Account
 from tasks.leads import converting
-from tasks.operation import Context, FollowUp, Outcome, operation
+from tasks.operation import Context, FollowUp, Need, Outcome, operation
 from tasks.plans import begin
+from tasks.referrals import claim_with_opening
+
+
+def _need(message: Open) -> Sequence[Need]:
+    return () if message.referral_code is None else (Need("code", message.referral_code),)
 
 
 def _repeated(message: Open, operation: str, code: Code | None) -> Sequence[FollowUp]:
@@ -22,13 +27,15 @@ def _repeated(message: Open, operation: str, code: Code | None) -> Sequence[Foll
     return _converted(message) if code is None else ()
 
 
-@operation(Open, opens=True, repeated=_repeated)
+@operation(Open, need=_need, opens=True, repeated=_repeated)
 def open_account(account: Account, message: Open, context: Context) -> Outcome:
     """Create the account, and give a user or a lead what the catalog welcomes them with, unless told not to.
 
     A pool starts empty. A ``plan`` begins at once. What the ``lead`` has left that it was follows by a
-    ``credits.convert`` in that one's lane; if that is refused, the account stays open. Refusals: ``account_exists``,
-    ``unknown_plan``. (ledger rules: operations, open)
+    ``credits.convert`` in that one's lane; if that is refused, the account stays open. A ``referral_code`` is claimed,
+    and never keeps an account from being opened: the details tell ``referral``, ``claimed`` or the code that a
+    ``referrals.claim`` would be refused with. Refusals: ``account_exists``, ``unknown_plan``.
+    (ledger rules: operations, open)
     """
     if account.status != UNOPENED:
         raise RefusedError(Code.ACCOUNT_EXISTS)
@@ -43,8 +50,11 @@ def open_account(account: Account, message: Open, context: Context) -> Outcome:
     account.opened_at = context.now
     account.is_dirty = True
     uses = _welcome(account, message, context)
-    begun = None if terms is None else begin(account, terms, None, context).details
-    return Outcome(uses=uses, details=begun, follow=_converted(message))
+    details = None if terms is None else begin(account, terms, None, context).details
+    outcome = Outcome(uses=uses, details=details, follow=_converted(message))
+    if message.referral_code is None:
+        return outcome
+    return claim_with_opening(account, message.referral_code, outcome, context)
 
 
 def _converted(message: Open) -> Sequence[FollowUp]:

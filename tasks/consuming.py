@@ -29,21 +29,21 @@ def consume(account: Account, message: Consume, context: Context) -> Outcome:
     """
     cost, quantity = cost_of(account, message, context)
     standing = admitted(account, message.member, context)
-    left = None if standing is None else standing.left
-    # What a limit leaves is the most that can be taken in part.
-    asked = min(cost, left) if message.partial and left else cost
-    check_limit(standing, asked, context)
+    asked = cost
+    if standing is not None:
+        if message.partial and standing.left:
+            asked = min(cost, standing.left)  # what its limit leaves is the most that can be taken in part
+        check_limit(standing, asked, context)
     plan, missing = plan_burn(account, asked, message.feature, context.now)
     if missing and not (message.partial and plan):
         raise insufficient(account, context, cost, missing + cost - asked, message.member)
     charged = asked - missing
-    details: dict[str, Any] = {}
-    if missing:
-        details = shortage(account, context, cost, cost - charged)
-    elif standing is not None and asked < cost:
-        details = limit_shortage(standing, cost, context)
     receipt = burn(account, plan, "consumed", context.now, context.operation)
-    details.update(counted(account, standing, charged, context))
+    details = shortage(account, context, cost, cost - charged) if missing else None
+    if standing is not None:
+        if asked < cost and not missing:
+            details = limit_shortage(standing, cost, context)
+        details = {**(details or {}), **counted(account, standing, charged, context)}
     return Outcome(charged, plan, receipt, details, quantity, message.feature)
 
 

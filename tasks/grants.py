@@ -16,18 +16,21 @@ from models.rules.state import MAX_OPEN_GRANTS, Account
 from models.rules.state import Grant as Lot
 from tasks.consuming import insufficient
 from tasks.operation import Context, Need, Outcome, operation
+from tasks.referrals import may_be_purchase, purchase_needs
 
 ADJUSTMENT = "adjustment"
 """The source of credits that an administrator added."""
 
 
-@operation(Grant)
+@operation(Grant, need=purchase_needs)
+@may_be_purchase
 def grant(account: Account, message: Grant, context: Context) -> Outcome:
     """Add a lot of credits; a debt is paid out of it first.
 
     ``amount`` in credits; ``expires_in`` in seconds from when it takes effect; ``priority`` from the
-    catalog's source unless sent. Refusals: ``invalid`` (it would end before it starts, or has ended),
-    ``limit_reached``. (ledger rules: operations, grant; claw-back)
+    catalog's source unless sent. With a ``purchase`` it may be what a referral's bonus waits for. Refusals:
+    ``invalid`` (it would end before it starts, or has ended), ``limit_reached``.
+    (ledger rules: operations, grant; claw-back)
     """
     effective_at = message.effective_at or context.now
     expires_at = message.expires_at

@@ -29,12 +29,13 @@ def hold(account: Account, message: Hold, context: Context) -> Outcome:
     standing = admitted(account, message.member, context)
     if account.open_holds() >= MAX_OPEN_HOLDS:
         raise RefusedError(Code.LIMIT_REACHED, f"the account has {MAX_OPEN_HOLDS} open holds")
-    check_limit(standing, cost, context)
+    if standing is not None:
+        check_limit(standing, cost, context)
     plan, missing = plan_burn(account, cost, message.feature, context.now)
     if missing:
         raise insufficient(account, context, cost, missing, message.member)
     # Before the hold is there: a count that begins has what the member holds already.
-    allowance = counted(account, standing, cost, context)
+    allowance = {} if standing is None else counted(account, standing, cost, context)
     reservation = Reservation(
         context.operation,
         cost,
@@ -77,11 +78,12 @@ def capture(account: Account, message: Capture, context: Context) -> Outcome:
     if more and account.status == FROZEN:
         raise RefusedError(Code.ACCOUNT_FROZEN)
     standing = member_standing(account, held.member, context)
-    check_limit(standing, more, context)
+    if standing is not None:
+        check_limit(standing, more, context)
     extra, missing = plan_burn(account, more, held.feature, context.now)
     if missing:
         raise insufficient(account, context, more, missing, held.member)
-    allowance = capture_counted(account, standing, held, final, context)
+    allowance = {} if standing is None else capture_counted(account, standing, held, final, context)
     close_hold(account, held, context.now, context.operation, min(final, held.amount), "captured")
     receipt = []
     uses = []

@@ -78,6 +78,9 @@ class Told:
         now = self._now
         subscription = self._account.subscription
         details = outcome.details or {}
+        if "bonus" in details:
+            other = {side: details[side] for side in ("referrer", "referee") if side in details}
+            self._tell("referral_bonus", f"referral_bonus:{operation}", now, amount=details["bonus"], **other)
         plan = {key: value for key, value in details.items() if key.startswith(("plan", "period_", "allotted"))}
         if isinstance(message, Grant) and message.purchase is not None:
             self._tell("pack_bought", f"pack_bought:{operation}", now, amount=format_amount(message.amount),

@@ -60,7 +60,10 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 class Need(NamedTuple):
     """A past row that an operation works on, beyond the account's open grants and holds."""
 
-    kind: Literal["hold", "charge", "transfer", "grant", "purchase", "subscription", "allowance", "code", "referral"]
+    kind: Literal[
+        "hold", "charge", "transfer", "grant", "purchase", "subscription", "allowance", "code", "referral", "referee"
+    ]
+    """``referee``: the allowance that tells whether the account has referred the owner of a code."""
     key: str | int
     """Of a subscription, and of what an account was referred by, nothing: it has one."""
 

@@ -22,13 +22,15 @@ from models.rules.state import Grant as Lot
 from models.rules.subscriptions import allot, end, end_of_payment, end_of_period, expire_lots, renew
 from tasks.grants import told
 from tasks.operation import Context, Need, Outcome, operation
+from tasks.referrals import may_be_purchase, purchase_needs
 
 
 def _need(message: Any) -> Sequence[Need]:
-    return (Need("subscription", ""),)
+    return (Need("subscription", ""), *purchase_needs(message))
 
 
 @operation(Subscribe, need=_need)
+@may_be_purchase
 def subscribe(account: Account, message: Subscribe, context: Context) -> Outcome:
     """Begin a plan: the credits of the period under way come at once, those of the next ones in their time.
 
@@ -105,6 +107,7 @@ def begin(account: Account, terms: Terms, message: Paid | None, context: Context
 
 
 @operation(ChangePlan, need=_need)
+@may_be_purchase
 def change(account: Account, message: ChangePlan, context: Context) -> Outcome:
     """Change to another plan.
 
@@ -192,6 +195,7 @@ def stop(account: Account, subscription: Subscription, context: Context, at_once
 
 
 @operation(RenewPlan, need=_need)
+@may_be_purchase
 def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> Outcome:
     """A payment has arrived for what comes after what is paid for; where there is no plan yet, the one it names begins.
 

@@ -83,9 +83,12 @@ def admitted(account: Account, member: str | None, context: Context) -> Standing
     """
     if member is None or account.kind != POOL:
         return None
+    pools = context.catalog.pools
+    if not account.allowances and pools.members == "any" and pools.member_limit is None:
+        return None  # as of most pools: this is cheaper
     allowance = account.allowances.get(MEMBER + member)
     listed = None if allowance is None else allowance.is_listed
-    if listed is False or (listed is None and context.catalog.pools.members == "listed"):
+    if listed is False or (listed is None and pools.members == "listed"):
         raise RefusedError(Code.UNKNOWN_MEMBER)
     return member_standing(account, member, context)
 
@@ -98,13 +101,13 @@ def member_standing(account: Account, member: str | None, context: Context) -> S
     return standing_of(account, member, catalog.pools, context.now, catalog.catalog.zone)
 
 
-def check_limit(standing: Standing | None, required_micro: int, context: Context) -> None:
+def check_limit(standing: Standing, required_micro: int, context: Context) -> None:
     """Refuse what goes over a member's limit, whatever the pool has.
 
     :raises RefusedError: ``member_limit``, with what was required and what the member has left.
     """
-    left = None if standing is None else standing.left
-    if standing is not None and left is not None and required_micro > left:
+    left = standing.left
+    if left is not None and required_micro > left:
         raise RefusedError(Code.MEMBER_LIMIT, **limit_shortage(standing, required_micro, context))
 
 
@@ -125,18 +128,18 @@ def want_code(account: Account, member: str | None) -> Code:
     return Code.INSUFFICIENT_CREDITS if member is None or account.kind != POOL else Code.POOL_EXHAUSTED
 
 
-def counted(account: Account, standing: Standing | None, amount_micro: int, context: Context) -> dict[str, Any]:
+def counted(account: Account, standing: Standing, amount_micro: int, context: Context) -> dict[str, Any]:
     """Count what a member is charged, or what is set aside for it.
 
     :returns: the field of the result that says so, which a refund reads again; none where nothing is counted.
     """
-    if standing is None or not amount_micro:
+    if not amount_micro:
         return {}
     return _told(count_member(account, standing, amount_micro), amount_micro, context)
 
 
 def capture_counted(
-    account: Account, standing: Standing | None, held: Hold, final_micro: int, context: Context
+    account: Account, standing: Standing, held: Hold, final_micro: int, context: Context
 ) -> dict[str, Any]:
     """Count what a capture takes above its hold; what it takes less comes back when the hold is closed, after this.
 
@@ -145,7 +148,7 @@ def capture_counted(
     :returns: as :func:`counted`; what was counted in an earlier period is not part of it.
     """
     extra = max(0, final_micro - held.amount)
-    if standing is None or (held.created_at < standing.since and not extra):
+    if held.created_at < standing.since and not extra:
         return {}
     after = count_member(account, standing, extra)
     if held.created_at < standing.since:

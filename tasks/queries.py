@@ -20,11 +20,22 @@ from creditlane.reports import (
     RefundGrouping,
     Status,
 )
-from models import achievement_reading, explaining, forecast, leaderboard, reading, refund_reading, usage_reading
+from models import (
+    achievement_reading,
+    explaining,
+    forecast,
+    leaderboard,
+    pool_reading,
+    reading,
+    referral_reading,
+    refund_reading,
+    usage_reading,
+)
 from models.actions import actions as read_actions
 from models.database import reader
 from models.in_force import catalog_in_force
 from models.reading import DEFAULT_PAGE, MAX_PAGE
+from models.referral_reading import MAX_PLACE
 from tasks.simulation import simulate_operations
 
 RETRIES: dict[str, Any] = {
@@ -79,6 +90,15 @@ class UsageQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     member: Key | None = None
     limit: Limit = DEFAULT_PAGE
     after: Key | None = None
+
+
+class PoolQuery(Query, frozen=True, kw_only=True):
+    """``queries.pool``: see :func:`models.pool_reading.pool`."""
+
+    since: date | None = None
+    until: date | None = None
+    limit: Limit = DEFAULT_PAGE
+    after: Name | None = None
 
 
 class ForecastQuery(Query, frozen=True, kw_only=True):
@@ -148,6 +168,13 @@ class RefundsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     after: Annotated[int, msgspec.Meta(ge=0, le=refund_reading.MAX_LINES)] = 0
 
 
+class ReferralsQuery(Query, frozen=True, kw_only=True):
+    """``queries.referrals``: see :func:`models.referral_reading.referrals`."""
+
+    limit: Limit = DEFAULT_PAGE
+    before: Annotated[str, msgspec.Meta(max_length=MAX_PLACE)] | None = None
+
+
 Asked = TypeVar("Asked", bound=msgspec.Struct)
 
 
@@ -214,6 +241,22 @@ def usage(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
     account = values.pop("account")
     with reader() as connection:
         return _told(usage_reading.usage(connection, account, **values))
+
+
+@shared_task(name="queries.pool", **RETRIES)
+def pool(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
+    """A pool and its members: what each may use, what it used, and its share.
+
+    :param v: the contract's version.
+    :param arguments: those of a :class:`PoolQuery`.
+    :returns: a :class:`creditlane.reports.Pool` as JSON has it; None for an account that is no pool, or not there.
+    :raises ValueError: for arguments that make no sense, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away, or takes more than 30 s.
+    """
+    values = msgspec.structs.asdict(understood(PoolQuery, v, arguments))
+    account = values.pop("account")
+    with reader() as connection:
+        return _told(pool_reading.pool(connection, account, catalog_in_force(connection), **values))
 
 
 @shared_task(name="queries.forecast", **RETRIES)
@@ -317,6 +360,21 @@ def refunds(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
     account = values.pop("account")
     with reader() as connection:
         return _told(refund_reading.refunds(connection, account, **values))
+
+
+@shared_task(name="queries.referrals", **RETRIES)
+def referrals(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
+    """By which code an account refers others, who referred it, and a page of those whom it referred.
+
+    :param v: the contract's version.
+    :param arguments: those of a :class:`ReferralsQuery`.
+    :returns: a :class:`creditlane.reports.Referrals` as JSON has it; None for an account that no operation ever named.
+    :raises ValueError: for arguments that make no sense, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away.
+    """
+    asked = understood(ReferralsQuery, v, arguments)
+    with reader() as connection:
+        return _told(referral_reading.referrals(connection, asked.account, limit=asked.limit, before=asked.before))
 
 
 @shared_task(name="queries.achievements", **RETRIES)

@@ -13,6 +13,7 @@ from tasks.leads import convert
 from tasks.operation import Operation
 from tasks.plans import cancel, change, renew_on_payment, subscribe, undo
 from tasks.pools import remove_member, set_member
+from tasks.referrals import claim, issue_referral, reward
 from tasks.transfers import bounce, confirm, receive, transfer
 
 OPERATIONS: dict[str, Operation] = {
@@ -20,6 +21,6 @@ OPERATIONS: dict[str, Operation] = {
     for operation in (
         open_account, grant, consume, hold, capture, release, refund, adjust, revoke, claw_back, settle, transfer,
         receive, confirm, bounce, convert, freeze, thaw, close, reopen, issue, redeem, withdraw, conclude, set_member,
-        remove_member, subscribe, change, cancel, renew_on_payment, undo,
+        remove_member, issue_referral, claim, reward, subscribe, change, cancel, renew_on_payment, undo,
     )
 }  # fmt: skip

@@ -177,7 +177,7 @@ class Replay:
             if key in self._closed:
                 account.holds[key] = self._closed.pop(key)
             return
-        if need.kind in ("grant", "subscription", "allowance", "referral", "code"):
+        if need.kind in ("grant", "subscription", "allowance", "referral", "referee", "code"):
             return  # all are known; what is taken back of a lot does not depend on their order
         if need.kind == "purchase":
             purchase = account.purchases.get(key)  # what was taken of its lots may come back to them

@@ -22,6 +22,7 @@ from creditlane.contract import (
 )
 from creditlane.reports import Planned, Simulation
 from models.reading import load_account
+from models.referral_reading import own_referral
 from models.rules.catalog import Catalog
 from models.simulating import advance
 from models.usage_reading import credits_of
@@ -63,6 +64,8 @@ def simulate_operations(
     if loaded is None:
         return None
     state, now = loaded
+    if any(need.kind == "referral" for need in needs):
+        state.referral = own_referral(connection, account)
     then = at or now
     advance(state, now, then, catalog, paid)
     before, used = _balance(balance_of(state, then)), used_micro(state)

@@ -99,6 +99,7 @@ app.conf.imports = (
     "schedules.notices",
     "schedules.outbox",
     "schedules.payments",
+    "schedules.referrals",
     "schedules.retention",
     "schedules.seal",
     "schedules.transfers",

@@ -18,7 +18,7 @@ from psycopg import Connection, Cursor
 
 from creditlane.client import NOTICES
 from creditlane.codes import Code
-from creditlane.contract import Message, WithdrawCodes
+from creditlane.contract import IssueReferral, Message, WithdrawCodes
 from creditlane.events import EXCHANGE
 from models.columns import (
     ALLOWANCE_COLUMNS,
@@ -32,6 +32,7 @@ from models.columns import (
 from models.rules.catalog import Catalog
 from models.rules.sharing import (
     MEMBER,
+    REFEREE,
     SharedCode,
     allowance_of,
     allowance_row,
@@ -696,7 +697,10 @@ class Loaded:
             self._charges = _by_account([charges, transfers, issued])
             pairs = self._members(jobs, {row[0] for row in counting}) if counting is not None else None
             members = connection.execute(ALLOWANCES, pairs) if pairs is not None else None
-            self._allowances = _by_account([allowances, members])
+            referees = None
+            if "referee" in needs:
+                referees = connection.execute(ALLOWANCES, self._referees(jobs, needs["referee"]))
+            self._allowances = _by_account([allowances, members, referees])
         self._sharing = frozenset(needs["code"][0]) if "code" in needs else frozenset()
         self.accounts = {name: self.make(name) for name in names}
 
@@ -729,6 +733,23 @@ class Loaded:
         for each in names:
             self.accounts[each] = self.make(each)
         return names
+
+    def _referees(self, jobs: Sequence[Job], claims: tuple[list[str], list[str]]) -> tuple[list[str], list[str]]:
+        """Where it stands whether accounts have referred the owners of codes, those of this batch included.
+
+        :param claims: accounts, and the code that each claims.
+        :returns: accounts, and the key of the allowance.
+        """
+        owners = {text: {code.terms.account} for text, code in self.codes.items()}
+        for job in jobs:
+            if isinstance(job.message, IssueReferral):
+                owners.setdefault(job.message.code, set()).add(job.account)
+        pairs = [
+            (account, REFEREE + owner)
+            for account, text in zip(*claims, strict=True)
+            for owner in sorted(owners.get(text, ()))
+        ]
+        return [account for account, _ in pairs], [key for _, key in pairs]
 
     def _missing_roots(self) -> tuple[str, str] | None:
         """The lots that loaded ones continue and that are not loaded themselves: revocations are booked there."""

@@ -91,7 +91,7 @@ class About(Section, frozen=True):
 
 
 class Welcome(Section, frozen=True):
-    """``[signup]`` and ``[lead]``: what a new user or a new lead is given, and for how long."""
+    """``[signup]``: what a new user is given, and for how long."""
 
     credits: Micro = Micro(0)
     source: Name = "signup"
@@ -100,6 +100,12 @@ class Welcome(Section, frozen=True):
     def __post_init__(self) -> None:
         if self.credits < 0:
             raise ValueError("credits must not be negative")
+
+
+class LeadWelcome(Welcome, frozen=True):
+    """``[lead]``: as ``[signup]``, of a source of its own."""
+
+    source: Name = "lead"
 
 
 class Feature(Section, frozen=True):
@@ -510,7 +516,7 @@ class Catalog(Section, frozen=True):
 
     catalog: About
     signup: Welcome = Welcome()
-    lead: Welcome = Welcome(source="lead")
+    lead: LeadWelcome = LeadWelcome()
     priorities: dict[Name, Priority] = {}
     sources: dict[Name, Source] = {}
     features: dict[Name, Feature] = {}
@@ -542,7 +548,14 @@ class Catalog(Section, frozen=True):
         return self.priorities.get(source, DEFAULT_PRIORITY)
 
     def is_transferable(self, source: str) -> bool:
-        """Whether credits of a source may be given to another account."""
+        """Whether credits of a source may be given to another account; what a plan carried, if it might before."""
+        named = self.sources.get(source)
+        if named is not None and named.transferable is not None:
+            return named.transferable
+        carried = [plan.source for plan in self.plans.values() if plan.rollover_source == source]
+        return all(map(self._may_leave, (source, *carried)))
+
+    def _may_leave(self, source: str) -> bool:
         named = self.sources.get(source)
         if named is not None and named.transferable is not None:
             return named.transferable

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 """A lot, a hold, a movement or an answer."""
 
 INSTANTS = ("effective_at", "expires_at", "occurred_at", "period_start", "period_end")
-AMOUNTS = ("amount", "quantity")
+AMOUNTS = ("amount", "quantity", "limit")
 DEFAULTS = {"v": 1, "kind": "user", "ttl": 900, "partial": False, "at": "period_end", "from_lead": False}
 
 MOST = 9 * 10**18
@@ -82,7 +82,10 @@ def meaning(name: str, content: Row) -> Row:
     return said
 
 
-SPENDING = ("credits.consume", "credits.hold", "credits.transfer", "credits.convert", "codes.issue")
+SPENDING = (
+    "credits.consume", "credits.hold", "credits.transfer", "credits.convert", "codes.issue", "referrals.issue",
+    "referrals.claim",
+)  # fmt: skip
 """What an account that an administrator has frozen may not do."""
 
 CONCLUDING = (
@@ -138,9 +141,9 @@ class Ledger:
         self.movements: list[Row] = []
         self.debt = 0
         self.returned: dict[str, Row] = {}
-        self.achieved: dict[str, int] = {}
         self.codes: dict[str, Row] = {}
         """Gift codes, of all accounts that share them: put another in its place."""
+        self.achieved: dict[str, int] = {}
 
     # The one way in.
 
@@ -151,6 +154,8 @@ class Ledger:
         if operation in self.answers:
             first_name, first_said, first_answer = self.answers[operation]
             if (first_name, first_said) == (name, said):
+                if name == "credits.open" and first_answer["status"] == "applied":
+                    self.call_the_lead(said)
                 if name == "credits.receive" and first_answer["status"] == "applied":
                     self.answer_the_sender("credits.confirm", said)
                 elif name == "credits.receive" and operation == derived("receive", said["sender"], said["transfer"]):
@@ -169,9 +174,8 @@ class Ledger:
             if self.halted and name in SPENDING:
                 raise Refusal("account_frozen")
             family, _, deed = name.partition(".")
-            step: Callable[[Row, str, datetime], Row] = getattr(
-                self, ("code_" if family == "codes" else "") + deed + "_"
-            )
+            prefix = {"codes": "code_", "referrals": "referral_"}.get(family, "")
+            step: Callable[[Row, str, datetime], Row] = getattr(self, prefix + deed + "_")
             details = step(said, operation, now)
             answer = {"status": "applied", "code": None, "charged": 0, "uses": [], **details}
             new = self.achieve(operation, now)
@@ -220,9 +224,7 @@ class Ledger:
             raise Refusal("account_exists")
         self.opened = True
         kind = self.kind = said.get("kind", "user")
-        if "lead" in said:
-            content = {"account": said["lead"], "to": said["account"]}
-            self.letters.append(("credits.convert", f"lead.convert:{fingerprint(*content.values())}", content))
+        self.call_the_lead(said)
         if kind == "pool" or not said.get("welcome", True):
             return {}
         welcome = self.policy["signup"] if kind == "user" else self.policy["lead"]
@@ -234,6 +236,12 @@ class Ledger:
         lot = self.add_lot(operation, now, source=welcome["source"], end=end)
         self.move("granted", lot, welcome["credits"], now, operation)
         return {"uses": [(lot["number"], welcome["credits"])]}
+
+    def call_the_lead(self, said: Row) -> None:
+        """The lead that somebody was is told whom it has become."""
+        if "lead" in said:
+            content = {"account": said["lead"], "to": said["account"]}
+            self.letters.append(("credits.convert", f"lead.convert:{fingerprint(*content.values())}", content))
 
     def grant_(self, said: Row, operation: str, now: datetime) -> Row:
         start = said.get("effective_at", now)

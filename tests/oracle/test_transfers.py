@@ -118,6 +118,10 @@ class Transfers(RuleBasedStateMachine):
                 self.world.do(
                     "credits.grant", name, amount=amount, source="pack", purchase="purchase-1", expires_in=expires_in
                 )
+        begins = (START + timedelta(seconds=60)).isoformat()
+        self.world.do(
+            "credits.grant", "lena", amount=5, source="bonus", features=["third", "image"], effective_at=begins
+        )
 
     def both(self, name: str) -> Both:
         return self.world.accounts[name]

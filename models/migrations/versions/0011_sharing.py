@@ -35,6 +35,7 @@ CREATE TABLE referrals (
     PRIMARY KEY (account)
 ) WITH (fillfactor = 70);
 CREATE INDEX referrals_by_referrer ON referrals (referrer, claimed_at) WHERE referrer IS NOT NULL;
+CREATE INDEX referrals_settled ON referrals (settled_at) WHERE settled_at IS NOT NULL;
 CREATE TABLE codes (
     code TEXT NOT NULL,
     kind TEXT NOT NULL,
