@@ -202,7 +202,11 @@ def test_what_is_given_away_in_a_day_has_limits(town: Town) -> None:
     for name in ("user", "friend"):
         town("credits.open", name, welcome=False)
     town("credits.grant", "user", amount=100, source="pack")
-    give = lambda amount, to="friend": town("credits.transfer", "user", to=to, amount=amount).get("code")  # noqa: E731
+
+    def give(amount: int | str, to: str = "friend") -> str | None:
+        code: str | None = town("credits.transfer", "user", to=to, amount=amount).get("code")
+        return code
+
     assert give("10.000001") == "daily_limit"
     assert [give(6), give("4.5"), give(4)] == [None, "daily_limit", None]
     assert town("codes.issue", "user", codes=["AAAA"], amount="0.5")["code"] == "daily_limit"
@@ -276,5 +280,5 @@ def test_what_nobody_paid_for_can_be_given_away_by_no_way_round(steps: list[tupl
             elif known:
                 town("credits.refund", account, operation=known[-1])
     town.quiet()
-    for account in town.accounts.values():
-        assert {lot.source for lot in account.grants.values()} <= {"signup", "trial", "promotion", "bonus", "rollover"}
+    for state in town.accounts.values():
+        assert {lot.source for lot in state.grants.values()} <= {"signup", "trial", "promotion", "bonus", "rollover"}
