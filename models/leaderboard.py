@@ -1,8 +1,8 @@
 """Which accounts used or earned the most, for all time or in a span of days; exact to the last commit.
 
 What is read: for credits used of all time the rows of all accounts; for those of a span its days of usage and what is
-not rolled up yet; for credits earned all lots, or those of the span. No row says what rank an account has, so its rank
-costs as much as the whole board.
+not rolled up yet; for credits earned all lots, or those of the span, and all uses of gift codes. No row says what rank
+an account has, so its rank costs as much as the whole board.
 """
 
 from __future__ import annotations
@@ -32,11 +32,16 @@ WITH lots AS MATERIALIZED (
     SELECT account, operation, source, granted_micro, received_micro, clawed_back_micro,
            price_minor IS NULL AND purchase IS NULL AS is_free
     FROM grants
-    WHERE origin IS NULL AND {which} AND (source = ANY(%(earned)s) OR starts_with(operation, %(receiving)s))
+    WHERE origin IS NULL AND {created} AND (source = ANY(%(earned)s) OR starts_with(operation, %(receiving)s))
 ), gifts AS (
     SELECT l.account, o.arguments ->> 'sender' AS sender, l.received_micro
     FROM lots l JOIN operations o ON o.account = l.account AND o.operation = l.operation
     WHERE starts_with(l.operation, %(receiving)s)
+      -- What a lead had is its user's own.
+      AND NOT EXISTS (SELECT FROM accounts s WHERE s.account = o.arguments ->> 'sender' AND s.converted_to = l.account)
+    UNION ALL
+    SELECT r.account, c.account, r.amount_micro FROM redemptions r JOIN codes c ON c.code = r.code
+    WHERE {redeemed} AND c.kind = 'gift' AND c.terms ->> 'source' IS NULL
 )
 SELECT account, sum(amount) AS amount FROM (
     SELECT account, granted_micro - clawed_back_micro AS amount FROM lots
@@ -49,7 +54,7 @@ SELECT account, sum(amount) AS amount FROM (
     ) AS given GROUP BY account HAVING sum(given) > 0
 ) AS came GROUP BY account
 """
-IN_DAYS = "created_at >= %(start)s AND created_at < %(end)s"
+IN_DAYS = "{at} >= %(start)s AND {at} < %(end)s"
 BOARD = """
 WITH scored AS MATERIALIZED ({scored}), page AS (
     SELECT account, amount FROM scored
@@ -82,7 +87,8 @@ def leaderboard(
     """The accounts that used or earned the most credits.
 
     Used is what was charged less what was given back. Earned is what came in without being paid for: lots of the
-    sources that the catalog counts as earned, less what was taken back of them, and gifts, less those given.
+    sources that the catalog counts as earned, less what was taken back of them, and gifts, by transfer or by a code
+    that somebody paid for, less those given.
 
     :param connection: not within a transaction.
     :param catalog: the one in force.
@@ -106,7 +112,8 @@ def leaderboard(
             values |= {"since": since, "until": until, "counted_until": counted_until, "start": start, "end": end}
         if by == "earned":
             values |= {"earned": catalog.earned_sources, "receiving": RECEIVING}
-            scored = EARNED.format(which=IN_DAYS if is_of_days else "true")
+            which = IN_DAYS if is_of_days else "true"
+            scored = EARNED.format(created=which.format(at="created_at"), redeemed=which.format(at="r.at"))
         else:
             scored = USED_IN_DAYS.format(used=used_in(None, counted_until)) if is_of_days else USED_EVER
         row = connection.execute(BOARD.format(scored=scored, last=LAST), values).fetchone()

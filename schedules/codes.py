@@ -19,6 +19,7 @@ from celery.utils.log import get_task_logger
 
 from creditlane.contract import MAX_CODES, VERSION, WithdrawCodes
 from models.audit_codes import REDEEMED_ID
+from models.due import BEGINNING, IN_ORDER
 from models.rules.sharing import GIFT, Terms
 from models.settings import settings
 from tasks.codes import concluding
@@ -31,8 +32,14 @@ EVERY_SECONDS = 600.0
 AGE_SECONDS = 3600
 """How long ago a code was redeemed before it counts as untold: a lane that stands for a while is not filled further."""
 
-MAX_ENDED = 10_000
-"""Codes that one run ends; the next one goes on with what is left. Of those that are told of again as many."""
+PAGE = MAX_CODES
+"""Codes that are read at a time."""
+
+MAX_ENDED = 100 * PAGE
+"""Codes that one run ends; the next one goes on with what is left."""
+
+MAX_AGAIN = 10_000
+"""Uses that one run tells of again."""
 
 SCHEDULE = {
     "gift codes": {
@@ -43,10 +50,9 @@ SCHEDULE = {
 }
 
 OVER = f"""
-SELECT account, code FROM (
-    SELECT account, code, expires_at FROM codes
-    WHERE status = 'open' AND expires_at <= ledger_now() ORDER BY expires_at, code LIMIT {MAX_ENDED}
-) AS over ORDER BY account, expires_at, code
+SELECT account, code, expires_at FROM codes
+WHERE status = 'open' AND expires_at IS NOT NULL AND expires_at <= %s AND (expires_at, code) > (%s, %s)
+ORDER BY expires_at, code LIMIT {PAGE}
 """
 UNTOLD = f"""
 SELECT c.code, c.account, c.operation, c.place, r.slot, r.account
@@ -54,7 +60,7 @@ FROM accounts a JOIN codes c ON c.account = a.account JOIN redemptions r ON r.co
 WHERE a.in_transit_micro > 0 AND c.kind = 'gift' AND c.used > 0 AND c.terms ->> 'source' IS NULL
   AND r.at <= ledger_now() - interval '{AGE_SECONDS} seconds'
   AND NOT EXISTS (SELECT FROM operations o WHERE o.account = c.account AND o.operation = {REDEEMED_ID})
-ORDER BY r.at LIMIT {MAX_ENDED}
+ORDER BY r.at LIMIT {MAX_AGAIN}
 """
 INSERT = """
 INSERT INTO outbox (account, exchange, task, operation, arguments, created_at)
@@ -72,29 +78,40 @@ def sweep() -> dict[str, int]:
     :returns: how many messages ``ended`` codes, and how many uses are told of ``again``.
     """
     with psycopg.connect(settings().database_url.get_secret_value()) as connection:
-        over = connection.execute(OVER).fetchall()
-        ended = sum(_put(connection, follow) for follow in _ending(over))
+        ended = sum(_put(connection, follow) for page in _over(connection) for follow in _ending(page))
         untold = [
             concluding(Terms(code=code, kind=GIFT, account=account, operation=issue, place=place), slot, redeemed_by)
             for code, account, issue, place, slot, redeemed_by in connection.execute(UNTOLD)
         ]
         again = sum(_put(connection, follow) for follow in untold)
     if ended:
-        logger.info("gift codes: %d are over", len(over))
+        logger.info("gift codes: ended those whose time is over, with %d messages", ended)
     if again:
         logger.warning("gift codes: %d uses are told of again to those who paid", again)
     return {"ended": ended, "again": again}
 
 
+def _over(connection: psycopg.Connection[Any]) -> Iterator[list[tuple[str, str]]]:
+    """The codes whose time is over, with who issued them, page by page."""
+    connection.execute(IN_ORDER)
+    row = connection.execute("SELECT ledger_now()").fetchone()
+    assert row is not None
+    last = (BEGINNING, "")
+    for _ in range(MAX_ENDED // PAGE):
+        page = connection.execute(OVER, (row[0], *last)).fetchall()
+        if not page:
+            return
+        yield [(account, code) for account, code, _ in page]
+        last = (page[-1][2], page[-1][1])
+
+
 def _ending(over: list[tuple[str, str]]) -> Iterator[FollowUp]:
     """What ends codes of each account; the same each time it is made of the same codes."""
-    for account, rows in groupby(over, key=lambda row: row[0]):
+    for account, rows in groupby(sorted(over), key=lambda row: row[0]):
         codes = [code for _, code in rows]
-        for start in range(0, len(codes), MAX_CODES):
-            block = codes[start : start + MAX_CODES]
-            arguments = {"account": account, "codes": block, "actor": ACTOR, "reason": REASON, "v": VERSION}
-            digest = sha256(" ".join(block).encode()).hexdigest()
-            yield FollowUp(WithdrawCodes.operation, f"codes.over:{digest}", arguments)
+        arguments = {"account": account, "codes": codes, "actor": ACTOR, "reason": REASON, "v": VERSION}
+        digest = sha256(" ".join(codes).encode()).hexdigest()
+        yield FollowUp(WithdrawCodes.operation, f"codes.over:{digest}", arguments)
 
 
 def _put(connection: psycopg.Connection[Any], follow: FollowUp) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 
-import msgspec
-
 from creditlane.codes import Code
 from creditlane.contract import Open, Settle
 from models.rules.burning import Plan, came_in, new_grant
@@ -36,8 +34,8 @@ def open_account(account: Account, message: Open, context: Context) -> Outcome:
     A pool starts empty. A ``plan`` begins at once. What the ``lead`` has left that it was follows by a
     ``credits.convert`` in that one's lane; if that is refused, the account stays open. A ``referral_code`` is claimed,
     and never keeps an account from being opened: the details tell ``referral``, ``claimed`` or the code that a
-    ``referrals.claim`` would be refused with. Refusals: ``account_exists``, ``unknown_plan``. (ledger rules:
-    operations, open)
+    ``referrals.claim`` would be refused with. Refusals: ``account_exists``, ``unknown_plan``.
+    (ledger rules: operations, open)
     """
     if account.status != UNOPENED:
         raise RefusedError(Code.ACCOUNT_EXISTS)
@@ -53,16 +51,10 @@ def open_account(account: Account, message: Open, context: Context) -> Outcome:
     account.is_dirty = True
     uses = _welcome(account, message, context)
     details = None if terms is None else begin(account, terms, None, context).details
-    opened = Outcome(uses=uses, details=details, follow=_converted(message))
+    outcome = Outcome(uses=uses, details=details, follow=_converted(message))
     if message.referral_code is None:
-        return opened
-    claimed = claim_with_opening(account, message.referral_code, context)
-    return msgspec.structs.replace(
-        claimed,
-        uses=[*opened.uses, *claimed.uses],
-        details={**(details or {}), **(claimed.details or {})},
-        follow=[*opened.follow, *claimed.follow],
-    )
+        return outcome
+    return claim_with_opening(account, message.referral_code, outcome, context)
 
 
 def _converted(message: Open) -> Sequence[FollowUp]:

@@ -142,7 +142,7 @@ def redeem(account: Account, message: RedeemCode, context: Context) -> Outcome:
     code = account.codes.get(message.code)
     if code is None or code.terms.kind != GIFT:
         raise RefusedError(Code.CODE_UNKNOWN)
-    row = _raw(row_of(code, with_lots=True))
+    row = _raw(row_of(code, to_use=True))
     try:
         return _redeem(account, code, context, row)
     except RefusedError as refusal:
@@ -223,10 +223,9 @@ def conclude(account: Account, message: ConcludeCode, context: Context) -> Outco
     if message.slot >= issued.uses:
         raise RefusedError(Code.CODE_UNKNOWN, "the code has not so many uses")
     start = (message.place * issued.uses + message.slot) * int(issued.amount)
-    uses = []
-    for grant, amount in _paid_by(account, known).cut(start, start + int(issued.amount)):
+    uses = _paid(account, known, start, start + int(issued.amount))
+    for grant, amount in uses:
         post(account, grant, "sent", amount, context.now, context.operation, message.issue)
-        uses.append((grant, amount))
     details = {"gift_code": message.code, "credits": format_amount(issued.amount), "to": message.redeemed_by}
     return Outcome(uses=uses, details=details)
 
@@ -242,8 +241,10 @@ def _issue_of(known: Known) -> IssueCodes | None:
     return known.message
 
 
-def _paid_by(account: Account, known: Known) -> EndToEnd[Grant]:
-    return EndToEnd([(account.grants[line.grant], line.taken) for line in known.lines or ()])
+def _paid(account: Account, known: Known, start: int, end: int) -> Plan:
+    """A stretch of what paid for an issue, in transit still: of other credits the lots may not be at hand."""
+    laid = EndToEnd([(line.grant, line.taken) for line in known.lines or ()])
+    return [(account.grants[grant], amount) for grant, amount in laid.cut(start, end)]
 
 
 @operation(
@@ -281,9 +282,8 @@ def _return(account: Account, code: SharedCode, context: Context) -> Sequence[tu
     if not terms.is_paid or code.is_used_up:
         return []
     assert terms.uses is not None
-    start = terms.place * terms.uses
-    laid = _paid_by(account, account.known[terms.operation])
-    back = laid.cut((start + code.uses) * terms.amount, (start + terms.uses) * terms.amount)[::-1]
+    first, end = terms.place * terms.uses + code.uses, (terms.place + 1) * terms.uses
+    back = _paid(account, account.known[terms.operation], first * terms.amount, end * terms.amount)[::-1]
     for grant, amount in back:
         come_back(account, grant, "bounced", amount, context.now, context.operation, terms.operation)
     return back

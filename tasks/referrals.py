@@ -36,7 +36,7 @@ from models.rules.claw_back import come_due
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.sharing import REFEREE, REFERRAL, REFERRED, Referral, SharedCode, Terms, row_of
-from models.rules.state import FROZEN, MAX_OPEN_GRANTS, Account
+from models.rules.state import MAX_OPEN_GRANTS, Account
 from tasks.operation import Context, FollowUp, Need, Outcome, operation
 
 CLAIMED = "claimed"
@@ -49,14 +49,13 @@ _OWN = Need("referral", "")
 # --- The code ----------------------------------------------------------------------------------------
 
 
-@operation(IssueReferral, need=lambda message: (_OWN, Need("code", message.code)))
+@operation(IssueReferral, need=lambda message: (_OWN, Need("code", message.code)), spends=True)
 def issue_referral(account: Account, message: IssueReferral, context: Context) -> Outcome:
     """Give a user or a pool the code by which it refers others.
 
     It has one for ever: where it has one, that is the answer, whichever was asked for, and nothing changes. Refusals:
     ``account_frozen``; ``invalid`` for a lead, which has not signed up itself; ``code_exists``.
     """
-    _check_free(account)
     if account.kind == "lead":
         raise RefusedError(Code.INVALID, "a lead refers nobody; issue the code to the user that it becomes")
     if account.referral is not None and account.referral.code is not None:
@@ -82,7 +81,11 @@ def _own(account: Account) -> Referral:
 # --- The claim ---------------------------------------------------------------------------------------
 
 
-@operation(ClaimReferral, need=lambda message: (_OWN, Need("code", message.code), Need("referee", message.code)))
+@operation(
+    ClaimReferral,
+    need=lambda message: (_OWN, Need("code", message.code), Need("referee", message.code)),
+    spends=True,
+)
 def claim(account: Account, message: ClaimReferral, context: Context) -> Outcome:
     """Note who referred the account, a user; where the catalog gives its bonus with the claim, it comes at once.
 
@@ -90,7 +93,6 @@ def claim(account: Account, message: ClaimReferral, context: Context) -> Outcome
     was closed, or when ``claim_days`` since the account's opening are over; ``self_referral`` for its own code, and for
     that of an account that it was rewarded for; ``already_referred``; ``limit_reached``. (ledger rules: referrals)
     """
-    _check_free(account)
     code = account.codes.get(message.code)
     refusal = _hindrance(account, code, context)
     at_once = context.catalog.referrals.trigger == "sign_up"
@@ -100,26 +102,22 @@ def claim(account: Account, message: ClaimReferral, context: Context) -> Outcome
         refusal.details.update(_said(code))
         raise refusal
     assert code is not None
-    return _claimed(account, code, context)
+    return _claimed(account, code, Outcome(), context)
 
 
-def claim_with_opening(account: Account, text: str, context: Context) -> Outcome:
+def claim_with_opening(account: Account, text: str, outcome: Outcome, context: Context) -> Outcome:
     """Claim a code for an account that has just been opened; a bad one changes nothing.
 
-    :returns: credits and follow-ups where the code was good; the details tell ``referral``, ``claimed`` or the code
-        of the refusal.
+    :param outcome: the opening's, without all that.
+    :returns: with the bonus and the follow-up, where the code was good; the details tell ``referral``, ``claimed`` or
+        the code of the refusal.
     """
     code = account.codes.get(text)
     refusal = _hindrance(account, code, context)
     if refusal is not None:
-        return Outcome(details={"referral": refusal.code.value, **_said(code)})
+        return _with(outcome, {"referral": refusal.code.value, **_said(code)})
     assert code is not None
-    return _claimed(account, code, context)
-
-
-def _check_free(account: Account) -> None:
-    if account.status == FROZEN:
-        raise RefusedError(Code.ACCOUNT_FROZEN)
+    return _claimed(account, code, outcome, context)
 
 
 def _said(code: SharedCode | None) -> dict[str, Any]:
@@ -146,12 +144,12 @@ def _hindrance(account: Account, code: SharedCode | None, context: Context) -> R
     return None
 
 
-def _claimed(account: Account, code: SharedCode, context: Context) -> Outcome:
+def _claimed(account: Account, code: SharedCode, outcome: Outcome, context: Context) -> Outcome:
     referral = _own(account)
     referral.referrer = code.terms.account
     referral.claimed_code = code.terms.code
     referral.claimed_at = context.now
-    outcome = Outcome(details={"referral": CLAIMED, "referrer": referral.referrer, **_said(code)})
+    outcome = _with(outcome, {"referral": CLAIMED, "referrer": referral.referrer, **_said(code)})
     if context.catalog.referrals.trigger == "sign_up":
         return _settled(account, outcome, context)
     return outcome
@@ -175,11 +173,18 @@ def _settled(account: Account, outcome: Outcome, context: Context) -> Outcome:
     referral.settled_at = context.now
     uses, details = _bonus(account, int(context.catalog.referrals.referee), context)
     follow = rewarding(referral.referrer, account.account, referral.claimed_code)
+    return _with(outcome, {"referrer": referral.referrer, **details}, uses, [follow])
+
+
+def _with(
+    outcome: Outcome, details: dict[str, Any], uses: Plan | None = None, follow: Sequence[FollowUp] = ()
+) -> Outcome:
+    """What an operation answers, and what a referral adds to it."""
     return msgspec.structs.replace(
         outcome,
-        uses=[*outcome.uses, *uses],
-        details={**(outcome.details or {}), "referrer": referral.referrer, **details},
-        follow=[*outcome.follow, follow],
+        details={**(outcome.details or {}), **details},
+        uses=[*outcome.uses, *(uses or ())],
+        follow=[*outcome.follow, *follow],
     )
 
 

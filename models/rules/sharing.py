@@ -252,13 +252,14 @@ class CodeRow(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults
     """How many uses there were before the operation; the slot of the next."""
 
 
-def row_of(code: SharedCode, with_lots: bool = False) -> CodeRow:
+def row_of(code: SharedCode, to_use: bool = False) -> CodeRow:
     """What a code's row says now.
 
-    :param with_lots: those of its next use too.
+    :param to_use: with what only its next use is about, the lots and the message.
     """
-    lots = tuple(code.lots_of(code.uses)) if with_lots and not code.is_used_up else ()
-    return CodeRow(terms=msgspec.structs.replace(code.terms, lots=lots), status=code.status, used=code.uses)
+    lots = tuple(code.lots_of(code.uses)) if to_use and not code.is_used_up else ()
+    terms = msgspec.structs.replace(code.terms, lots=lots, message=code.terms.message if to_use else None)
+    return CodeRow(terms=terms, status=code.status, used=code.uses)
 
 
 def code_of_row(row: CodeRow) -> SharedCode:

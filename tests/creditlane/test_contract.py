@@ -37,6 +37,8 @@ MINIMAL: dict[str, dict[str, Any]] = {
         "step": 1,
     },
     "credits.settle": {"account": "user_42"},
+    "pools.set_member": {"account": "user_42", "member": "anna"},
+    "pools.remove_member": {"account": "user_42", "member": "anna"},
     "credits.transfer": {"account": "user_42", "to": "user_43", "amount": "5"},
     "credits.receive": {
         "account": "user_42",
@@ -126,6 +128,8 @@ FULL: dict[str, dict[str, Any]] = {
         "currency": "EUR",
     },
     "credits.settle": {"account": "user_42"},
+    "pools.set_member": {"account": "user_42", "member": "anna", "limit": "0", "period": "week"},
+    "pools.remove_member": {"account": "user_42", "member": "anna", "v": 1},
     "credits.transfer": {"account": "user_42", "to": "user_43", "amount": "5", "message": "for you"},
     "credits.receive": {
         "account": "user_42",
@@ -421,6 +425,12 @@ def test_an_amount_is_more_than_0(name: str, field: str, amount: str | int) -> N
 def test_a_capture_may_be_of_nothing_but_not_of_less(field: str) -> None:
     assert decode_message("credits.capture", encoded({**MINIMAL["credits.capture"], field: "0"}))
     assert f"{field} must not be negative" in invalid("credits.capture", **{field: "-0.000001"})
+
+
+def test_a_members_limit_may_be_nothing_but_not_less() -> None:
+    assert decode_message("pools.set_member", encoded({**MINIMAL["pools.set_member"], "limit": "0"}))
+    assert "limit must not be negative" in invalid("pools.set_member", limit="-0.000001")
+    assert "period" in invalid("pools.set_member", period="year")
 
 
 @pytest.mark.parametrize("amount", [0, "0", "-0.0"])

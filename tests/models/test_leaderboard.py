@@ -147,13 +147,22 @@ def test_who_earned_most(ledger: Ledger, connection: psycopg.Connection[Any]) ->
         deliver(ledger)
         ledger.apply("credits.transfer", "t-2", account="d", to="a", amount=30)
         deliver(ledger)
+        ledger.apply("codes.issue", "i", account="a", codes=["GIFTCODE"], amount=6)
+        ledger.apply("codes.issue", "j", account="a", codes=["PROMOCODE"], amount=7, actor="anna", reason="fair")
+        for name, code in (("b", "GIFTCODE"), ("b", "PROMOCODE")):
+            assert ledger.apply("codes.redeem", f"of-{code}", account=name, code=code)["status"] == "applied"
+        ledger.apply("credits.open", "open", account="lead", kind="lead")
+        ledger.apply("credits.grant", "g", account="lead", amount=20, source="lead")
+        ledger.apply("credits.open", "open", account="e")
+        ledger.apply("credits.convert", "e", account="lead", to="e")
+        deliver(ledger)
         asked: dict[str, Any] = {"by": "earned"}
         found = leaderboard(connection, GIVING, account="d", **asked)
-        assert told(found) == [(1, "d", "70"), (2, "a", "10"), (3, "c", "5"), (4, "b", "4")]
+        assert told(found) == [(1, "d", "70"), (2, "a", "10"), (2, "b", "10"), (4, "c", "5")]
         assert found.own == Ranked(rank=1, account="d", credits=Decimal(70))
-        assert found.total == 89
+        assert found.total == 95
         second: dict[str, Any] = {"since": date(2027, 3, 2), "until": date(2027, 3, 3)}
-        assert told(leaderboard(connection, GIVING, **asked, **second)) == [(1, "d", "70")]
+        assert told(leaderboard(connection, GIVING, **asked, **second)) == [(1, "d", "70"), (2, "b", "6")]
         assert [line[1:] for line in told(leaderboard(connection, PACKS, **asked))] == [
-            ("d", "70"), ("c", "50"), ("a", "10"), ("b", "4"),
+            ("d", "70"), ("c", "50"), ("b", "17"), ("a", "10"),
         ]  # fmt: skip

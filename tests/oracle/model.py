@@ -19,7 +19,7 @@ Row = dict[str, Any]
 """A lot, a hold, a movement or an answer."""
 
 INSTANTS = ("effective_at", "expires_at", "occurred_at", "period_start", "period_end")
-AMOUNTS = ("amount", "quantity")
+AMOUNTS = ("amount", "quantity", "limit")
 DEFAULTS = {"v": 1, "kind": "user", "ttl": 900, "partial": False, "at": "period_end", "from_lead": False}
 
 MOST = 9 * 10**18
@@ -82,7 +82,10 @@ def meaning(name: str, content: Row) -> Row:
     return said
 
 
-SPENDING = ("credits.consume", "credits.hold", "credits.transfer", "credits.convert", "codes.issue")
+SPENDING = (
+    "credits.consume", "credits.hold", "credits.transfer", "credits.convert", "codes.issue", "referrals.issue",
+    "referrals.claim",
+)  # fmt: skip
 """What an account that an administrator has frozen may not do."""
 
 CONCLUDING = (
@@ -171,9 +174,8 @@ class Ledger:
             if self.halted and name in SPENDING:
                 raise Refusal("account_frozen")
             family, _, deed = name.partition(".")
-            step: Callable[[Row, str, datetime], Row] = getattr(
-                self, ("code_" if family == "codes" else "") + deed + "_"
-            )
+            prefix = {"codes": "code_", "referrals": "referral_"}.get(family, "")
+            step: Callable[[Row, str, datetime], Row] = getattr(self, prefix + deed + "_")
             details = step(said, operation, now)
             answer = {"status": "applied", "code": None, "charged": 0, "uses": [], **details}
             new = self.achieve(operation, now)
@@ -196,7 +198,7 @@ class Ledger:
         """What the operation under way brought: the lowest first, each with its credits and the lot they are in."""
         used = sum(lot["consumed"] - lot["restored"] for lot in self.lots)
         brought: list[tuple[str, int, int | None]] = []
-        if self.closed:
+        if self.closed or self.halted:
             return brought
         wanted = [each for each in self.policy.get("achievements", []) if each["name"] not in self.achieved]
         for each in sorted(wanted, key=lambda each: (each["at"], each["name"])):
