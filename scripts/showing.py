@@ -253,8 +253,10 @@ def summary_lines(summary: AccountSummary) -> RenderableType:
     """An account with its balance, its grants and its holds."""
     balance = summary.balance
     colour = {"open": "green", "closed": "red"}.get(summary.status, "yellow")
+    became = "" if summary.converted_to is None else f": has become {said(summary.converted_to)}"
+    state = f"[{colour}]{said(summary.status)}[/]{became}"
     facts = [
-        ("account", f"[bold]{said(summary.account)}[/]  {said(summary.kind)}, [{colour}]{said(summary.status)}[/]"),
+        ("account", f"[bold]{said(summary.account)}[/]  {said(summary.kind)}, {state}"),
         ("available", f"[bold]{balance.available}[/]"),
     ]
     others = {

@@ -147,6 +147,49 @@ def test_every_operation(run: Run, lane_worker: Worker) -> None:
     assert "consumed grant 3 (promotion)" in run("account", "history", "alice", "--entries").stdout
 
 
+def test_a_lead_and_what_administrators_do(run: Run, lane_worker: Worker) -> None:
+    run("account", "open", "visitor", "--kind", "lead")
+    run("grant", "visitor", "20", "--source", "lead")
+    run("account", "open", "alice")
+    converted = run("lead", "convert", "visitor", "alice")
+    assert "applied convert: 20 credits on their way from the lead visitor to alice" in converted.stdout
+    eventually(lambda: one(run("account", "show", "alice", "--json"))["balance"]["available"] == "70")
+    assert "lead, closed: has become alice" in run("account", "show", "visitor").stdout
+    assert "convert to alice" in run("account", "history", "visitor").stdout
+    assert "account_closed" in run("consume", "visitor", "--amount", "1", code=3).stderr
+    run("account", "open", "second", "--kind", "lead")
+    run("grant", "second", "5", "--source", "lead")
+    run("account", "open", "bob", "--lead", "second")
+    eventually(lambda: one(run("account", "show", "bob", "--json"))["balance"]["available"] == "55")
+
+    frozen = run("account", "freeze", "alice", "--reason", "a stolen card", "--actor", "anna")
+    assert "applied accounts.freeze: alice is frozen" in frozen.stdout
+    assert "account_frozen" in run("consume", "alice", "--amount", "1", code=3).stderr
+    assert "user, frozen" in run("account", "show", "alice").stdout
+    assert one(run("account", "thaw", "alice", "--reason", "found", "--json"))["account_status"] == "open"
+    run("hold", "alice", "--amount", "1", "--id", "job")
+    assert "1 open holds" in run("account", "close", "alice", "--reason", "gone", code=3).stderr
+    run("release", "alice", "job")
+    assert "alice is closed, 70 credits revoked" in run("account", "close", "alice", "--reason", "gone").stdout
+    assert "alice is open" in run("account", "reopen", "alice", "--reason", "back again").stdout
+
+    lines = several(run("account", "actions", "--json"))
+    assert [(line["name"], line["actor"], line["change"]) for line in lines] == [
+        ("accounts.reopen", operator(), "0"),
+        ("accounts.close", operator(), "-70"),
+        ("accounts.close", operator(), "0"),
+        ("accounts.thaw", operator(), "0"),
+        ("accounts.freeze", "anna", "0"),
+    ]
+    told = run("account", "actions", "--limit", "1").stdout
+    assert "back again" in told
+    before = told.splitlines()[-1].partition("--before ")[2].strip("'")
+    assert "gone" in run("account", "actions", "--before", before, "--limit", "1").stdout
+    assert "a stolen card" in run("account", "actions", "--actor", "anna", "--since", "2020-01-01").stdout
+    assert "nothing since" in run("account", "actions", "--actor", "nobody").stdout
+    assert "next_before" in run("account", "actions", "--before", "x", code=2).stderr
+
+
 def test_a_transfer(run: Run, lane_worker: Worker) -> None:
     run("account", "open", "alice")
     run("grant", "alice", "10", "--source", "pack")
@@ -660,7 +703,8 @@ def test_every_help_has_examples() -> None:
                 "seal",
             ],
         ),
-        (["account"], ["open", "show", "history"]),
+        (["account"], ["open", "show", "history", "freeze", "thaw", "close", "reopen", "actions"]),
+        (["lead"], ["convert"]),
         (["quarantine"], ["list", "show", "replay", "drop"]),
     ):
         for name in commands:
