@@ -66,6 +66,7 @@ from creditlane.reports import (
     Merit,
     OperationExplained,
     Planned,
+    Pool,
     Referrals,
     RefundGrouping,
     Refunds,
@@ -418,6 +419,27 @@ class Operations:
         """An administrator has a closed account take operations again; what was revoked stays so."""
         return self.submit("accounts.reopen", id, {"account": account, "actor": actor, "reason": reason}, wait)
 
+    def set_member(
+        self,
+        account: str,
+        member: str,
+        *,
+        id: str,
+        limit: Amount | None = None,
+        period: Literal["day", "week", "month", "total"] = "month",
+        wait: float | None = None,
+    ) -> Result | None:
+        """List ``member`` of the pool ``account``, or change its limit: credits that it may use in each period.
+
+        :param limit: without one that of the catalog's ``[pools]`` holds, with its period.
+        """
+        arguments = {"account": account, "member": member, "limit": _wire(limit), "period": period}
+        return self.submit("pools.set_member", id, arguments, wait)
+
+    def remove_member(self, account: str, member: str, *, id: str, wait: float | None = None) -> Result | None:
+        """Take ``member`` off the list of the pool ``account``: it uses the pool no more."""
+        return self.submit("pools.remove_member", id, {"account": account, "member": member}, wait)
+
     def subscribe(
         self,
         account: str,
@@ -715,6 +737,27 @@ class CreditClient(Operations):
             "limit": limit, "after": after,
         }  # fmt: skip
         return msgspec.convert(self._read("usage", arguments, wait), Usage | None)
+
+    def pool(
+        self,
+        account: str,
+        *,
+        since: date | None = None,
+        until: date | None = None,
+        limit: int = 50,
+        after: str | None = None,
+        wait: float = 10.0,
+    ) -> Pool | None:
+        """A pool and its members, what each may use and what it used; ``None`` for an account that is no pool.
+
+        :param since: the first day of what they were charged, UTC; 30 days before ``until`` unless given.
+        :param until: the day after the last; tomorrow unless given.
+        :param limit: members of the page, at most 1,000.
+        :param after: ``next_after`` of the page before.
+        :param wait: seconds.
+        """
+        arguments = {"account": account, "since": since, "until": until, "limit": limit, "after": after}
+        return msgspec.convert(self._read("pool", arguments, wait), Pool | None)
 
     def forecast(
         self,

@@ -191,6 +191,54 @@ class Usage(msgspec.Struct, kw_only=True, frozen=True):
     """What to ask for next with ``after``; None at the end."""
 
 
+# --- Pools -------------------------------------------------------------------------------------------
+
+
+class PoolMember(msgspec.Struct, kw_only=True, frozen=True):
+    """A member of a pool: what it may use, and what it did; amounts in credits."""
+
+    member: str
+    status: Literal["listed", "removed", "unlisted"]
+    """``removed`` uses the pool no more; ``unlisted`` was never on its list, and used it all the same."""
+    limit: Decimal | None
+    """In a period: its own, or the catalog's for all; None without one."""
+    period: Literal["day", "week", "month", "total"] | None
+    """None for one that is not counted, as the next three."""
+    period_end: datetime | None
+    """The first instant after the period under way; None of ``total`` as well."""
+    used: Decimal | None
+    """In the period under way, what is held included and what was given back not."""
+    left: Decimal | None
+    """What its limit leaves; the pool may have less."""
+    charged: Decimal
+    """In the span of days, less what was given back in it."""
+    share_percent: float | None
+    """Of what the whole pool was charged then, to a tenth; None where that is nothing."""
+
+
+class Pool(msgspec.Struct, kw_only=True, frozen=True):
+    """A pool, and a page of its members by name."""
+
+    account: str
+    as_of: datetime
+    available: Decimal
+    """What can be spent now, by all."""
+    held: Decimal
+    open_to: Literal["any", "listed"]
+    """Who may use it: whoever is named as a member and was not removed, or only those that are listed."""
+    since: date
+    """The first day of the span, UTC."""
+    until: date
+    """The day after the last."""
+    charged: Decimal
+    """By all, less what was given back."""
+    own: Decimal
+    """Of that, what names no member."""
+    members: list[PoolMember]
+    next_after: str | None
+    """What to ask for next with ``after``; None at the end."""
+
+
 # --- Forecast ----------------------------------------------------------------------------------------
 
 

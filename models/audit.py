@@ -23,6 +23,7 @@ from creditlane.amounts import format_amount
 from models.audit_codes import check_codes
 from models.audit_page import Page, PageAudit, Replayer, begin_reading
 from models.audit_processes import Helpers
+from models.audit_referrals import check_referrals
 from models.audit_rows import ACCOUNT_COLUMNS, BUCKETS, SINCE, Stream, Totals
 from models.cutoff import BusyError, alone, declare_reader, quiet_cutoff
 from models.report import Fault, Report
@@ -258,7 +259,7 @@ def _pages(connection: Connection[Any], wanted: list[str] | None) -> Iterator[Pa
 
 
 def _check_whole(connection: Connection[Any], report: Report) -> None:
-    """What only shows over all accounts: rows of nobody, credits received that nobody sent, and codes."""
+    """What only shows over all accounts: rows of nobody, credits received that nobody sent, codes and referrals."""
     for table, account, key in connection.execute(ORPHANS):
         report.add(account, table, key, "belongs to an account that has no row")
     row = connection.execute(IN_TRANSIT).fetchone()
@@ -274,3 +275,4 @@ def _check_whole(connection: Connection[Any], report: Report) -> None:
             " in transit",
         )
     check_codes(connection, report)
+    check_referrals(connection, report)

@@ -1,8 +1,8 @@
 """Which accounts used or earned the most, for all time or in a span of days; exact to the last commit.
 
 What is read: for credits used of all time the rows of all accounts; for those of a span its days of usage and what is
-not rolled up yet; for credits earned all lots, or those of the span, and all uses of gift codes. No row says what rank an account has, so its rank
-costs as much as the whole board.
+not rolled up yet; for credits earned all lots, or those of the span, and all uses of gift codes. No row says what rank
+an account has, so its rank costs as much as the whole board.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def leaderboard(
     """The accounts that used or earned the most credits.
 
     Used is what was charged less what was given back. Earned is what came in without being paid for: lots of the
-    sources that the catalog counts as earned, less what was taken back of them, and gifts, by transfer or by a code that
-    somebody paid for, less those given.
+    sources that the catalog counts as earned, less what was taken back of them, and gifts, by transfer or by a code
+    that somebody paid for, less those given.
 
     :param connection: not within a transaction.
     :param catalog: the one in force.

@@ -122,6 +122,7 @@ from scripts.lane_state import lane_states
 from scripts.notices_commands import notices_app
 from scripts.payments_commands import payments_app
 from scripts.plan_commands import plan_app
+from scripts.pools_commands import pools_app
 from scripts.reading_commands import (
     EXPLAIN_EXAMPLES,
     FORECAST_EXAMPLES,
@@ -190,6 +191,7 @@ app.add_typer(quarantine_app, name="quarantine")
 app.add_typer(plan_app, name="plan")
 app.add_typer(catalog_app, name="catalog")
 app.add_typer(codes_app, name="codes")
+app.add_typer(pools_app, name="pools")
 app.add_typer(notices_app, name="notices")
 app.add_typer(payments_app, name="payments")
 app.add_typer(referrals_app, name="referrals")

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from creditlane.amounts import to_wire
+from creditlane.codes import Code
 from creditlane.contract import Result
 from creditlane.rabbitmq import DEAD
 from creditlane.reports import Action, EntryLine, HistoryLine
@@ -205,6 +206,11 @@ def _deed(result: Result) -> str:
             return f"{account} was referred by [bold]{said(result.referrer)}[/]"
         case name if result.plan is not None and name.startswith("plans."):
             return f"{name}: {account} has the plan [bold]{said(result.plan)}[/], {result.plan_status}"
+        case "pools.set_member":
+            limit = "without a limit" if result.limit is None else f"for {credits(result.limit)} in each period"
+            return f"{result.operation}: [bold]{said(result.member)}[/] may use {account} {limit}"
+        case "pools.remove_member":
+            return f"{result.operation}: [bold]{said(result.member)}[/] may use {account} no more"
         case "adjust" | "revoke":
             return f"{short(result.operation)}: {credits(amount)} taken from {account}"
         case name:
@@ -230,6 +236,9 @@ def refusal(result: Result) -> str:
             f"{credits(result.required)} needed, {to_wire(result.available or 0)} available, "
             f"{to_wire(result.shortfall or 0)} short"
         )
+    if result.code is Code.MEMBER_LIMIT:
+        until = "" if result.period_end is None else f" until {instant(result.period_end)} UTC"
+        sentence += f"; {result.member} may use {to_wire(result.limit or 0)}{until}"
     if result.offer:
         kind = "plan" if "plan" in result.offer else "pack"
         sentence += f"; the cheapest that covers it: {kind} {result.offer.get(kind)}, {result.offer.get('price')}"

@@ -25,6 +25,7 @@ from models import (
     explaining,
     forecast,
     leaderboard,
+    pool_reading,
     reading,
     referral_reading,
     refund_reading,
@@ -89,6 +90,15 @@ class UsageQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     member: Key | None = None
     limit: Limit = DEFAULT_PAGE
     after: Key | None = None
+
+
+class PoolQuery(Query, frozen=True, kw_only=True):
+    """``queries.pool``: see :func:`models.pool_reading.pool`."""
+
+    since: date | None = None
+    until: date | None = None
+    limit: Limit = DEFAULT_PAGE
+    after: Name | None = None
 
 
 class ForecastQuery(Query, frozen=True, kw_only=True):
@@ -231,6 +241,22 @@ def usage(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
     account = values.pop("account")
     with reader() as connection:
         return _told(usage_reading.usage(connection, account, **values))
+
+
+@shared_task(name="queries.pool", **RETRIES)
+def pool(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
+    """A pool and its members: what each may use, what it used, and its share.
+
+    :param v: the contract's version.
+    :param arguments: those of a :class:`PoolQuery`.
+    :returns: a :class:`creditlane.reports.Pool` as JSON has it; None for an account that is no pool, or not there.
+    :raises ValueError: for arguments that make no sense, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away, or takes more than 30 s.
+    """
+    values = msgspec.structs.asdict(understood(PoolQuery, v, arguments))
+    account = values.pop("account")
+    with reader() as connection:
+        return _told(pool_reading.pool(connection, account, catalog_in_force(connection), **values))
 
 
 @shared_task(name="queries.forecast", **RETRIES)

@@ -55,7 +55,16 @@ def databases(stack: Stack) -> Databases:
 @pytest.fixture
 def database(databases: Databases) -> Iterator[str]:
     """The URL of a fresh, migrated database, audited when the test is done."""
-    url = databases.take()
+    yield from _audited(databases, databases.take())
+
+
+@pytest.fixture
+def unused_database(databases: Databases) -> Iterator[str]:
+    """As ``database``, and nobody has written to its files before."""
+    yield from _audited(databases, databases.take(unused=True))
+
+
+def _audited(databases: Databases, url: str) -> Iterator[str]:
     yield url
     with psycopg.connect(url, autocommit=True) as connection:
         report = audit(connection, replayer=Replayer({catalog.label: catalog for catalog in CATALOGS}))

@@ -548,7 +548,14 @@ class Catalog(Section, frozen=True):
         return self.priorities.get(source, DEFAULT_PRIORITY)
 
     def is_transferable(self, source: str) -> bool:
-        """Whether credits of a source may be given to another account."""
+        """Whether credits of a source may be given to another account; what a plan carried, if it might before."""
+        named = self.sources.get(source)
+        if named is not None and named.transferable is not None:
+            return named.transferable
+        carried = [plan.source for plan in self.plans.values() if plan.rollover_source == source]
+        return all(map(self._may_leave, (source, *carried)))
+
+    def _may_leave(self, source: str) -> bool:
         named = self.sources.get(source)
         if named is not None and named.transferable is not None:
             return named.transferable

@@ -37,6 +37,8 @@ MINIMAL: dict[str, dict[str, Any]] = {
         "step": 1,
     },
     "credits.settle": {"account": "user_42"},
+    "pools.set_member": {"account": "user_42", "member": "anna"},
+    "pools.remove_member": {"account": "user_42", "member": "anna"},
     "credits.transfer": {"account": "user_42", "to": "user_43", "amount": "5"},
     "credits.receive": {
         "account": "user_42",
@@ -46,6 +48,11 @@ MINIMAL: dict[str, dict[str, Any]] = {
     },
     "credits.confirm": {"account": "user_42", "transfer": "gift-1"},
     "credits.bounce": {"account": "user_42", "transfer": "gift-1", "refused": "unknown_account"},
+    "credits.convert": {"account": "user_42", "to": "user_43"},
+    "accounts.freeze": {"account": "user_42", "actor": "ann", "reason": "a stolen card"},
+    "accounts.thaw": {"account": "user_42", "actor": "ann", "reason": "found again"},
+    "accounts.close": {"account": "user_42", "actor": "ann", "reason": "asked for"},
+    "accounts.reopen": {"account": "user_42", "actor": "ann", "reason": "by mistake"},
     "codes.issue": {"account": "user_42", "codes": ["ABCD1234"], "amount": "5"},
     "codes.redeem": {"account": "user_42", "code": "ABCD1234"},
     "codes.withdraw": {"account": "user_42", "codes": ["ABCD1234"]},
@@ -121,6 +128,8 @@ FULL: dict[str, dict[str, Any]] = {
         "currency": "EUR",
     },
     "credits.settle": {"account": "user_42"},
+    "pools.set_member": {"account": "user_42", "member": "anna", "limit": "0", "period": "week"},
+    "pools.remove_member": {"account": "user_42", "member": "anna", "v": 1},
     "credits.transfer": {"account": "user_42", "to": "user_43", "amount": "5", "message": "for you"},
     "credits.receive": {
         "account": "user_42",
@@ -133,12 +142,20 @@ FULL: dict[str, dict[str, Any]] = {
                 "amount": 1,
                 "priority": 1000,
                 "unit_price": {"minor": 499, "currency": "EUR", "per": "25"},
+                "features": ["image"],
+                "effective_at": "2026-02-01T00:00:00Z",
             },
         ],
         "message": "for you",
+        "from_lead": True,
     },
     "credits.confirm": {"account": "user_42", "transfer": "gift-1"},
     "credits.bounce": {"account": "user_42", "transfer": "gift-1", "refused": "limit_reached"},
+    "credits.convert": {"account": "user_42", "to": "user_43", "after": "job-7"},
+    "accounts.freeze": {"account": "user_42", "actor": "ann", "reason": "a stolen card", "v": 1},
+    "accounts.thaw": {"account": "user_42", "actor": "ann", "reason": "found again", "v": 1},
+    "accounts.close": {"account": "user_42", "actor": "ann", "reason": "asked for", "v": 1},
+    "accounts.reopen": {"account": "user_42", "actor": "ann", "reason": "by mistake", "v": 1},
     "codes.issue": {
         "account": "user_42",
         "codes": ["ABCD", "1234"],
@@ -408,6 +425,12 @@ def test_an_amount_is_more_than_0(name: str, field: str, amount: str | int) -> N
 def test_a_capture_may_be_of_nothing_but_not_of_less(field: str) -> None:
     assert decode_message("credits.capture", encoded({**MINIMAL["credits.capture"], field: "0"}))
     assert f"{field} must not be negative" in invalid("credits.capture", **{field: "-0.000001"})
+
+
+def test_a_members_limit_may_be_nothing_but_not_less() -> None:
+    assert decode_message("pools.set_member", encoded({**MINIMAL["pools.set_member"], "limit": "0"}))
+    assert "limit must not be negative" in invalid("pools.set_member", limit="-0.000001")
+    assert "period" in invalid("pools.set_member", period="year")
 
 
 @pytest.mark.parametrize("amount", [0, "0", "-0.0"])
@@ -906,6 +929,27 @@ def test_no_two_transfers_have_an_id_in_common() -> None:
     pairs = [("a", "bc"), ("ab", "c"), ("abc", ""), ("", "abc"), ("1:a", "b"), ("a", "1:b"), ("ä", "b"), ("a", "̈b")]
     ids = {make(*pair) for pair in pairs for make in (contract.receiving_id, contract.concluding_id)}
     assert len(ids) == 2 * len(pairs)
+
+
+def test_the_ids_of_conversions_are_kept_for_them() -> None:
+    first, later = contract.converting_id("lena", "anna"), contract.converting_id("lena", "anna", "job-7")
+    # Written down from: printf '4:lena4:anna' | sha256sum, and printf '4:lena4:anna5:job-7' | sha256sum
+    assert first == "lead.convert:18b432385bc50f68cb8ca597a09bb601cd215d2a9556c7c9a961f42b114a5e0a"
+    assert later == "lead.convert:4aa0fe9ca6d62b1b0ec6d3bd2db94ff42d4b88064ba7547cf7356d26639e46b7"
+    message = decode_message("credits.convert", encoded({"account": "lena", "to": "anna"}))
+    after = decode_message("credits.convert", encoded({"account": "lena", "to": "anna", "after": "job-7"}))
+    for id, good in (("order-991", message), (first, message), (later, after)):
+        contract.check_reserved("credits.convert", id, good)
+    for id, bad in ((later, message), (first, after), ("order-991", after)):
+        with pytest.raises(ContractError, match="derived by the ledger"):
+            contract.check_reserved("credits.convert", id, bad)
+
+
+def test_a_lead_becomes_a_user_other_than_itself() -> None:
+    assert "the lead itself" in invalid("credits.convert", to="user_42")
+    for wrong in ({"lead": "user_42"}, {"lead": "visitor", "kind": "pool"}):
+        assert "lead names another account" in invalid("credits.open", **wrong)
+    assert decode_message("credits.open", encoded({"account": "user_42", "lead": "visitor"}))
 
 
 def test_the_ids_of_what_follows_from_the_longest_names_are_ids() -> None:

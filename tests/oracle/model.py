@@ -19,7 +19,7 @@ Row = dict[str, Any]
 """A lot, a hold, a movement or an answer."""
 
 INSTANTS = ("effective_at", "expires_at", "occurred_at", "period_start", "period_end")
-AMOUNTS = ("amount", "quantity")
+AMOUNTS = ("amount", "quantity", "limit")
 DEFAULTS = {"v": 1, "kind": "user", "ttl": 900, "partial": False, "at": "period_end", "from_lead": False}
 
 MOST = 9 * 10**18

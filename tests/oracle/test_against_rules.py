@@ -27,6 +27,7 @@ from models.rules.state import CLOSED, COUNTERS, FROZEN, UNOPENED, Account, Entr
 from tasks.ledger import Answer, apply, encode
 from tests.oracle.model import BUCKETS, Row, meaning
 from tests.oracle.plans import PlanLedger
+from tests.oracle.pools import PoolLedger
 
 THOROUGH = os.environ.get("CREDITLANE_HYPOTHESIS") == "thorough"
 COMMON = settings(
@@ -148,6 +149,11 @@ def plain(catalog: Catalog) -> Row:
         ],
         "on_spent": catalog.clawback.on_spent,
         "refund_days": catalog.refunds.refund_days,
+        "pools": {
+            "members": catalog.pools.members,
+            "limit": None if catalog.pools.member_limit is None else int(catalog.pools.member_limit),
+            "period": catalog.pools.period,
+        },
         "zone": catalog.catalog.zone,
         "plans": {name: plain_plan(name, plan) for name, plan in catalog.plans.items()},
     }
@@ -318,12 +324,12 @@ def read_answer(answer: Answer) -> Row:
     }
     for amount in (
         "required", "available", "shortfall", "owed", "forgiven", "allotted", "expired", "taken_back", "restored",
-        "frozen", "thawed",
+        "frozen", "thawed", "limit",
     ):  # fmt: skip
         if amount in said:
             read[amount] = credits_of(said[amount])
     for same in ("grant", "hold", "to", "sender", "transfer", "refused", "plan", "plan_status", "plan_next",
-                 "converted_to", "account_status", "gift_code"):  # fmt: skip
+                 "converted_to", "account_status", "gift_code", "member"):  # fmt: skip
         if same in said:
             read[same] = said[same]
     for instant in ("expires_at", "period_start", "period_end", "paid_until"):
@@ -335,6 +341,12 @@ def read_answer(answer: Answer) -> Row:
         ]
     if "offer" in said:
         read["offer"] = said["offer"].get("pack", said["offer"].get("plan"))
+    if "allowance" in said:
+        read["allowance"] = {
+            name: datetime.fromisoformat(value) if name in ("since", "period_end") else
+            credits_of(value) if name in ("counted", "limit", "left") else value
+            for name, value in said["allowance"].items()
+        }  # fmt: skip
     balance = said.get("balance")
     if balance is not None:
         read["balance"] = {
@@ -366,7 +378,7 @@ class Both:
 
     def __post_init__(self) -> None:
         self.account = Account(self.name)
-        self.ledger = PlanLedger(plain(self.catalog))
+        self.ledger: PlanLedger = PoolLedger(plain(self.catalog))
 
     def do(self, name: str, operation: str, content: Row) -> Row:
         """Apply it to both; compare the answers and everything that they are made of."""

@@ -16,7 +16,7 @@ from creditlane.errors import BrokerUnavailableError, CreditlaneError
 from creditlane.reports import Planned
 from models import database as pools
 from models.settings import settings
-from tasks.queries import achievements, ahead, balance, explain, history, ranking, refunds, simulate, usage
+from tasks.queries import achievements, ahead, balance, explain, history, pool, ranking, refunds, simulate, usage
 from tests.broker import Broker, on_both_brokers
 from tests.conftest import Spawn
 from tests.support import Ledger, eventually, execute, rows
@@ -60,7 +60,7 @@ def test_a_newer_query_is_not_guessed_at(configured: str) -> None:
 
 
 ASKED = {
-    "history": history, "usage": usage, "forecast": ahead, "explain": explain, "simulate": simulate,
+    "history": history, "usage": usage, "pool": pool, "forecast": ahead, "explain": explain, "simulate": simulate,
     "leaderboard": ranking, "refunds": refunds, "achievements": achievements,
 }  # fmt: skip
 ONE = [{"name": "credits.settle"}]
@@ -85,6 +85,10 @@ NONSENSE: list[tuple[str, dict[str, object], str]] = [
     ("usage", {"account": "a", "limit": 0}, "limit"),
     ("usage", {"account": "a", "after": "a\ud800"}, "after"),
     ("usage", {"account": "a", "feature": "a\x00"}, "feature"),
+    ("pool", {"limit": 5}, "account"),
+    ("pool", {"account": "a", "limit": 0}, "limit"),
+    ("pool", {"account": "a", "since": "2027-02-30"}, "since"),
+    ("pool", {"account": "a", "after": ""}, "after"),
     ("forecast", {"account": "a", "days": 367}, "days"),
     ("forecast", {"account": "a", "days": True}, "days"),
     ("forecast", {"account": "a", "pace": 1.5}, "pace"),
@@ -214,6 +218,10 @@ def ask_all(client: CreditClient, ledger: Ledger) -> None:
     assert rest is not None
     assert [each.operation for each in rest.movements] == ["c-1"]
     ask_reports(client, ledger)
+    studio = client.pool("studio", limit=1)
+    assert studio is not None
+    assert [(each.member, str(each.left)) for each in studio.members] == [("mia", "2.5")]
+    assert client.pool("alice") is None
     assert client.history("nobody").lines == []
     assert (client.usage("nobody"), client.forecast("nobody"), client.explain("nobody")) == (None, None, None)
     referred = client.referrals("alice")
@@ -257,6 +265,8 @@ def test_through_a_real_worker(
 ) -> None:
     ledger.apply("credits.open", "o-1", account="alice")
     ledger.apply("credits.grant", "g-1", account="alice", amount="0.000001", source="pack")
+    ledger.apply("credits.open", "o-1", account="studio", kind="pool")
+    ledger.apply("pools.set_member", "m-1", account="studio", member="mia", limit="2.5")
     spawn("general", kind="general")
     eventually(lambda: broker.has_queue("queries"))
 

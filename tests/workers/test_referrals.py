@@ -12,9 +12,11 @@ import pytest
 
 from creditlane.contract import decode_message, rewarding_id
 from models.audit import audit
+from models.audit_referrals import check_referrals
 from models.catalog import parse_catalog
 from models.database import connect as connect_reader
 from models.referral_reading import MAX_PLACE, referrals
+from models.report import Report
 from models.settings import settings
 from schedules import referrals as schedule
 from tasks.queries import referrals as query
@@ -178,6 +180,44 @@ def test_an_account_that_is_made_anew_keeps_its_code_and_takes_no_claim_of_anoth
     ]  # fmt: skip
     assert sorted(job.account for job in letters(lane)) == ["anna", "bert"]
     assert proven(lane) == 6
+
+
+TAMPERED = {
+    "whose a code is": ("UPDATE codes SET account = 'bert' WHERE code = 'ANNA'",
+                        {("bert", "codes", "ANNA"), ("anna", "referrals", "ANNA"), ("bert", "referrals", "ANNA"),
+                         ("carl", "referrals", "ANNA")}),
+    "which one an account has": ("UPDATE referrals SET code = 'BERT' WHERE account = 'anna'",
+                                 {("anna", "codes", "ANNA"), ("anna", "referrals", "BERT")}),
+    "a code is gone": ("DELETE FROM codes WHERE code = 'BERT'",
+                       {("bert", "referrals", "BERT"), ("anna", "referrals", "BERT")}),
+    "who referred an account": ("UPDATE referrals SET referrer = 'bert' WHERE account = 'carl'",
+        {("carl", "referrals", "ANNA"), ("anna", "operations", rewarding_id("anna", "carl"))}),
+    "that it was given its bonus": ("UPDATE referrals SET settled_at = NULL WHERE account = 'carl'",
+                                    {("anna", "operations", rewarding_id("anna", "carl"))}),
+    "two are rewarded for each other": (
+        "UPDATE operations SET status = 'applied' WHERE name = 'referrals.reward' AND account IN ('anna', 'bert')",
+        {("anna", "operations", rewarding_id("anna", "bert")), ("bert", "operations", rewarding_id("bert", "anna"))}),
+}  # fmt: skip
+
+
+def test_whoever_tampers_with_referrals_is_named(tampered_ledger: Ledger) -> None:
+    lane = tampered_ledger
+    lane.writer.catalog = lambda: CATALOG
+    opened(lane, "anna", "bert")
+    lane.write(claim(lane, "anna", "BERT"), claim(lane, "bert", "ANNA"))
+    lane.write(*letters(lane))  # refused: each was referred by the other
+    lane.write(lane.job("credits.open", "open", account="carl", referral_code="ANNA"))
+    lane.write(*letters(lane))
+    connection = lane.writer.connection
+    found = {}
+    for what, (statement, _) in {"nothing": ("SELECT 1", set()), **TAMPERED}.items():
+        report = Report()
+        with connection.transaction(force_rollback=True):
+            connection.execute("SET LOCAL session_replication_role = replica")
+            connection.execute(statement)
+            check_referrals(connection, report)
+        found[what] = {(fault.account, fault.table, fault.key) for fault in report.faults}
+    assert found == {"nothing": set(), **{what: named for what, (_, named) in TAMPERED.items()}}
 
 
 @pytest.fixture
