@@ -101,7 +101,8 @@ MANY = (
     " FROM accounts, unnest('{email,webhook}'::text[]) AS channel",
     "INSERT INTO usage_days SELECT account, '2026-01-01', 'f', '', 1, 1, 1, 0 FROM accounts",
     "INSERT INTO allowances SELECT account, 'k', NULL, 'total', now(), 0, 0, false FROM accounts",
-    "INSERT INTO referrals SELECT account, NULL, 'r' || account, NULL, NULL, NULL, 0 FROM accounts ON CONFLICT DO NOTHING",
+    "INSERT INTO referrals SELECT account, NULL, 'r' || account, NULL, NULL, NULL, 0 FROM accounts"
+    " ON CONFLICT DO NOTHING",
     "INSERT INTO codes SELECT account || 'X', 'gift', account, 'o', 0, 1, 1, now() + interval '1 day', 'open', 1, NULL,"
     " '{}' FROM accounts",
     "INSERT INTO redemptions SELECT account || 'X', 0, account, 'o', 1, now() FROM accounts",
