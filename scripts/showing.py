@@ -153,7 +153,9 @@ def result_lines(result: Result) -> RenderableType:
         amount = getattr(result, name)
         if amount:
             facts.append((name.replace("_", " "), credits(amount)))
-    facts += [("achieved", f"{said(each.achievement)}, {credits(each.credits)}") for each in result.achieved]
+    for each in result.achieved:
+        came = f", {credits(each.credits)}" if each.credits else ""
+        facts.append(("achieved", f"{said(each.achievement)}{came}"))
     if result.period_start is not None:
         facts.append(("period", f"{instant(result.period_start)} to {instant(result.period_end)} UTC"))
     if result.plan_next is not None:
