@@ -15,16 +15,22 @@ from creditlane.errors import (
 from creditlane.inbox import Inbox, Notice
 from creditlane.lanes import lane_of
 from creditlane.reports import (
+    Achievements,
     BalanceExplained,
     Forecast,
     GrantExplained,
     HistoryPage,
+    Leaderboard,
     OperationExplained,
+    Planned,
+    Refunds,
+    Simulation,
     Usage,
 )
 from creditlane.selling import Inquiry, Page, SaleCode
 
 __all__ = [
+    "Achievements",
     "AlreadyReservedError",
     "Balance",
     "BalanceExplained",
@@ -40,15 +46,19 @@ __all__ = [
     "HistoryPage",
     "Inbox",
     "Inquiry",
+    "Leaderboard",
     "NoAnswerError",
     "Notice",
     "OperationExplained",
     "Page",
+    "Planned",
     "QuarantinedError",
+    "Refunds",
     "RefusedError",
     "Reservation",
     "Result",
     "SaleCode",
+    "Simulation",
     "UnsentError",
     "Usage",
     "lane_of",

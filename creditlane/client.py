@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
 from decimal import Decimal
+from hashlib import sha256
 from itertools import count
 from os import PathLike
 from types import TracebackType
@@ -38,6 +39,7 @@ from creditlane.contract import (
     decode_batch,
     decode_message,
     is_plain,
+    normal_code,
 )
 from creditlane.errors import (
     AlreadyReservedError,
@@ -48,17 +50,27 @@ from creditlane.errors import (
     RefusedError,
     UnsentError,
 )
+from creditlane.gift_codes import ALPHABET
 from creditlane.inbox import Inbox
 from creditlane.lanes import LANES, lane_of
 from creditlane.reports import (
     FORECAST_DAYS,
+    Achievements,
+    ActionsPage,
     BalanceExplained,
     Forecast,
     GrantExplained,
     Grouping,
     HistoryPage,
+    Leaderboard,
+    Merit,
     OperationExplained,
+    Planned,
     Pool,
+    Referrals,
+    RefundGrouping,
+    Refunds,
+    Simulation,
     Status,
     Usage,
 )
@@ -142,11 +154,20 @@ class Operations:
         locale: str | None = None,
         timezone: str | None = None,
         plan: str | None = None,
+        lead: str | None = None,
+        referral_code: str | None = None,
         wait: float | None = None,
     ) -> Result | None:
-        """Create an account, with the catalog's sign-up grant; a ``plan`` begins at once."""
+        """Create an account, with the catalog's sign-up grant; a ``plan`` begins at once.
+
+        What the ``lead`` has left that it was before arrives within moments, as by :meth:`convert`.
+
+        :param referral_code: that of who referred it, as people type it; the answer's ``referral`` says what became of
+            it.
+        """
         arguments = {
             "account": account, "kind": kind, "email": email, "locale": locale, "timezone": timezone, "plan": plan,
+            "lead": lead, "referral_code": None if referral_code is None else normal_code(referral_code),
         }  # fmt: skip
         return self.submit("credits.open", id, arguments, wait)
 
@@ -255,10 +276,17 @@ class Operations:
         id: str,
         amount: Amount | None = None,
         reason: str | None = None,
+        actor: str | None = None,
         wait: float | None = None,
     ) -> Result | None:
-        """Give back all, or ``amount`` credits, of the consume or capture with the id ``operation``."""
-        arguments = {"account": account, "operation": operation, "amount": _wire(amount), "reason": reason}
+        """Give back all, or ``amount`` credits, of the consume or capture with the id ``operation``.
+
+        :param reason: what reports of refunds tell apart.
+        :param actor: the administrator who gives it back, if one does.
+        """
+        arguments = {
+            "account": account, "operation": operation, "amount": _wire(amount), "actor": actor, "reason": reason,
+        }  # fmt: skip
         return self.submit("credits.refund", id, arguments, wait)
 
     def adjust(
@@ -302,6 +330,94 @@ class Operations:
         """
         arguments = {"account": account, "to": to, "amount": to_wire(amount), "message": message}
         return self.submit("credits.transfer", id, arguments, wait)
+
+    def issue_codes(
+        self,
+        account: str,
+        codes: Sequence[str],
+        amount: Amount,
+        *,
+        id: str,
+        uses: int | None = None,
+        per_account: int | None = None,
+        expires_at: datetime | None = None,
+        expires_in: int | None = None,
+        credits_expire_in: int | None = None,
+        source: str | None = None,
+        message: str | None = None,
+        actor: str | None = None,
+        reason: str | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """Make gift codes of ``amount`` credits a use; the account pays for all of their uses at once.
+
+        :param codes: their texts, at most 1,000, such as :func:`creditlane.gift_codes.new_code` makes; keep them, and
+            the id, before this is sent.
+        :param uses: how often each may be redeemed, in all; once unless given.
+        :param per_account: how often by one account; once unless given.
+        :param expires_in: seconds that they can be redeemed; the catalog says, unless this or ``expires_at`` is given.
+        :param actor: an administrator, with a ``reason``: then nothing is taken from the account; and ``source`` and
+            ``credits_expire_in`` (seconds from being redeemed) are of such codes alone.
+        """
+        arguments = {
+            "account": account, "codes": [normal_code(code) for code in codes], "amount": to_wire(amount), "uses": uses,
+            "per_account": per_account, "expires_at": expires_at, "expires_in": expires_in,
+            "credits_expire_in": credits_expire_in, "source": source, "message": message, "actor": actor,
+            "reason": reason,
+        }  # fmt: skip
+        return self.submit("codes.issue", id, arguments, wait)
+
+    def redeem_code(self, account: str, code: str, *, id: str, wait: float | None = None) -> Result | None:
+        """Get the credits of a gift code, typed in whatever way: ``abcd-efgh`` is ``ABCDEFGH``."""
+        return self.submit("codes.redeem", id, {"account": account, "code": normal_code(code)}, wait)
+
+    def withdraw_codes(
+        self,
+        account: str,
+        codes: Sequence[str],
+        *,
+        id: str,
+        actor: str | None = None,
+        reason: str | None = None,
+        wait: float | None = None,
+    ) -> Result | None:
+        """End codes that the account issued; what it paid for uses that are left comes back."""
+        arguments = {
+            "account": account, "codes": [normal_code(code) for code in codes], "actor": actor, "reason": reason,
+        }  # fmt: skip
+        return self.submit("codes.withdraw", id, arguments, wait)
+
+    def convert(self, lead: str, to: str, *, id: str, wait: float | None = None) -> Result | None:
+        """Make a lead the user ``to``, who gets all that the lead has left, within moments; the lead is closed.
+
+        If the user cannot take it, it comes back as a ``credits.bounce`` in the lead's history, and the lead is open
+        again.
+        """
+        return self.submit("credits.convert", id, {"account": lead, "to": to}, wait)
+
+    def freeze_account(
+        self, account: str, *, actor: str, reason: str, id: str, wait: float | None = None
+    ) -> Result | None:
+        """An administrator has an account give no credits out; what comes in, and what was begun, goes on."""
+        return self.submit("accounts.freeze", id, {"account": account, "actor": actor, "reason": reason}, wait)
+
+    def thaw_account(
+        self, account: str, *, actor: str, reason: str, id: str, wait: float | None = None
+    ) -> Result | None:
+        """An administrator lets a frozen account spend again."""
+        return self.submit("accounts.thaw", id, {"account": account, "actor": actor, "reason": reason}, wait)
+
+    def close_account(
+        self, account: str, *, actor: str, reason: str, id: str, wait: float | None = None
+    ) -> Result | None:
+        """An administrator ends an account: its plan ends, and what is left of its credits is revoked."""
+        return self.submit("accounts.close", id, {"account": account, "actor": actor, "reason": reason}, wait)
+
+    def reopen_account(
+        self, account: str, *, actor: str, reason: str, id: str, wait: float | None = None
+    ) -> Result | None:
+        """An administrator has a closed account take operations again; what was revoked stays so."""
+        return self.submit("accounts.reopen", id, {"account": account, "actor": actor, "reason": reason}, wait)
 
     def set_member(
         self,
@@ -402,6 +518,20 @@ class Operations:
     ) -> Result | None:
         """An administrator takes back what the last renewal did."""
         return self.submit("plans.undo", id, {"account": account, "actor": actor, "reason": reason}, wait)
+
+    def issue_referral(
+        self, account: str, *, id: str, code: str | None = None, wait: float | None = None
+    ) -> Result | None:
+        """Give an account the code by which it refers others; the answer's ``referral_code`` is the one that it has.
+
+        :param code: 4 to 64 letters and digits; made of the account and the id unless given.
+        """
+        text = made_code(account, id) if code is None else normal_code(code)
+        return self.submit("referrals.issue", id, {"account": account, "code": text}, wait)
+
+    def claim_referral(self, account: str, code: str, *, id: str, wait: float | None = None) -> Result | None:
+        """Say who referred the account, by the code as people type it; that happens once."""
+        return self.submit("referrals.claim", id, {"account": account, "code": normal_code(code)}, wait)
 
     def settle(self, account: str, *, id: str, wait: float | None = None) -> Result | None:
         """Apply what time has made due, nothing else."""
@@ -648,6 +778,19 @@ class CreditClient(Operations):
         arguments = {"account": account, "days": days, "pace": _wire(pace), "paid": paid}
         return msgspec.convert(self._read("forecast", arguments, wait), Forecast | None)
 
+    def referrals(
+        self, account: str, *, limit: int = 50, before: str | None = None, wait: float = 10.0
+    ) -> Referrals | None:
+        """By which code an account refers others, who referred it, and whom it referred, the latest first.
+
+        :param limit: referees of the page, at most 1,000.
+        :param before: ``next_before`` of the page before.
+        :param wait: seconds.
+        :returns: None for an account that no operation ever named.
+        """
+        answer = self._read("referrals", {"account": account, "limit": limit, "before": before}, wait)
+        return None if answer is None else msgspec.convert(answer, Referrals)
+
     def explain(self, account: str, *, wait: float = 10.0) -> BalanceExplained | None:
         """Why the balance is what it is: what came in and went, by grant; ``None`` for an account that does not exist.
 
@@ -678,6 +821,118 @@ class CreditClient(Operations):
         """
         arguments = {"account": account, "grant": grant, "limit": limit, "after": after}
         return self._explain(GrantExplained, arguments, wait)
+
+    def actions(
+        self,
+        *,
+        actor: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        limit: int = 50,
+        before: str | None = None,
+        wait: float = 10.0,
+    ) -> ActionsPage:
+        """A page of what administrators did, in all accounts, the newest first.
+
+        :param actor: only by this one.
+        :param since: applied then or later; 30 days ago unless given.
+        :param until: applied before.
+        :param limit: of the page, at most 1,000.
+        :param before: ``next_before`` of the page before.
+        :param wait: seconds.
+        """
+        arguments = {"actor": actor, "since": since, "until": until, "limit": limit, "before": before}
+        return msgspec.convert(self._read("actions", arguments, wait), ActionsPage)
+
+    def simulate(
+        self,
+        account: str,
+        operations: Sequence[Planned] = (),
+        *,
+        feature: str | None = None,
+        quantity: Amount | None = None,
+        amount: Amount | None = None,
+        member: str | None = None,
+        times: int = 1,
+        at: datetime | None = None,
+        paid: bool = True,
+        wait: float = 10.0,
+    ) -> Simulation | None:
+        """What operations would cost, which grants would pay, and which would be refused with which offer.
+
+        Nothing of it is done. ``None`` for an account that does not exist.
+
+        :param operations: one after the other, at most 1,000 together.
+        :param feature: after them, a consume of ``quantity`` of it, or of ``amount`` credits; ``times`` over.
+        :param at: when they are applied; now unless given.
+        :param paid: whether payments for the plan are taken to arrive in time until then.
+        :param wait: seconds.
+        """
+        planned = list(operations)
+        if feature is not None or amount is not None:
+            charge = {"feature": feature, "quantity": _wire(quantity), "amount": _wire(amount), "member": member}
+            given = {key: value for key, value in charge.items() if value is not None}
+            planned.append(Planned("credits.consume", given, times=times))
+        arguments = {"account": account, "operations": planned, "at": at, "paid": paid}
+        return msgspec.convert(self._read("simulate", arguments, wait), Simulation | None)
+
+    def leaderboard(
+        self,
+        *,
+        by: Merit = "used",
+        since: date | None = None,
+        until: date | None = None,
+        account: str | None = None,
+        limit: int = 50,
+        after: str | None = None,
+        wait: float = 10.0,
+    ) -> Leaderboard:
+        """The accounts that used the most credits, or earned the most without paying.
+
+        :param since: the first day, UTC; 30 days before ``until`` unless given. Of all time where neither is.
+        :param until: the day after the last; tomorrow unless given.
+        :param account: whose rank to tell as well.
+        :param limit: accounts of the page, at most 1,000.
+        :param after: ``next_after`` of the page before.
+        :param wait: seconds.
+        """
+        arguments = {"by": by, "since": since, "until": until, "account": account, "limit": limit, "after": after}
+        return msgspec.convert(self._read("leaderboard", arguments, wait), Leaderboard)
+
+    def refunds(
+        self,
+        account: str | None = None,
+        *,
+        by: Sequence[RefundGrouping] = ("reason", "feature", "actor"),
+        since: date | None = None,
+        until: date | None = None,
+        feature: str | None = None,
+        limit: int = 50,
+        after: int = 0,
+        wait: float = 10.0,
+    ) -> Refunds | None:
+        """What was given back in a span of days, and why; ``None`` for an account that does not exist.
+
+        :param account: ``None`` for all accounts together.
+        :param by: what is told apart.
+        :param since: the first day, UTC; 30 days before ``until`` unless given.
+        :param until: the day after the last; tomorrow unless given.
+        :param limit: lines of the page, at most 1,000.
+        :param after: ``next_after`` of the page before.
+        :param wait: seconds.
+        """
+        arguments = {
+            "account": account, "by": by, "since": since, "until": until, "feature": feature, "limit": limit,
+            "after": after,
+        }  # fmt: skip
+        return msgspec.convert(self._read("refunds", arguments, wait), Refunds | None)
+
+    def achievements(self, account: str, *, wait: float = 10.0) -> Achievements | None:
+        """What the account has achieved, and how far it is with the rest; ``None`` for one that does not exist.
+
+        :param wait: seconds.
+        """
+        return msgspec.convert(self._read("achievements", {"account": account}, wait), Achievements | None)
 
     def _explain(self, kind: type[Explained], arguments: dict[str, Any], wait: float) -> Explained | None:
         return msgspec.convert(self._read("explain", arguments, wait), kind | None)
@@ -1036,6 +1291,16 @@ def checked(name: str, id: str, arguments: dict[str, Any]) -> bytes:
                 known.clear()
             known.add(rest)
     return encoded
+
+
+CODE_CHARACTERS = 10
+"""How long a referral code is that nobody chose: of a million there are hardly ever two alike."""
+
+
+def made_code(account: str, id: str) -> str:
+    """A referral code for an account: the same whenever the call is repeated."""
+    number = int.from_bytes(sha256(f"{account}\n{id}".encode("utf-8", "replace")).digest())
+    return "".join(ALPHABET[number >> 5 * place & 31] for place in range(CODE_CHARACTERS))
 
 
 def _wire(amount: Amount | None) -> str | None:

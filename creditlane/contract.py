@@ -127,6 +127,8 @@ class Open(Message):
 
     def __post_init__(self) -> None:
         _in_calendar(self.occurred_at, "occurred_at")
+        if self.lead is not None and (self.kind != "user" or self.lead == self.account):
+            raise ValueError("lead names another account, and what it becomes is a user")
 
 
 class Grant(Message):
@@ -320,6 +322,9 @@ class Convert(Message):
     operation: ClassVar[str] = "credits.convert"
 
     to: Name
+    after: Name | None = None
+    """The lead's operation by which credits came to it after it was converted: the ledger itself sends this, under
+    :func:`converting_id`."""
 
     def __post_init__(self) -> None:
         if self.to == self.account:
@@ -439,6 +444,12 @@ class WithdrawCodes(Message):
     actor: Text | None = None
     reason: Text | None = None
 
+    def __post_init__(self) -> None:
+        if len(set(self.codes)) < len(self.codes):
+            raise ValueError("codes has one twice")
+        if (self.actor is None) != (self.reason is None):
+            raise ValueError("send actor and reason, both or neither")
+
 
 class ConcludeCode(Message):
     """``codes.conclude``: somebody has redeemed a code that the account paid for. The ledger sends it itself."""
@@ -488,10 +499,14 @@ class Parcel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     priority: Annotated[int, msgspec.Meta(ge=0, le=1000)]
     expires_at: Instant | None = None
     unit_price: UnitPrice | None = None
+    features: Annotated[list[Name], msgspec.Meta(min_length=1, max_length=MAX_FEATURES)] | None = None
+    effective_at: Instant | None = None
+    """Where it lies ahead."""
 
     def __post_init__(self) -> None:
         _positive(self.amount, "amount")
         _in_calendar(self.expires_at, "expires_at")
+        _in_calendar(self.effective_at, "effective_at")
 
 
 class Receive(Message):
@@ -504,6 +519,8 @@ class Receive(Message):
     """The transfer's operation id, which is the sender's."""
     lots: Annotated[list[Parcel], msgspec.Meta(min_length=1, max_length=MAX_LOTS)]
     message: Text | None = None
+    from_lead: bool = False
+    """Whether it is no gift, but what a lead had that has signed up."""
 
 
 class Confirm(Message):
@@ -547,9 +564,12 @@ RESERVED = RECEIVING, CONCLUDING, CONVERTING, REDEEMED, REWARDING = (
 """What the ids of the ledger's own operations begin with."""
 
 
-def converting_id(lead: str, to: str) -> str:
-    """The operation id under which a lead is converted that was named when its user's account was opened."""
-    return f"{CONVERTING}{_digest(lead, to)}"
+def converting_id(lead: str, to: str, after: str | None = None) -> str:
+    """The operation id under which a lead is converted that was named when its user's account was opened.
+
+    :param after: the lead's operation by which credits came to it later, which follow.
+    """
+    return f"{CONVERTING}{_digest(lead, to) if after is None else _digest(lead, to, after)}"
 
 
 def redeemed_id(code: str, slot: int) -> str:
@@ -591,8 +611,8 @@ def check_reserved(name: str, operation_id: str, message: Message) -> None:
         derived = operation_id == redeemed_id(message.code, message.slot)
     elif isinstance(message, RewardReferral):
         derived = operation_id == rewarding_id(message.account, message.referee)
-    elif isinstance(message, Convert) and operation_id.startswith(CONVERTING):
-        derived = operation_id == converting_id(message.account, message.to)
+    elif isinstance(message, Convert) and (operation_id.startswith(CONVERTING) or message.after is not None):
+        derived = operation_id == converting_id(message.account, message.to, message.after)
     elif isinstance(message, ClawBack):
         if not operation_id.startswith(PAYMENT):
             raise ContractError(Code.INVALID_MESSAGE, f"{name} under this id: it follows from a payment alone")
@@ -604,8 +624,8 @@ def check_reserved(name: str, operation_id: str, message: Message) -> None:
         raise ContractError(Code.INVALID_MESSAGE, reason)
 
 
-def _digest(sender: str, transfer: str) -> str:
-    parts = (sender.encode(), transfer.encode())
+def _digest(*names: str) -> str:
+    parts = [name.encode() for name in names]
     return sha256(b"".join(b"%d:%s" % (len(part), part) for part in parts)).hexdigest()
 
 
@@ -737,6 +757,16 @@ class MemberUse(msgspec.Struct, kw_only=True, frozen=True):
     """The first instant after the period; none of ``total``."""
 
 
+class Achieved(msgspec.Struct, kw_only=True, frozen=True):
+    """An achievement that an operation brought."""
+
+    achievement: str
+    """Its name in the catalog."""
+    credits: Decimal
+    grant: int | None = None
+    """The grant that its credits are in; None where it comes with none."""
+
+
 class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The answer to one operation.
 
@@ -759,7 +789,7 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The number of the grant that a grant or an adjustment made."""
     hold: str | None = None
     expires_at: datetime | None = None
-    """When the hold's time runs out."""
+    """When the hold's time runs out, or that of the first of the codes that were issued."""
     owed: Decimal | None = None
     """What a revocation turned into debt, because it was spent."""
     forgiven: Decimal | None = None
@@ -796,12 +826,38 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """The sender's operation id of the transfer that this operation belongs to."""
     refused: Code | None = None
     """Why a transfer came back."""
+    converted_to: str | None = None
+    """Of a refusal: who this lead has become."""
+    account_status: Literal["open", "frozen", "closed"] | None = None
+    """For ``accounts.…``: what the account is now."""
+    open_holds: list[str] = []
+    """Of a refusal to close an account: holds that are open, the first of them."""
+    gift_code: str | None = None
+    """For ``codes.redeem`` and ``codes.conclude``: the code."""
+    credits: Decimal | None = None
+    """What one use of it gives."""
+    message: str | None = None
+    """The word of who issued it."""
+    codes: int | None = None
+    """How many gift codes an operation made or ended."""
     member: str | None = None
     """The member of a pool that was listed or removed, or whose limit refused it."""
     limit: Decimal | None = None
     """What that member may use in a period."""
     allowance: MemberUse | None = None
     """For what a member of a pool is charged: how it stands then, where it is counted."""
+    referral: str | None = None
+    """What became of a referral code: ``claimed``, or why ``credits.open`` went on without."""
+    referral_code: str | None = None
+    """By which code the account refers others."""
+    referrer: str | None = None
+    """Who referred the account."""
+    referee: str | None = None
+    """Who was referred by it."""
+    bonus: Decimal | None = None
+    """What came for a referral."""
+    achieved: list[Achieved] = []
+    """The achievements that it brought, each once for ever."""
     replayed: bool = False
 
     @property
@@ -943,6 +999,7 @@ __all__ = [
     "INTERNAL",
     "MAX_MICRO",
     "OPERATIONS",
+    "Achieved",
     "Adjust",
     "Balance",
     "Batch",

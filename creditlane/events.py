@@ -56,6 +56,7 @@ BY_NOTICE = {
     "plan_changed": "plan.changed",
     "plan_cancelled": "plan.cancelled",
     "plan_ended": "plan.ended",
+    "achievement": "achievement.reached",
 }
 """The type of event that a notice makes, where the catalog's ``[notify]`` has notices of its kind made."""
 
@@ -87,7 +88,8 @@ class Event(msgspec.Struct, kw_only=True, frozen=True):
     balance: Balance | None = None
     """For ``balance.changed`` and ``.depleted``: the whole balance."""
     details: dict[str, Any] = {}
-    """For ``balance.low`` and ``plan.…``: what the notice says; for ``payment.settled``: what was paid for."""
+    """For ``balance.low``, ``plan.…`` and ``achievement.reached``: what the notice says; for ``payment.settled``: what
+    was paid for."""
 
 
 def routing_key(type: str, account: str, lanes: int = LANES) -> str:

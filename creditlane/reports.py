@@ -1,13 +1,14 @@
-"""What an account is told of its credits' past and future: history, usage, forecast and explanation."""
+"""What is told of credits' past and future: history, usage, forecast, explanation, simulation, and reports over all."""
 
 from __future__ import annotations
 
 from datetime import date, datetime
 from decimal import Decimal
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from creditlane.contract import MAX_BATCH, Balance, Name, Result
 from creditlane.inbox import Advice
 
 MAX_SPAN_DAYS = 3660
@@ -23,6 +24,12 @@ Grouping = Literal["feature", "member", "day", "week", "month"]
 """What usage is told by; days are UTC, weeks begin on Monday."""
 
 Status = Literal["applied", "rejected"]
+
+Merit = Literal["used", "earned"]
+"""What accounts are ranked by."""
+
+RefundGrouping = Literal["reason", "feature", "actor"]
+"""What refunds are told apart by."""
 
 # --- History -----------------------------------------------------------------------------------------
 
@@ -86,6 +93,39 @@ class HistoryPage(msgspec.Struct, kw_only=True, frozen=True):
     lines: list[HistoryLine]
     next_before: int | None
     """What to ask for next with ``before``; None at the beginning of the history."""
+
+
+# --- What administrators did --------------------------------------------------------------------------
+
+
+class Action(msgspec.Struct, kw_only=True, frozen=True):
+    """One operation that an administrator sent, applied or refused."""
+
+    account: str
+    number: int
+    """Its place among the account's operations, from 1."""
+    operation: str
+    """Its id."""
+    name: str
+    status: str
+    code: str | None
+    actor: str
+    reason: str | None
+    charged: str
+    """Credits that were taken by it; negative where they were given back."""
+    change: str
+    """What it did to the available credits, with its sign."""
+    applied_at: datetime
+
+
+class ActionsPage(msgspec.Struct, kw_only=True, frozen=True):
+    """A page of what administrators did, the newest first."""
+
+    actions: list[Action]
+    since: datetime
+    """How far back was looked."""
+    next_before: str | None
+    """What to ask for next with ``before``; None where there is nothing older in this span."""
 
 
 # --- Usage -------------------------------------------------------------------------------------------
@@ -354,3 +394,200 @@ class GrantExplained(msgspec.Struct, kw_only=True, frozen=True, tag_field="expla
     movements: list[Movement]
     next_after: int | None
     """What to ask for next with ``after``; None at the end. A page may have fewer rows than were asked for."""
+
+
+# --- Simulation --------------------------------------------------------------------------------------
+
+
+class Planned(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An operation that somebody thinks of sending, or several that are alike."""
+
+    name: str
+    """The task name, such as ``credits.consume``."""
+    arguments: dict[str, Any] = {}
+    """As on the wire, without the account."""
+    id: Name | None = None
+    """By which later ones name it, such as the capture of a hold; only for one by itself."""
+    times: Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)] = 1
+
+    def __post_init__(self) -> None:
+        if self.id is not None and self.times != 1:
+            raise ValueError("operations that are alike have no id: an id is applied once")
+
+
+class Simulation(msgspec.Struct, kw_only=True, frozen=True):
+    """What operations would do, one after the other; nothing of it was done."""
+
+    account: str
+    as_of: datetime
+    at: datetime
+    """The instant that they are taken to be applied at."""
+    paid: bool
+    """Whether payments for a plan are taken to arrive in time until then."""
+    before: Balance
+    after: Balance
+    charged: Decimal
+    """What they would use up, less what they give back; what is held is not used yet."""
+    refused: int
+    """How many would be refused: their results say why, and what pack or plan would do."""
+    results: list[Result]
+    """The answer to each, in order."""
+
+
+# --- Leaderboard -------------------------------------------------------------------------------------
+
+
+class Ranked(msgspec.Struct, kw_only=True, frozen=True):
+    """An account and its place."""
+
+    rank: int
+    """From 1; who has as much shares it."""
+    account: str
+    credits: Decimal
+
+
+class Leaderboard(msgspec.Struct, kw_only=True, frozen=True):
+    """The accounts that used or earned the most."""
+
+    by: Merit
+    since: date | None
+    """The first day; None for all time."""
+    until: date | None
+    """The day after the last; None for all time."""
+    as_of: datetime
+    accounts: int
+    """How many used or earned anything."""
+    total: Decimal
+    """What all of them did."""
+    lines: list[Ranked]
+    """The most first, accounts of one rank in their order."""
+    own: Ranked | None
+    """The place of the account that was asked for; None where none was, or it has nothing."""
+    next_after: str | None
+    """What to ask for next with ``after``; None at the end."""
+
+
+# --- Refunds -----------------------------------------------------------------------------------------
+
+
+class RefundSums(msgspec.Struct, kw_only=True, frozen=True):
+    """What was given back."""
+
+    refunds: int
+    credits: Decimal
+    charged: Decimal
+    """What was charged in the same days, for the same feature where features are told apart."""
+    share_percent: float | None
+    """``credits`` of that, to a tenth; None where nothing was charged."""
+
+
+class RefundLine(RefundSums, kw_only=True, frozen=True):
+    """What was given back for one reason, of one feature, by one actor; each None where that is not told apart."""
+
+    reason: str | None
+    """Empty where none was given."""
+    feature: str | None
+    """Empty for charges that name none."""
+    actor: str | None
+    """The administrator; empty for what callers gave back themselves."""
+
+
+class Refunds(msgspec.Struct, kw_only=True, frozen=True):
+    """What was given back in a span of days, UTC, and why."""
+
+    account: str | None
+    """None for all."""
+    by: list[RefundGrouping]
+    since: date
+    """The first day."""
+    until: date
+    """The day after the last."""
+    as_of: datetime
+    total: RefundSums
+    lines: list[RefundLine]
+    """The most credits first."""
+    next_after: int | None
+    """What to ask for next with ``after``; None at the end."""
+
+
+# --- Referrals ---------------------------------------------------------------------------------------
+
+
+class Referee(msgspec.Struct, kw_only=True, frozen=True):
+    """Somebody whom an account referred."""
+
+    account: str
+    claimed_at: datetime
+    status: str
+    """``waiting`` for its first purchase, ``settled`` when the reward is on its way, ``rewarded``, or the code of the
+    refusal, such as ``daily_limit``."""
+    settled_at: datetime | None
+    """When it got its own bonus."""
+    rewarded_at: datetime | None
+    """When the reward came, or was refused."""
+    reward: str
+    """Credits."""
+
+
+class Referrals(msgspec.Struct, kw_only=True, frozen=True):
+    """Who referred an account, and a page of those whom it referred, the latest first."""
+
+    account: str
+    code: str | None
+    """By which it refers others; None until one was issued."""
+    referrer: str | None
+    claimed_code: str | None
+    """That of its referrer."""
+    claimed_at: datetime | None
+    settled_at: datetime | None
+    """When it got its bonus as a referee."""
+    rewarded: int
+    """How many it was rewarded for, in all."""
+    referees: list[Referee]
+    next_before: str | None = None
+    """For the page after this one."""
+
+
+# --- Achievements ------------------------------------------------------------------------------------
+
+
+class Trophy(msgspec.Struct, kw_only=True, frozen=True):
+    """An achievement that an account has reached."""
+
+    achievement: str
+    """Its name."""
+    title: str
+    credits: Decimal
+    """What came with it."""
+    reached_at: datetime
+    operation: str
+    """The operation that brought it."""
+    grant: int | None
+    """The grant that the credits came in; None where none did."""
+
+
+class Goal(msgspec.Struct, kw_only=True, frozen=True):
+    """An achievement that is yet to be reached."""
+
+    achievement: str
+    title: str
+    measure: str
+    """What is counted: ``used`` credits, or ``referrals``."""
+    at: Decimal
+    """From how many on it is reached."""
+    done: Decimal
+    """How many there are."""
+    percent: float
+    """``done`` of ``at``, to a tenth."""
+    credits: Decimal
+    """What will come with it."""
+
+
+class Achievements(msgspec.Struct, kw_only=True, frozen=True):
+    """What an account has achieved, and what comes next."""
+
+    account: str
+    reached: list[Trophy]
+    """In the order in which they were."""
+    goals: list[Goal]
+    """The nearest first."""

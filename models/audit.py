@@ -20,8 +20,10 @@ import psycopg
 from psycopg import Connection
 
 from creditlane.amounts import format_amount
+from models.audit_codes import check_codes
 from models.audit_page import Page, PageAudit, Replayer, begin_reading
 from models.audit_processes import Helpers
+from models.audit_referrals import check_referrals
 from models.audit_rows import ACCOUNT_COLUMNS, BUCKETS, SINCE, Stream, Totals
 from models.cutoff import BusyError, alone, declare_reader, quiet_cutoff
 from models.report import Fault, Report
@@ -257,7 +259,7 @@ def _pages(connection: Connection[Any], wanted: list[str] | None) -> Iterator[Pa
 
 
 def _check_whole(connection: Connection[Any], report: Report) -> None:
-    """What only shows over all accounts: rows of nobody, and credits received that nobody sent."""
+    """What only shows over all accounts: rows of nobody, credits received that nobody sent, codes and referrals."""
     for table, account, key in connection.execute(ORPHANS):
         report.add(account, table, key, "belongs to an account that has no row")
     row = connection.execute(IN_TRANSIT).fetchone()
@@ -272,3 +274,5 @@ def _check_whole(connection: Connection[Any], report: Report) -> None:
             f"{format_amount(received)} were received, {format_amount(sent)} sent and {format_amount(in_transit)} are"
             " in transit",
         )
+    check_codes(connection, report)
+    check_referrals(connection, report)

@@ -34,6 +34,10 @@ MEANINGS: Mapping[str, str] = {
     "clawback": "of what is taken back from then on",
     "refunds": "of what is given back from then on",
     "retention": "from the next daily run on, also of what is older",
+    "gifts": "of what is given, and of codes that are issued or redeemed, from then on",
+    "referrals": "of referrals that are rewarded from then on, also of codes that were claimed before",
+    "pools": "of what members use from then on",
+    "achievements": "of operations from then on; what was reached stays",
 }
 """When a change takes effect, by section."""
 
@@ -88,7 +92,7 @@ def _compared(path: Path, old: Any, new: Any) -> Iterator[Change]:
     if old is None or new is None:
         yield _change(path, None if old is None else summary(old), None if new is None else summary(new))
         return
-    before, after = dict(leaves(old, path)), dict(leaves(new, path))
+    before, after = dict(leaves(values(old), path)), dict(leaves(values(new), path))
     for each in {**before, **after}:
         if before.get(each) != after.get(each):
             yield _change(each, before.get(each), after.get(each))
@@ -98,43 +102,54 @@ def _change(path: Path, old: str | None, new: str | None) -> Change:
     return Change(path, old, new, _meaning(path, old, new))
 
 
+def values(value: Any) -> Any:
+    """A catalog, a section or a value of one as JSON has it: amounts are decimal strings of credits; None is left out.
+
+    Read as TOML, it is the same catalog again.
+    """
+    match value:
+        case msgspec.Struct():
+            fields = msgspec.structs.fields(value)
+            return {
+                field.encode_name: values(said) for field in fields if (said := getattr(value, field.name)) is not None
+            }
+        case dict():
+            return {name: values(each) for name, each in value.items()}
+        case list():
+            return [values(each) for each in value]
+        case Micro():
+            return format_amount(value)
+        case datetime():
+            return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    return value
+
+
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
-    """The values of a section or an entry as a catalog file would have them, with their keys; none of what is unset."""
-    if value is None or value == []:
-        return
-    if isinstance(value, msgspec.Struct):
-        for field in msgspec.structs.fields(value):
-            yield from leaves(getattr(value, field.name), (*path, field.encode_name))
-    elif isinstance(value, list) and isinstance(value[0], msgspec.Struct):
+    """What :func:`values` gave, value by value in words, each with its key; none of what is empty."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from leaves(each, (*path, name))
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
         for number, each in enumerate(value):
             yield from leaves(each, (*path[:-1], f"{path[-1]}[{number}]"))
-    else:
-        yield path, _written(value)
+    elif value != []:
+        yield path, _words(value)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_words, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def summary(entry: Any) -> str:
     """An entry in one line: what it says beyond the defaults."""
-    if not isinstance(entry, msgspec.Struct):
-        return _written(entry)
-    defaults = {field.encode_name: field.default for field in msgspec.structs.fields(entry)}
-    said = [
-        f"{'.'.join(path)} = {text}"
-        for path, text in leaves(entry)
-        if len(path) > 1 or (default := defaults.get(path[0])) is None or _written(default) != text
-    ]
-    return ", ".join(said)
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, Micro):
-        return format_amount(value)
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
-    if isinstance(value, list):
-        return ", ".join(map(_written, value))
-    return str(value)
+    said = values(entry)
+    if isinstance(entry, msgspec.Struct):
+        for field in msgspec.structs.fields(entry):
+            if field.default is not msgspec.NODEFAULT and said.get(field.encode_name) == values(field.default):
+                said.pop(field.encode_name, None)
+    return ", ".join(f"{'.'.join(path)} = {text}" if path else text for path, text in leaves(said))
 
 
 def _meaning(path: Path, old: str | None, new: str | None) -> str:

@@ -25,7 +25,7 @@ from models.rules.facts import (
     SubscriptionChanged,
 )
 from models.rules.resolving import Effect, Heard, Key, Order, Resolution, Verdict, key_of, purchase_name, resolve
-from models.rules.state import CLOSED, OPEN
+from models.rules.state import CLOSED, FROZEN, OPEN
 
 LOCK_KEY = (0x6C61_7061, 0)
 """The advisory lock under which operations are made of facts and sent."""
@@ -345,7 +345,7 @@ def _within_account(connection: Connection[Any], resolution: Resolution) -> Reso
     if not accounts:
         return resolution
     found = dict(connection.execute(ACCOUNT_STATUSES, (list(accounts),)).fetchall())
-    shut = {account: found.get(account) for account in accounts if found.get(account) != OPEN}
+    shut = {account: found.get(account) for account in accounts if found.get(account) not in (OPEN, FROZEN)}
     effects = [
         effect
         for effect in resolution.effects

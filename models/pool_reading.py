@@ -17,7 +17,7 @@ from models.rules.settling import settle
 from models.rules.sharing import MEMBER, allowance_of
 from models.rules.state import POOL, Account
 from models.usage import COUNTED
-from models.usage_reading import BY_KEY, SNAPSHOT, clock, credits_of, percent, span_of
+from models.usage_reading import BY_KEY, SNAPSHOT, clock, credits_of, days_of, percent
 
 MEMBERS = f"""
 WITH named AS (
@@ -71,7 +71,7 @@ def pool(
         connection.execute(SNAPSHOT)
         connection.execute(BY_KEY)
         _, counted_until = clock(connection)
-        since, until, _ = span_of(now, since, until)
+        since, until = days_of(now, since, until)
         values = {
             "account": account, "since": since, "until": until, "after": after, "limit": limit + 2,
             "counted_until": counted_until or "-infinity",

@@ -5,7 +5,7 @@ Amounts leave as decimal strings of credits, instants in UTC. Nothing here write
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -14,13 +14,15 @@ from psycopg import Connection
 
 from creditlane.amounts import format_amount
 from creditlane.codes import SENTENCES
+from creditlane.contract import Capture, Consume
 from creditlane.reports import EntryLine, HistoryLine, HistoryPage, Status
 from models.bisecting import first_operation
-from models.columns import PURCHASE_VALUES, SUBSCRIPTION_VALUES
+from models.columns import ALLOWANCE_COLUMNS, PURCHASE_VALUES, REFERRAL_COLUMNS, SUBSCRIPTION_VALUES
 from models.rules.catalog import Catalog
 from models.rules.posting import FLOWS
 from models.rules.settling import settle
-from models.rules.state import COUNTERS, UNOPENED, Account, Grant, Hold, Line, purchase_of, subscription_of
+from models.rules.sharing import allowance_of, referral_of
+from models.rules.state import COUNTERS, UNOPENED, Account, Grant, Hold, Known, Line, purchase_of, subscription_of
 
 MAX_PAGE = 1000
 """Rows of one page: operations of a history, messages of the quarantine."""
@@ -63,6 +65,32 @@ WHERE account = %(account)s
   AND operation = ANY(ARRAY(SELECT hold FROM holds WHERE account = %(account)s AND status = 'open'))
 ORDER BY operation, line
 """
+
+
+ALL_GRANTS = f"SELECT {GRANT_COLUMNS} FROM grants WHERE account = %(account)s"
+NAMED_HOLDS = """
+SELECT hold, amount_micro, expires_at, created_at, feature, member, status
+FROM holds WHERE account = %(account)s AND hold = ANY(%(names)s) AND status <> 'open'
+"""
+NAMED_OPERATIONS = """
+SELECT o.operation, o.name, o.status, o.arguments::text, o.result::text, e.grant_id, e.amount_micro,
+       coalesce(r.returned_micro, 0)
+FROM operations o
+LEFT JOIN LATERAL (
+    SELECT e.grant_id, e.amount_micro, row_number() OVER (ORDER BY e.seq) AS line FROM entries e
+    WHERE e.account = o.account AND e.seq >= o.first_seq AND e.seq < o.first_seq + o.entries
+      AND o.name IN ('credits.consume', 'credits.capture') AND e.kind IN ('consumed', 'captured')
+) e ON true
+LEFT JOIN receipts r ON r.account = o.account AND r.operation = o.operation AND r.line = e.line
+WHERE o.account = %(account)s AND o.operation = ANY(%(names)s)
+ORDER BY o.operation, e.line
+"""
+"""What was answered before, and what charges took from where."""
+NAMED_ALLOWANCES = f"""
+SELECT {", ".join([*ALLOWANCE_COLUMNS][1:])} FROM allowances WHERE account = %(account)s AND key = ANY(%(names)s)
+"""
+REFERRAL = f"SELECT {', '.join([*REFERRAL_COLUMNS][1:])} FROM referrals WHERE account = %(account)s"
+PAST = (NAMED_HOLDS, NAMED_OPERATIONS, NAMED_ALLOWANCES, REFERRAL)
 
 
 # --- Accounts ----------------------------------------------------------------------------------------
@@ -308,17 +336,23 @@ def account_exists(connection: Connection[Any], account: str) -> bool:
     return connection.execute("SELECT FROM accounts WHERE account = %s", (account,)).fetchone() is not None
 
 
-def load_account(connection: Connection[Any], account: str) -> tuple[Account, datetime] | None:
+def load_account(
+    connection: Connection[Any], account: str, names: Sequence[str] | None = None
+) -> tuple[Account, datetime] | None:
     """The account as it was last written, with what time can change of it, and its time now.
 
     :param connection: not within a transaction.
+    :param names: for who goes on from there: all grants and the referral come along, and the operations, closed holds
+        and allowances that are called so.
     :returns: None for an account that no operation ever named.
     """
     with connection.transaction(), connection.pipeline():
         # One snapshot: an operation that commits meanwhile is seen whole or not at all.
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         row = connection.execute(ACCOUNT, (account,))
-        grants = connection.execute(OPEN_GRANTS, {"account": account})
+        named = {"account": account, "names": names}
+        grants = connection.execute(OPEN_GRANTS if names is None else ALL_GRANTS, named)
+        past = [connection.execute(query, named) for query in PAST] if names is not None else []
         purchases = connection.execute(PURCHASES, (account,))
         holds = connection.execute(OPEN_HOLDS, (account,))
         lines = connection.execute(OPEN_HOLD_LINES, {"account": account})
@@ -339,10 +373,36 @@ def load_account(connection: Connection[Any], account: str) -> tuple[Account, da
             state.holds[operation].lines.append(Line(grant_id, taken, returned))
         if subscription is not None:
             state.subscription = subscription_of(subscription[1:])
+        if past:
+            _add_past(state, *past)
     now: datetime = instant[0]
     if state.updated_at is not None:
         now = max(now, state.updated_at)
     return state, now
+
+
+def _add_past(
+    state: Account,
+    holds: Iterable[Sequence[Any]],
+    operations: Iterable[Sequence[Any]],
+    allowances: Iterable[Sequence[Any]],
+    referrals: Iterable[Sequence[Any]],
+) -> None:
+    """Add what :data:`PAST` found."""
+    for hold in holds:
+        state.holds[hold[0]] = Hold(*hold)
+    for operation, name, status, arguments, result, grant_id, taken, returned in operations:
+        known = state.known.get(operation)
+        if known is None:
+            charges = status == "applied" and name in (Consume.operation, Capture.operation)
+            known = Known(name, status, result.encode(), None, arguments.encode(), [] if charges else None)
+            state.known[operation] = known
+        if known.lines is not None and grant_id is not None:
+            known.lines.append(Line(grant_id, taken, returned))
+    for allowance in allowances:
+        state.allowances[allowance[0]] = allowance_of(allowance)
+    for referral in referrals:
+        state.referral = referral_of(referral)
 
 
 def grant_of(row: Sequence[Any]) -> Grant:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from datetime import datetime
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from psycopg import Connection
 
 from creditlane.amounts import format_amount
-from creditlane.contract import receiving_id
+from creditlane.contract import RECEIVING, receiving_id, redeemed_id
 from models.audit_page import begin_reading
 from models.audit_rows import Row, Stream
 from models.revenue import NOTHING, PLACES, Amount, Book, Figures, Revenue, decimal, month_bounds
@@ -31,6 +31,7 @@ COUNT = "SELECT coalesce(sum(seq), 0)::bigint FROM accounts"
 ENTRIES = """
 SELECT account, seq, kind, grant_id, amount_micro, at,
        CASE WHEN kind IN ('transferred', 'received', 'reinstated') THEN operation
+            WHEN kind = 'sent' AND operation LIKE 'code.conclude:%%' THEN operation
             WHEN kind IN ('sent', 'bounced') THEN refers_to END
 FROM entries WHERE account = ANY(%(accounts)s::text[]) ORDER BY account, seq
 """
@@ -40,9 +41,21 @@ SELECT account, grant_id, source, purchase, price_minor, price_currency, price_p
 FROM grants WHERE account = ANY(%(accounts)s::text[]) ORDER BY account, grant_id
 """
 SENDER = """
-SELECT arguments ->> 'sender', (arguments ->> 'sender') <= %(now)s FROM operations
-WHERE account = %(account)s AND operation = %(operation)s
+SELECT s.sender, s.sender <= %(now)s
+FROM operations o CROSS JOIN LATERAL (
+    SELECT CASE o.name WHEN 'codes.redeem' THEN o.result ELSE o.arguments END ->> 'sender' AS sender
+) s
+WHERE o.account = %(account)s AND o.operation = %(operation)s
 """
+USE = """
+SELECT arguments ->> 'code', coalesce((result -> 'code_row' ->> 'used')::bigint, 0) FROM operations
+WHERE account = %(account)s AND operation = %(operation)s AND name = 'codes.redeem'
+"""
+ISSUES = """
+SELECT account, operation, code, uses, used, amount_micro FROM codes
+WHERE account = ANY(%s::text[]) AND kind = 'gift' AND terms ->> 'source' IS NULL ORDER BY account, operation, place
+"""
+"""The gift codes that accounts paid for."""
 PURCHASE = """
 SELECT arguments ->> 'purchase' FROM operations WHERE account = %(account)s AND operation = %(operation)s
 """
@@ -191,17 +204,65 @@ class _Lot:
         return self.share(self.owed) - before
 
 
-class _Account:
-    """The entries of one account, as far as they were read."""
+class _Issue:
+    """Gift codes that an account paid for with one operation: each use is a gift of its own."""
 
-    def __init__(self, reading: _Reading, account: str, grants: Iterator[Row], entries: Iterator[Row]) -> None:
+    def __init__(self, operation: str) -> None:
+        self.operation = operation
+        self.codes: list[tuple[str, int, int, int]] = []
+        """Text, uses, how many of them were made, and the micro-credits of one, of each code in order."""
+        self._laid = 0
+        """Micro-credits that came so far, of all lots laid end to end."""
+        self._pieces: Counter[str] = Counter()
+
+    def lay(self, grant: int, credits: int, money: int) -> Iterator[tuple[str, int, Amount]]:
+        """Divide what a lot gave among the uses that it pays for.
+
+        :returns: by whom each part is received, or that it is not yet; which piece of it; and the part.
+        """
+        _, uses, _, amount = self.codes[0]
+        start, end = self._laid, self._laid + credits
+        self._laid, at = end, start
+        while at < end:
+            place, slot = divmod(at // amount, uses)
+            code, _, used, _ = self.codes[place]
+            # What nobody has redeemed is one part, whatever its uses.
+            stop = min(end, (place * uses + slot + 1 if slot < used else (place + 1) * uses) * amount)
+            minor = rounded(money * (stop - start), credits) - rounded(money * (at - start), credits)
+            name = redeemed_id(code, slot) if slot < used else self.unused(code, grant)
+            yield name, self._pieces[name], Amount(stop - at, minor)
+            self._pieces[name] += 1
+            at = stop
+
+    def unused(self, code: str, grant: int) -> str:
+        """What a lot has paid for uses that nobody has made."""
+        return f"{self.operation} {code} {grant}"
+
+
+class _Account:
+    """The entries of one account, as far as they were read.
+
+    :param issues: of the gift codes that it paid for, by operation.
+    """
+
+    def __init__(
+        self,
+        reading: _Reading,
+        account: str,
+        grants: Iterator[Row],
+        entries: Iterator[Row],
+        issues: Mapping[str, _Issue],
+    ) -> None:
         self.name = account
         self._reading = reading
         self._lots = {row[1]: _Lot(row, reading.book(account, row)) for row in grants}
         self._entries = entries
         self._bought: dict[tuple[Any, ...], int] = {}
+        self._issues = issues
+        self.asking = ""
+        """The operation that cannot go on before what its sender gave is known."""
         self.wanted: str | None = None
-        """The ``credits.receive`` that cannot go on before what its sender gave is known."""
+        """Under which name that is known: of a ``credits.receive`` its own."""
         self._walk = self.walk()
 
     def go_on(self, anyway: bool) -> bool:
@@ -266,30 +327,53 @@ class _Account:
                     last = operation
                     if how == "give":
                         money = lot.take(credits)
+                        if operation in self._issues:
+                            self._give_codes(lot, number, self._issues[operation], Amount(credits, money))
+                            continue
                         lot.on_way[operation] = Amount(credits, money)
                         if lot.price is not None:
                             gifts.setdefault(receiving_id(self.name, operation), {})[line] = money, lot.price[1]
                         continue
                     money = 0
                     if lot.price is not None:
-                        if operation not in gifts:
-                            yield operation
-                        money = self._gift(lot, operation, line, credits, seq)
+                        gift = operation if operation.startswith(RECEIVING) else reading.use(self.name, operation)
+                        if gift not in gifts:
+                            self.asking = operation
+                            yield gift
+                        money = self._gift(lot, gift, line, credits, seq)
                     lot.put(credits, money)
                 else:
-                    away = lot.on_way.pop(operation, None)
+                    ended = operation
+                    if operation in self._issues:
+                        ended = self._came_back(lot, number, self._issues[operation], credits)
+                    away = lot.on_way.pop(ended, None)
                     if away is None or away.credits_micro != credits:
                         raise ShortError("ends a transfer that did not take so much out of its lot")
                     money = away.minor
                     if how == "bounce":
                         lot.put_back(credits, money)
-                        gifts.pop(receiving_id(self.name, operation), None)
+                        gifts.pop(receiving_id(self.name, operation) if ended == operation else ended, None)
                         continue
             except ShortError as error:
                 fault(self.name, "entries", f"seq {seq}", str(error))
                 continue
             lot.note(month, kind, credits, money)
         self._finish()
+
+    def _give_codes(self, lot: _Lot, number: int, issue: _Issue, given: Amount) -> None:
+        for name, piece, part in issue.lay(number, given.credits_micro, given.minor):
+            lot.on_way[name] = part
+            if lot.price is not None:
+                self._reading.gifts.setdefault(name, {})[piece] = part.minor, lot.price[1]
+
+    @staticmethod
+    def _came_back(lot: _Lot, number: int, issue: _Issue, credits: int) -> str:
+        """Which code's unused part came back: one with so many credits; it is all the same which one of these."""
+        for code, *_ in issue.codes:
+            name = issue.unused(code, number)
+            if name in lot.on_way and lot.on_way[name].credits_micro == credits:
+                return name
+        raise ShortError("ends a gift code that had not so much of its lot")
 
     def _root(self, lot: _Lot) -> _Lot:
         return lot if lot.origin is None else self._lots.get(lot.origin, lot)
@@ -399,9 +483,10 @@ class _Reading:
         last = ""
         while page := [row[0] for row in self._connection.execute(ACCOUNTS, (last,))]:
             last = page[-1]
+            issues = self._issues_of(page)
             with self._stream(ENTRIES, page) as entries, self._stream(GRANTS, page) as grants:
                 for account in page:
-                    self._take_turn(account, grants, entries)
+                    self._take_turn(account, grants, entries, issues.get(account, {}))
         if self._progress is not None:
             self._progress(self.found.report.entries, self.found.report.entries)
         self._check()
@@ -411,14 +496,26 @@ class _Reading:
         row = self._connection.execute(PURCHASE, {"account": account, "operation": operation}).fetchone()
         return None if row is None else row[0]
 
+    def use(self, account: str, operation: str) -> str:
+        """Under which name the money of the use of a code is known that an operation redeemed."""
+        row = self._connection.execute(USE, {"account": account, "operation": operation}).fetchone()
+        return operation if row is None else redeemed_id(*row)
+
+    def _issues_of(self, accounts: list[str]) -> dict[str, dict[str, _Issue]]:
+        issues: dict[str, dict[str, _Issue]] = {}
+        for account, operation, *code in self._connection.execute(ISSUES, (accounts,)):
+            of = issues.setdefault(account, {})
+            of.setdefault(operation, _Issue(operation)).codes.append((code[0], code[1], code[2], code[3]))
+        return issues
+
     def _stream(self, query: str, accounts: list[str]) -> Stream:
         return Stream(self._connection, query, {"accounts": accounts})
 
-    def _take_turn(self, account: str, grants: Stream, entries: Stream) -> None:
+    def _take_turn(self, account: str, grants: Stream, entries: Stream, issues: Mapping[str, _Issue]) -> None:
         self.found.report.accounts += 1
         begun = self._begun.pop(account, None)
         if begun is None and account not in self._done:
-            self._read(_Account(self, account, grants.of(account), entries.of(account)))
+            self._read(_Account(self, account, grants.of(account), entries.of(account), issues))
             return
         for stream in (grants, entries):  # it has been read by a way of its own
             for _ in stream.of(account):
@@ -457,7 +554,7 @@ class _Reading:
     def _sender(self, recipient: _Account, first: _Account) -> str | None:
         """Who sent what an account wants, unless all of that one was read."""
         assert recipient.wanted is not None
-        keys = {"account": recipient.name, "operation": recipient.wanted, "now": first.name}
+        keys = {"account": recipient.name, "operation": recipient.asking, "now": first.name}
         row = self._connection.execute(SENDER, keys).fetchone()
         if row is None or row[0] is None or row[0] in self._done:
             return None
@@ -469,7 +566,8 @@ class _Reading:
         ways = ExitStack()
         entries = ways.enter_context(self._stream(ENTRIES, [account]))
         with self._stream(GRANTS, [account]) as grants:
-            return _Account(self, account, grants.of(account), _closing(entries.of(account), ways))
+            issues = self._issues_of([account]).get(account, {})
+            return _Account(self, account, grants.of(account), _closing(entries.of(account), ways), issues)
 
     def _check(self) -> None:
         """What is deferred now: by all that moved, by what is left in the lots, and by the lots' price."""

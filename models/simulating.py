@@ -62,8 +62,7 @@ def simulate(
     """
     if until <= now:
         raise ValueError("the end lies behind")
-    if until > now + timedelta(days=MAX_DAYS):
-        raise ValueError(f"one may look {MAX_DAYS} days ahead at the most")
+    _check_span(now, until)
     steps: list[Step] = []
     daily: list[tuple[datetime, str]] = []
     runs_out_at: datetime | None = None
@@ -112,6 +111,32 @@ def simulate(
         expiring=format_amount(expired),
         paid=paid,
     )
+
+
+def advance(account: Account, now: datetime, until: datetime, catalog: Catalog, paid: bool = True) -> None:
+    """Let time pass on an account in memory, spending nothing.
+
+    :param paid: whether a plan with a price is paid for in time.
+    :raises ValueError: as :func:`simulate`, but that no time may pass at all.
+    """
+    if until < now:
+        raise ValueError("the end lies behind")
+    _check_span(now, until)
+    _pass_time(account, now, catalog, False)
+    while True:
+        subscription = account.subscription
+        if paid and subscription is not None and subscription.period_end <= until:
+            _pay(subscription)
+        due = account.due_at()
+        if due is None or due > until:
+            break
+        _pass_time(account, due, catalog, False)
+    account.entries, account.renewals = [], []
+
+
+def _check_span(now: datetime, until: datetime) -> None:
+    if until > now + timedelta(days=MAX_DAYS):
+        raise ValueError(f"one may look {MAX_DAYS} days ahead at the most")
 
 
 def _changes(account: Account, until: datetime) -> Iterator[datetime]:

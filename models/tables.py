@@ -76,13 +76,14 @@ class AccountRow(Buckets, Base):
         CheckConstraint(f"{NOT_NEGATIVE} AND debt_micro >= 0", name="accounts_not_negative"),
         Index("accounts_due", "next_due_at", "account", postgresql_where=text("next_due_at IS NOT NULL")),
         Index("accounts_in_transit", "account", postgresql_where=text("in_transit_micro > 0")),
+        Index("accounts_converted", "account", postgresql_where=text("converted_to IS NOT NULL")),
         {"postgresql_with": {"fillfactor": "70"}},
     )
 
     account: Mapped[str] = mapped_column(primary_key=True)
     kind: Mapped[str]
     status: Mapped[str]
-    """``unopened`` (only mentioned so far), ``open`` or ``closed``."""
+    """``unopened`` (only mentioned so far), ``open``, ``frozen`` (by an administrator) or ``closed``."""
     email: Mapped[str | None]
     locale: Mapped[str | None]
     timezone: Mapped[str | None]
@@ -102,7 +103,7 @@ class AccountRow(Buckets, Base):
     converted_to: Mapped[str | None]
     """Of a lead that has signed up, the user."""
     achieved: Mapped[str | None]
-    """The achievements that it has, with commas between them."""
+    """The achievements that it has, each with the number of its operation: ``beginner:3,expert:120``."""
 
 
 class AllowanceRow(Base):
@@ -133,6 +134,7 @@ class ReferralRow(Base):
     __tablename__ = "referrals"
     __table_args__ = (
         Index("referrals_by_referrer", "referrer", "claimed_at", postgresql_where=text("referrer IS NOT NULL")),
+        Index("referrals_settled", "settled_at", postgresql_where=text("settled_at IS NOT NULL")),
         {"postgresql_with": {"fillfactor": "70"}},
     )
 
@@ -338,6 +340,12 @@ class GrantRow(Buckets, Base):
             "grant_id",
             postgresql_where=text("is_open AND expires_at IS NOT NULL"),
         ),
+        Index(
+            "grants_by_time",
+            "created_at",
+            postgresql_using="brin",
+            postgresql_with={"pages_per_range": 16, "autosummarize": "on"},
+        ),
         {"postgresql_with": {"fillfactor": "70"}},
     )
 
@@ -378,6 +386,7 @@ class OperationRow(Base):
             postgresql_using="brin",
             postgresql_with={"pages_per_range": 16, "autosummarize": "on"},
         ),
+        Index("operations_refunds", "applied_at", postgresql_where=text("name = 'credits.refund'")),
     )
 
     number: Mapped[int] = mapped_column(BigInteger)
@@ -631,7 +640,15 @@ class UsageDayRow(Base):
     """What one account used of one feature on one day, UTC; made of operations, and can be made of them again."""
 
     __tablename__ = "usage_days"
-    __table_args__ = ({"postgresql_with": {"fillfactor": "70"}},)
+    __table_args__ = (
+        Index(
+            "usage_days_by_day",
+            "day",
+            postgresql_using="brin",
+            postgresql_with={"pages_per_range": 16, "autosummarize": "on"},
+        ),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
 
     account: Mapped[str] = mapped_column(primary_key=True)
     day: Mapped[date] = mapped_column(primary_key=True)

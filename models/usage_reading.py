@@ -38,18 +38,20 @@ KEYS: dict[Grouping, str] = {
 RANKED = ("feature", "member")
 """What is told by how much was used, and compared with the time before; days, weeks and months come in their order."""
 
-BEFORE, NOW = "FILTER (WHERE day < %(since)s)", "FILTER (WHERE day >= %(since)s)"
-USED = """
-WITH used AS (
-    SELECT day, feature, member, operations, quantity_micro, charged_micro, refunded_micro
+USED_IN = """
+    SELECT account, day, feature, member, operations, quantity_micro, charged_micro, refunded_micro
     FROM usage_days WHERE {rolled_up}
     UNION ALL
-    SELECT day, feature, member, operations, quantity_micro, charged_micro, refunded_micro
-    FROM ({fresh}) AS fresh
+    SELECT account, day, feature, member, operations, quantity_micro, charged_micro, refunded_micro
+    FROM ({fresh}) AS fresh WHERE day >= %(since)s AND day < %(until)s
+"""
+BEFORE, NOW = "FILTER (WHERE day < %(first_day)s)", "FILTER (WHERE day >= %(first_day)s)"
+USED = """
+WITH used AS (
+    {used}
 ), keyed AS (
     SELECT {key} COLLATE "C" AS key, * FROM used
-    WHERE day >= %(before)s AND day < %(until)s
-      AND (%(feature)s::text IS NULL OR feature = %(feature)s)
+    WHERE (%(feature)s::text IS NULL OR feature = %(feature)s)
       AND (%(member)s::text IS NULL OR member = %(member)s)
 ), summed AS (
     SELECT grouping(key) = 1 AS is_total, key,
@@ -71,7 +73,7 @@ ORDERS = {
         "beyond": "(-used_micro, key) > (SELECT -used_micro, key FROM summed WHERE NOT is_total AND key = %(after)s)",
         "order": "used_micro DESC, key",
     },
-    False: {"has": "bool_or(day >= %(since)s)", "beyond": "key > %(after)s", "order": "key"},
+    False: {"has": "bool_or(day >= %(first_day)s)", "beyond": "key > %(after)s", "order": "key"},
 }
 MOVED = """
 SELECT coalesce(sum(amount_micro) FILTER (WHERE kind IN ('consumed', 'captured')), 0)
@@ -115,23 +117,18 @@ def usage(
         connection.execute(SNAPSHOT)
         connection.execute(BY_KEY)
         now, counted_until = clock(connection)
-        since, until, before = span_of(now, since, until)
+        since, until = days_of(now, since, until)
+        before = _before(since, until)
         if account is not None and not account_exists(connection, account):
             return None
         values = {
-            "account": account, "since": since, "until": until, "before": before, "feature": feature,
+            "account": account, "first_day": since, "since": before, "until": until, "feature": feature,
             "member": member, "after": after, "limit": limit + 2, "counted_until": counted_until,
         }  # fmt: skip
-        rolled_up, fresh = "day >= %(before)s AND day < %(until)s", "o.applied_at >= %(counted_until)s"
-        if counted_until is None:
-            fresh = "true"
         if account is not None:
-            rolled_up = f"account = %(account)s AND {rolled_up}"
-            fresh = f"o.account = %(account)s AND o.number >= %(first)s AND {fresh}"
-            values["first"] = 1 if counted_until is None else first_operation(connection, account, counted_until)
+            values["first"] = not_rolled_up(connection, account, counted_until)
         query = USED.format(
-            rolled_up=rolled_up,
-            fresh=COUNTED.format(which=fresh),
+            used=used_in(account, counted_until),
             key=KEYS[by],
             now=NOW,
             before=BEFORE,
@@ -162,26 +159,56 @@ def usage(
 
 
 def clock(connection: Connection[Any]) -> tuple[datetime, datetime | None]:
-    """The ledger's time, and until when usage is rolled up."""
+    """The database's time, and until when usage is rolled up; None for not at all."""
     row = connection.execute(CLOCK).fetchone()
     assert row is not None
     return row[0], row[1]
 
 
-def span_of(now: datetime, since: date | None, until: date | None) -> tuple[date, date, date]:
-    """The first day, the day after the last, and the first of as many days before."""
+def days_of(now: datetime, since: date | None, until: date | None) -> tuple[date, date]:
+    """The first day of a span and the day after the last, :data:`DEFAULT_DAYS` until today unless given.
+
+    :raises ValueError: for days that make no sense.
+    """
     try:
         if until is None:
             until = now.astimezone(UTC).date() + timedelta(days=1)
         if since is None:
             since = until - timedelta(days=DEFAULT_DAYS)
-        if since >= until:
-            raise ValueError("the first day is not before the last")
-        if until - since > timedelta(days=MAX_SPAN_DAYS):
-            raise ValueError(f"one may ask for {MAX_SPAN_DAYS} days at the most")
-        return since, until, since - (until - since)
+    except OverflowError:
+        raise ValueError("there are no days before the first of the calendar") from None
+    if since >= until:
+        raise ValueError("the first day is not before the last")
+    if until - since > timedelta(days=MAX_SPAN_DAYS):
+        raise ValueError(f"one may ask for {MAX_SPAN_DAYS} days at the most")
+    return since, until
+
+
+def _before(since: date, until: date) -> date:
+    """The first of as many days before."""
+    try:
+        return since - (until - since)
     except OverflowError:
         raise ValueError("there are no days before the first of the calendar to compare with") from None
+
+
+def used_in(account: str | None, counted_until: datetime | None) -> str:
+    """A query for what was used in the days from ``since`` to ``until``, each operation counted once.
+
+    Its columns are those of ``usage_days``. Its parameters are ``since``, ``until``, ``counted_until`` and, where it is
+    of one account, ``account`` and ``first``, the number of the first operation that is not rolled up.
+    """
+    fresh = "true" if counted_until is None else "o.applied_at >= %(counted_until)s"
+    rolled_up = "day >= %(since)s AND day < %(until)s"
+    if account is not None:
+        rolled_up = f"account = %(account)s AND {rolled_up}"
+        fresh = f"o.account = %(account)s AND o.number >= %(first)s AND {fresh}"
+    return USED_IN.format(rolled_up=rolled_up, fresh=COUNTED.format(which=fresh))
+
+
+def not_rolled_up(connection: Connection[Any], account: str, counted_until: datetime | None) -> int:
+    """The number of an account's first operation that is not rolled up."""
+    return 1 if counted_until is None else first_operation(connection, account, counted_until)
 
 
 def _sums(row: list[Any], *, of_one: bool, compared: bool) -> dict[str, Any]:

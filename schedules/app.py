@@ -5,7 +5,20 @@ Beat only ticks. What is due is a fact in the database: two beats, or none for a
 
 from __future__ import annotations
 
-from schedules import audit, expiry, notices, outbox, payments, retention, seal, transfers, usage, warnings
+from schedules import (
+    audit,
+    codes,
+    expiry,
+    notices,
+    outbox,
+    payments,
+    referrals,
+    retention,
+    seal,
+    transfers,
+    usage,
+    warnings,
+)
 from workers.app import app
 
 app.conf.beat_scheduler = "schedules.beat:Scheduler"
@@ -15,6 +28,8 @@ app.conf.beat_schedule = {
     **notices.SCHEDULE,
     **warnings.SCHEDULE,
     **transfers.SCHEDULE,
+    **codes.SCHEDULE,
+    **referrals.SCHEDULE,
     **payments.SCHEDULE,
     **usage.SCHEDULE,
     **audit.SCHEDULE,

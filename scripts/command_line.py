@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Sequence
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,13 +24,15 @@ from psycopg import Connection
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from creditlane.amounts import MICRO, format_amount
 from models.audit import Report, audit_new
 from models.audit import audit as audit_ledger
 from models.audit_processes import HelperError
-from models.catalog import CatalogError, load_catalog, shipped_names
+from models.catalog import load_catalog, shipped_names
 from models.catalog_texts import kept_catalogs
 from models.cutoff import WAIT_SECONDS as SEAL_WAIT_SECONDS
 from models.cutoff import BusyError
+from models.explaining import explain_operation
 from models.reading import (
     DEFAULT_PAGE,
     QuarantinedMessage,
@@ -42,6 +44,19 @@ from models.reading import (
 from models.reading import history as read_history
 from models.rules.catalog import Catalog
 from models.seal import make_seal, read_seals
+from scripts.account_commands import (
+    ACTIONS_EXAMPLES,
+    CLOSE_EXAMPLES,
+    FREEZE_EXAMPLES,
+    REOPEN_EXAMPLES,
+    THAW_EXAMPLES,
+    close_account,
+    freeze_account,
+    lead_app,
+    reopen_account,
+    show_actions,
+    thaw_account,
+)
 from scripts.capacity import (
     BOX_CORES,
     LINGER_SECONDS,
@@ -66,20 +81,26 @@ from scripts.capacity import (
 )
 from scripts.capacity_showing import plan_lines, simulated_lines
 from scripts.capacity_simulation import simulate
+from scripts.catalog_commands import catalog_app
+from scripts.codes_commands import codes_app
 from scripts.command_parts import (
     AWAY,
     FAULTS,
+    REFUSED,
     USAGE,
     WAIT_SECONDS,
     AccountArgument,
+    ActorOption,
     AmountOption,
     Commands,
     CountProgress,
     Deployment,
+    FeatureArgument,
     IdOption,
     JsonOption,
     LimitOption,
     MemberOption,
+    QuantityArgument,
     QuantityOption,
     ReasonOption,
     WaitOption,
@@ -100,7 +121,7 @@ from scripts.import_command import IMPORT_EXAMPLES, import_accounts
 from scripts.lane_state import lane_states
 from scripts.notices_commands import notices_app
 from scripts.payments_commands import payments_app
-from scripts.plan_commands import plan_app, simulate_account
+from scripts.plan_commands import plan_app
 from scripts.pools_commands import pools_app
 from scripts.reading_commands import (
     EXPLAIN_EXAMPLES,
@@ -110,7 +131,16 @@ from scripts.reading_commands import (
     show_forecast,
     show_usage,
 )
+from scripts.referrals_commands import referrals_app
 from scripts.replay import EXPONENT
+from scripts.report_commands import (
+    ACHIEVEMENTS_EXAMPLES,
+    LEADERBOARD_EXAMPLES,
+    REFUNDS_EXAMPLES,
+    show_achievements,
+    show_leaderboard,
+    show_refunds,
+)
 from scripts.requeue import as_it_was, drop, mended, open_message, replay
 from scripts.showing import (
     console,
@@ -121,6 +151,7 @@ from scripts.showing import (
     said,
     summary_lines,
 )
+from scripts.simulate_command import SIMULATE_EXAMPLES, simulate_account
 from tasks.replay import Replayer
 
 # --- The commands ------------------------------------------------------------------------------------
@@ -145,7 +176,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 account_app = typer.Typer(
-    help="Open an account, look at it, and read its history.",
+    help="Open an account, look at it, read its history; freeze, thaw, close, reopen it; what administrators did.",
     no_args_is_help=True,
     epilog=examples("creditlane account open alice", "creditlane account show alice"),
 )
@@ -155,11 +186,15 @@ quarantine_app = typer.Typer(
     epilog=examples("creditlane quarantine list", "creditlane quarantine replay 7"),
 )
 app.add_typer(account_app, name="account")
+app.add_typer(lead_app, name="lead")
 app.add_typer(quarantine_app, name="quarantine")
 app.add_typer(plan_app, name="plan")
+app.add_typer(catalog_app, name="catalog")
+app.add_typer(codes_app, name="codes")
 app.add_typer(pools_app, name="pools")
 app.add_typer(notices_app, name="notices")
 app.add_typer(payments_app, name="payments")
+app.add_typer(referrals_app, name="referrals")
 
 MONEY, STATE_PANEL, FILES = "Credits", "State", "Files"
 
@@ -178,6 +213,7 @@ class Kind(StrEnum):
         "creditlane account open alice",
         "creditlane account open studio --kind pool",
         "creditlane account open bob --email bob@example.org --locale fr --timezone Europe/Paris",
+        "creditlane account open carol --referral-code ALICE-2026",
     ),
 )
 def account_open(
@@ -190,6 +226,12 @@ def account_open(
     timezone: Annotated[
         str | None, typer.Option(help="Their IANA time zone, such as Europe/Paris.", show_default=False)
     ] = None,
+    lead: Annotated[
+        str | None, typer.Option(help="The lead that it was: what is left of its credits follows.", show_default=False)
+    ] = None,
+    referral_code: Annotated[
+        str | None, typer.Option(metavar="CODE", help="That of who referred them.", show_default=False)
+    ] = None,
     id: IdOption = None,
     wait: WaitOption = WAIT_SECONDS,
     as_json: JsonOption = False,
@@ -199,7 +241,8 @@ def account_open(
     operate(
         id, wait, as_json, account, "open",
         lambda client, identity, seconds: client.open(
-            account, id=identity, kind=chosen, email=email, locale=locale, timezone=timezone, wait=seconds
+            account, id=identity, kind=chosen, email=email, locale=locale, timezone=timezone, lead=lead,
+            referral_code=referral_code, wait=seconds,
         ),
     )  # fmt: skip
 
@@ -220,6 +263,13 @@ def account_show(account: AccountArgument, as_json: JsonOption = False) -> None:
         show_json(summary)
     else:
         console().print(summary_lines(summary))
+
+
+account_app.command("freeze", epilog=FREEZE_EXAMPLES)(freeze_account)
+account_app.command("thaw", epilog=THAW_EXAMPLES)(thaw_account)
+account_app.command("close", epilog=CLOSE_EXAMPLES)(close_account)
+account_app.command("reopen", epilog=REOPEN_EXAMPLES)(reopen_account)
+account_app.command("actions", epilog=ACTIONS_EXAMPLES)(show_actions)
 
 
 class StatusName(StrEnum):
@@ -348,14 +398,6 @@ def grant(
     )  # fmt: skip
 
 
-FeatureArgument = Annotated[
-    str | None, typer.Argument(metavar="FEATURE", help="A feature of the catalog.", show_default=False)
-]
-QuantityArgument = Annotated[
-    str | None, typer.Argument(metavar="QUANTITY", help="How much of it; 1 unless given.", show_default=False)
-]
-
-
 @app.command(
     rich_help_panel=MONEY,
     epilog=examples(
@@ -459,7 +501,7 @@ def release(
     rich_help_panel=MONEY,
     epilog=examples(
         "creditlane refund alice order-991 --reason 'the picture was empty'",
-        "creditlane refund alice order-991 --amount 0.5",
+        "creditlane refund alice order-991 --percent 50 --reason 'blurred' --actor anna",
     ),
 )
 def refund(
@@ -468,18 +510,51 @@ def refund(
         str, typer.Argument(metavar="OPERATION", help="The id of the consume or capture.", show_default=False)
     ],
     amount: AmountOption = None,
+    percent: Annotated[
+        str | None,
+        typer.Option(metavar="PERCENT", help="So much of what it took, such as 50, in place of an amount."),
+    ] = None,
     reason: ReasonOption = None,
+    actor: ActorOption = None,
     id: IdOption = None,
     wait: WaitOption = WAIT_SECONDS,
     as_json: JsonOption = False,
 ) -> None:
-    """Give back what a consume or capture took: all that is left of it unless an amount is given."""
+    """Give back what a consume or capture took: all that is left of it unless an amount or a percentage is given.
+
+    It stands in the history, and in the report of refunds, with the actor and the reason.
+    """
+    if percent is not None:
+        if amount is not None:
+            fail("--amount or --percent: give one of the two", USAGE)
+        amount = share_of(account, operation, percent)
     operate(
         id, wait, as_json, account, "refund",
         lambda client, identity, seconds: client.refund(
-            account, operation, id=identity, amount=amount, reason=reason, wait=seconds
+            account, operation, id=identity, amount=amount, reason=reason, actor=actor or operator(), wait=seconds
         ),
     )  # fmt: skip
+
+
+def share_of(account: str, operation: str, percent: str) -> str:
+    """So much of what a charge took, in credits: to the next micro-credit down, and never nothing.
+
+    :param percent: more than 0, at most 100.
+    """
+    try:
+        share = Decimal(percent)
+    except InvalidOperation:
+        share = Decimal(0)
+    if not 0 < share <= 100:
+        fail(f"--percent is more than 0 and at most 100, not {percent!r}", USAGE)
+    with ledger() as connection:
+        charge = explain_operation(connection, account, operation, limit=1)
+        if charge is None and not account_exists(connection, account):
+            unknown_account(account)
+    if charge is None or charge.charged <= 0:
+        fail(f"{account!r} was charged nothing by {operation!r}", REFUSED)
+    micro = int(charge.charged * MICRO * share / 100)
+    return format_amount(max(1, micro))
 
 
 @app.command(
@@ -631,9 +706,6 @@ class QuarantineStatus(StrEnum):
 
 NumberArgument = Annotated[
     int, typer.Argument(metavar="NUMBER", min=1, help="The message's number in the quarantine.", show_default=False)
-]
-ActorOption = Annotated[
-    str | None, typer.Option("--actor", help="Who does it; the user of this system unless given.", show_default=False)
 ]
 
 
@@ -844,14 +916,14 @@ def read_root(text: str) -> bytes:
 
 def catalogs_at_hand(connection: Connection[Any], given: Sequence[str]) -> dict[str, Catalog]:
     """The catalogs to replay with, by label: those given, those that the ledger has kept, that of the environment, and
-    those that are shipped; of one label the first of these."""
+    those that are shipped; of one label the first of these.
+
+    :raises CatalogError: when a file cannot be used.
+    """
     names = [*shipped_names(), *filter(None, [os.environ.get("CREDITLANE_CATALOG")])]
-    try:
-        found = {catalog.label: catalog for catalog in map(load_catalog, names)}
-        found.update(kept_catalogs(connection))
-        found.update((catalog.label, catalog) for catalog in map(load_catalog, given))
-    except CatalogError as error:
-        fail(str(error), USAGE)
+    found = {catalog.label: catalog for catalog in map(load_catalog, names)}
+    found.update(kept_catalogs(connection))
+    found.update((catalog.label, catalog) for catalog in map(load_catalog, given))
     return found
 
 
@@ -1090,20 +1162,13 @@ class SimulationProgress:
         self._bar.update(self._task, completed=done, total=total)
 
 
-app.command(
-    "simulate",
-    rich_help_panel=STATE_PANEL,
-    epilog=examples(
-        "creditlane simulate alice --until 2027-03-31",
-        "creditlane simulate alice --until 2027-03-31 --pace 12.5",
-        "creditlane simulate alice --until 2027-03-31 --payments unpaid --json | jq .runs_out_at",
-    ),
-)(simulate_account)
-
-
+app.command("simulate", rich_help_panel=STATE_PANEL, epilog=SIMULATE_EXAMPLES)(simulate_account)
 app.command("usage", rich_help_panel=STATE_PANEL, epilog=USAGE_EXAMPLES)(show_usage)
 app.command("forecast", rich_help_panel=STATE_PANEL, epilog=FORECAST_EXAMPLES)(show_forecast)
 app.command("explain", rich_help_panel=STATE_PANEL, epilog=EXPLAIN_EXAMPLES)(show_explanation)
+app.command("leaderboard", rich_help_panel=STATE_PANEL, epilog=LEADERBOARD_EXAMPLES)(show_leaderboard)
+app.command("achievements", rich_help_panel=STATE_PANEL, epilog=ACHIEVEMENTS_EXAMPLES)(show_achievements)
+app.command("refunds", rich_help_panel=STATE_PANEL, epilog=REFUNDS_EXAMPLES)(show_refunds)
 app.command("due", rich_help_panel=STATE_PANEL, epilog=DUE_EXAMPLES)(show_due)
 
 

@@ -32,7 +32,7 @@ from creditlane.contract import ContractError, Result
 from creditlane.errors import BrokerUnavailableError, CreditlaneError, NoAnswerError, QuarantinedError
 from creditlane.lanes import LANES
 from creditlane.tls import TLSOptions, tls_options
-from models.catalog import DEFAULT_CATALOG, load_catalog
+from models.catalog import DEFAULT_CATALOG, CatalogError, load_catalog
 from models.database import connect
 from models.reading import (
     MAX_PAGE,
@@ -227,7 +227,7 @@ class Commands(TyperGroup):
         """Run a command."""
         try:
             return super().invoke(ctx)
-        except (ContractError, RequeueError, ConfigurationError) as error:
+        except (ContractError, RequeueError, ConfigurationError, CatalogError) as error:
             fail(str(error), USAGE)
         except QuarantinedError as error:
             fail(f"the message was quarantined: {error}", FAULTS)
@@ -338,6 +338,15 @@ QuantityOption = Annotated[
 ]
 MemberOption = Annotated[
     str | None, typer.Option("--member", help="The member of a pool who uses it.", show_default=False)
+]
+ActorOption = Annotated[
+    str | None, typer.Option("--actor", help="Who does it; the user of this system unless given.", show_default=False)
+]
+FeatureArgument = Annotated[
+    str | None, typer.Argument(metavar="FEATURE", help="A feature of the catalog.", show_default=False)
+]
+QuantityArgument = Annotated[
+    str | None, typer.Argument(metavar="QUANTITY", help="How much of it; 1 unless given.", show_default=False)
 ]
 LimitOption = Annotated[int, typer.Option("--limit", min=1, max=MAX_PAGE, help="How many at most.")]
 

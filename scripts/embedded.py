@@ -1024,14 +1024,17 @@ def temporary_directory(prefix: str = "creditlane-") -> Iterator[Path]:
 
 
 @contextmanager
-def temporary_stack(**options: str) -> Iterator[Stack]:
+def temporary_stack(
+    *, appendfsync: str = "everysec", postgres_settings: Mapping[str, str] | None = None
+) -> Iterator[Stack]:
     """Run a stack on free ports in a directory of its own, which is removed afterwards: for tests.
 
-    :param options: such as ``appendfsync="always"``; see :func:`start_stack`.
+    The options are those of :func:`start_stack`.
+
     :raises StackError: as :func:`start_stack`.
     """
     with temporary_directory() as directory:
-        stack = start_stack(directory, appendfsync=options.get("appendfsync", "everysec"))
+        stack = start_stack(directory, appendfsync=appendfsync, postgres_settings=postgres_settings)
         try:
             yield stack
         finally:

@@ -1,21 +1,15 @@
-"""``creditlane plan`` and ``creditlane simulate``: subscriptions, and what will become of a balance."""
+"""``creditlane plan``: subscriptions."""
 
 from __future__ import annotations
 
 from datetime import datetime
-from decimal import Decimal
-from enum import StrEnum
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 
-from creditlane.amounts import parse_amount
-from models.pace import pace_micro
 from models.reading import PlanSummary, load_account, plan_summary
-from models.simulating import Future, simulate
 from scripts.command_parts import (
-    USAGE,
     WAIT_SECONDS,
     AccountArgument,
     IdOption,
@@ -24,7 +18,6 @@ from scripts.command_parts import (
     WaitOption,
     deployment,
     examples,
-    fail,
     ledger,
     operate,
     operator,
@@ -32,7 +25,7 @@ from scripts.command_parts import (
     show_json,
     unknown_account,
 )
-from scripts.showing import chart, console, facts_table, instant, plain_table, said
+from scripts.showing import console, facts_table, instant, said
 
 plan_app = typer.Typer(
     help="Subscriptions: look at one, begin, change, renew, cancel, undo a renewal.",
@@ -212,74 +205,3 @@ def plan_undo(
 
 def _instant(text: str | None) -> datetime | None:
     return None if text is None else parse_instant(text)
-
-
-# --- Simulation --------------------------------------------------------------------------------------
-
-
-class Payments(StrEnum):
-    """What becomes of the payments for a plan."""
-
-    PAID = "paid"
-    UNPAID = "unpaid"
-
-
-def simulate_account(
-    account: AccountArgument,
-    until: Annotated[
-        str, typer.Option(metavar="INSTANT", help="How far ahead, such as 2027-03-31.", show_default=False)
-    ],
-    pace: Annotated[
-        str | None,
-        typer.Option(
-            metavar="CREDITS",
-            help="Credits spent a day; as in the last 30 unless given.",
-            show_default=False,
-        ),
-    ] = None,
-    payments: Annotated[Payments, typer.Option(help="Whether a plan is paid for in time.")] = Payments.PAID,
-    as_json: JsonOption = False,
-) -> None:
-    """Run an account ahead by the rules themselves: renewals, rollover, expiries, spending. Nothing is written."""
-    end = parse_instant(until)
-    with ledger() as connection:
-        loaded = load_account(connection, account)
-        if loaded is None:
-            unknown_account(account)
-        state, now = loaded
-        try:
-            micro = parse_amount(pace) if pace is not None else pace_micro(connection, account, now, state.opened_at)
-            if micro < 0:
-                raise ValueError("a pace is 0 or more")
-            future = simulate(state, now, end, deployment().catalog, micro, payments is Payments.PAID)
-        except ValueError as error:
-            fail(str(error), USAGE)
-    if as_json:
-        show_json(future)
-    else:
-        console().print(future_lines(future))
-
-
-SHOWN_STEPS = 60
-"""Lines of the table at the most; the JSON has all."""
-
-
-def future_lines(future: Future) -> RenderableType:
-    """A simulation for people: what happens, and the balance as a chart."""
-    table = plain_table("when (UTC)", "what", "credits", "spendable", right=("credits", "spendable"))
-    for step in future.steps[:SHOWN_STEPS]:
-        amount = "" if step.amount == "0" else step.amount
-        table.add_row(instant(step.at), step.what, amount, step.available)
-    left = len(future.steps) - SHOWN_STEPS
-    facts = [
-        ("account", f"[bold]{said(future.account)}[/]"),
-        ("pace", f"{future.pace} credits a day"),
-        ("runs out", "not by then" if future.runs_out_at is None else f"[red]{instant(future.runs_out_at)} UTC[/]"),
-        ("expires unspent", future.expiring),
-    ]
-    if not future.paid:
-        facts.append(("payments", "none arrives"))
-    parts: list[RenderableType] = [facts_table(facts), "", table]
-    if left > 0:
-        parts.append(f"[dim]and {left} more; --json has all[/]")
-    return Group(*parts, "", chart([(at, Decimal(available)) for at, available in future.daily]))

@@ -18,7 +18,7 @@ from creditlane.amounts import to_wire
 from creditlane.codes import Code
 from creditlane.contract import Result
 from creditlane.rabbitmq import DEAD
-from creditlane.reports import EntryLine, HistoryLine
+from creditlane.reports import Action, EntryLine, HistoryLine
 from models.reading import (
     AccountSummary,
     Owner,
@@ -153,10 +153,15 @@ def result_lines(result: Result) -> RenderableType:
         amount = getattr(result, name)
         if amount:
             facts.append((name.replace("_", " "), credits(amount)))
+    facts += [("achieved", f"{said(each.achievement)}, {credits(each.credits)}") for each in result.achieved]
     if result.period_start is not None:
         facts.append(("period", f"{instant(result.period_start)} to {instant(result.period_end)} UTC"))
     if result.plan_next is not None:
         facts.append(("next plan", said(result.plan_next)))
+    if result.referral is not None:
+        facts.append(("referral", said(result.referral)))
+    if result.bonus:
+        facts.append(("bonus", credits(result.bonus)))
     if result.balance is not None:
         facts.append(("balance", _balance_words(result)))
     again = " [dim](this id was answered before; nothing was changed again)[/]" if result.replayed else ""
@@ -178,11 +183,27 @@ def _deed(result: Result) -> str:
             return f"hold: {credits(amount)} set aside on {account}"
         case "transfer":
             return f"transfer: {credits(amount)} on their way from {account} to [bold]{said(result.to)}[/]"
+        case "codes.issue":
+            return f"issue: {result.codes} gift codes, {credits(amount)} taken from {account} until they are redeemed"
+        case "codes.withdraw":
+            return f"withdraw: {result.codes} gift codes ended, {credits(-amount)} back to {account}"
+        case "codes.redeem":
+            return f"redeem: {credits(result.credits or 0)} added to {account}"
+        case "convert":
+            return f"convert: {credits(amount)} on their way from the lead {account} to [bold]{said(result.to)}[/]"
+        case "accounts.close":
+            return f"accounts.close: {account} is closed, {credits(amount)} revoked"
+        case name if result.account_status is not None:
+            return f"{name}: {account} is {result.account_status}"
         case "refund":
             return f"refund: {credits(-amount)} given back to {account}"
         case "grant" | "adjust" if not amount:
             given = sum((use.amount for use in result.grants), Decimal(0))
             return f"{short(result.operation)}: {credits(given)} added to {account}"
+        case "referrals.issue":
+            return f"{account} refers others by the code [bold]{said(result.referral_code)}[/]"
+        case "referrals.claim":
+            return f"{account} was referred by [bold]{said(result.referrer)}[/]"
         case name if result.plan is not None and name.startswith("plans."):
             return f"{name}: {account} has the plan [bold]{said(result.plan)}[/], {result.plan_status}"
         case "pools.set_member":
@@ -344,6 +365,24 @@ def history_table(lines: Iterable[HistoryLine]) -> Table:
     return table
 
 
+def actions_table(actions: Iterable[Action]) -> Table:
+    """What administrators did, the newest first."""
+    table = plain_table("when (UTC)", "who", "account", "operation", "change", "status and reason", right=("change",))
+    for number in (0, 4):
+        table.columns[number].no_wrap = True
+    for action in actions:
+        status = "[green]applied[/]" if action.status == "applied" else f"[red]{said(action.code)}[/]"
+        table.add_row(
+            instant(action.applied_at),
+            said(action.actor),
+            said(action.account),
+            f"{said(short(action.name))}\n[dim]{said(action.operation)}[/]",
+            signed(action.change),
+            f"{status}\n{said(action.reason)}" if action.reason else status,
+        )
+    return table
+
+
 def _what(line: HistoryLine) -> str:
     name = short(line.name)
     measured = ""
@@ -355,6 +394,8 @@ def _what(line: HistoryLine) -> str:
         what = f"of hold {line.subject}"
         if name == "capture" and line.status == "applied":
             what = f"took {line.charged} {what}"
+    elif name == "convert":
+        what = f"to {line.subject}"
     elif name == "transfer":
         what = f"of {line.charged} to {line.subject}" if line.status == "applied" else f"to {line.subject}"
     elif name == "receive":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 from creditlane.codes import Code
@@ -11,15 +12,29 @@ from models.rules.catalog import Welcome
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.state import OPEN, UNOPENED, Account
-from tasks.operation import Context, Outcome, operation
+from tasks.leads import converting
+from tasks.operation import Context, FollowUp, Need, Outcome, operation
 from tasks.plans import begin
+from tasks.referrals import claim_with_opening
 
 
-@operation(Open, opens=True)
+def _need(message: Open) -> Sequence[Need]:
+    return () if message.referral_code is None else (Need("code", message.referral_code),)
+
+
+def _repeated(message: Open, operation: str, code: Code | None) -> Sequence[FollowUp]:
+    """The lead is told again whom it has become: what told it before may be lost."""
+    return _converted(message) if code is None else ()
+
+
+@operation(Open, need=_need, opens=True, repeated=_repeated)
 def open_account(account: Account, message: Open, context: Context) -> Outcome:
     """Create the account, and give a user or a lead what the catalog welcomes them with, unless told not to.
 
-    A pool starts empty. A ``plan`` begins at once. Refusals: ``account_exists``, ``unknown_plan``.
+    A pool starts empty. A ``plan`` begins at once. What the ``lead`` has left that it was follows by a
+    ``credits.convert`` in that one's lane; if that is refused, the account stays open. A ``referral_code`` is claimed,
+    and never keeps an account from being opened: the details tell ``referral``, ``claimed`` or the code that a
+    ``referrals.claim`` would be refused with. Refusals: ``account_exists``, ``unknown_plan``.
     (ledger rules: operations, open)
     """
     if account.status != UNOPENED:
@@ -35,10 +50,15 @@ def open_account(account: Account, message: Open, context: Context) -> Outcome:
     account.opened_at = context.now
     account.is_dirty = True
     uses = _welcome(account, message, context)
-    if terms is None:
-        return Outcome(uses=uses)
-    begun = begin(account, terms, None, context)
-    return Outcome(uses=uses, details=begun.details)
+    details = None if terms is None else begin(account, terms, None, context).details
+    outcome = Outcome(uses=uses, details=details, follow=_converted(message))
+    if message.referral_code is None:
+        return outcome
+    return claim_with_opening(account, message.referral_code, outcome, context)
+
+
+def _converted(message: Open) -> Sequence[FollowUp]:
+    return () if message.lead is None else (converting(message.lead, message.account),)
 
 
 def _welcome(account: Account, message: Open, context: Context) -> Plan:

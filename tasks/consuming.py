@@ -6,7 +6,7 @@ from typing import Any
 
 from creditlane.amounts import MAX_MICRO, format_amount
 from creditlane.codes import Code
-from creditlane.contract import Charge, Consume, Refund, Transfer
+from creditlane.contract import Capture, Charge, Consume, Refund
 from models.rules.burning import burn, check_room, plan_burn, restore_consumed
 from models.rules.catalog import price_of
 from models.rules.refusal import RefusedError
@@ -14,8 +14,11 @@ from models.rules.state import MAX_OPEN_GRANTS, Account
 from tasks.operation import Context, Need, Outcome, operation
 from tasks.pools import admitted, check_limit, counted, limit_shortage, uncount, want_code
 
+CHARGES = Consume.operation, Capture.operation
+"""What can be refunded."""
 
-@operation(Consume)
+
+@operation(Consume, spends=True)
 def consume(account: Account, message: Consume, context: Context) -> Outcome:
     """Charge a feature times a quantity, or an explicit amount in credits.
 
@@ -44,7 +47,7 @@ def consume(account: Account, message: Consume, context: Context) -> Outcome:
     return Outcome(charged, plan, receipt, details, quantity, message.feature)
 
 
-@operation(Refund, need=lambda message: (Need("charge", message.charge),))
+@operation(Refund, need=lambda message: (Need("charge", message.charge),), returns=True)
 def refund(account: Account, message: Refund, context: Context) -> Outcome:
     """Give back all, or ``amount`` credits, of a consume or a capture, in reverse order of taking.
 
@@ -53,7 +56,7 @@ def refund(account: Account, message: Refund, context: Context) -> Outcome:
     (ledger rules: refund)
     """
     charge = account.known.get(message.charge)
-    if charge is None or charge.lines is None or charge.name == Transfer.operation:
+    if charge is None or charge.lines is None or charge.name not in CHARGES:
         raise RefusedError(Code.UNKNOWN_CHARGE)
     returned = sum(line.returned for line in charge.lines)
     left = sum(line.taken for line in charge.lines) - returned

@@ -8,7 +8,7 @@ from datetime import timedelta
 from creditlane.amounts import format_amount
 from creditlane.codes import Code
 from creditlane.contract import Adjust, Grant, Revoke
-from models.rules.burning import burn, came_in, check_room, new_grant, plan_burn
+from models.rules.burning import Plan, burn, came_in, check_room, new_grant, plan_burn
 from models.rules.claw_back import TakenBack, bought_with, come_due, families_of, take_back, worth_in_all
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
@@ -16,18 +16,21 @@ from models.rules.state import MAX_OPEN_GRANTS, Account
 from models.rules.state import Grant as Lot
 from tasks.consuming import insufficient
 from tasks.operation import Context, Need, Outcome, operation
+from tasks.referrals import may_be_purchase, purchase_needs
 
 ADJUSTMENT = "adjustment"
 """The source of credits that an administrator added."""
 
 
-@operation(Grant)
+@operation(Grant, need=purchase_needs)
+@may_be_purchase
 def grant(account: Account, message: Grant, context: Context) -> Outcome:
     """Add a lot of credits; a debt is paid out of it first.
 
     ``amount`` in credits; ``expires_in`` in seconds from when it takes effect; ``priority`` from the
-    catalog's source unless sent. Refusals: ``invalid`` (it would end before it starts, or has ended),
-    ``limit_reached``. (ledger rules: operations, grant; claw-back)
+    catalog's source unless sent. With a ``purchase`` it may be what a referral's bonus waits for. Refusals:
+    ``invalid`` (it would end before it starts, or has ended), ``limit_reached``.
+    (ledger rules: operations, grant; claw-back)
     """
     effective_at = message.effective_at or context.now
     expires_at = message.expires_at
@@ -76,11 +79,16 @@ def adjust(account: Account, message: Adjust, context: Context) -> Outcome:
     if missing:
         raise insufficient(account, context, -amount, missing)
     burn(account, plan, "revoked", context.now, context.operation)
+    taken_by_hand(account, plan)
+    return Outcome(charged=-amount, uses=plan)
+
+
+def taken_by_hand(account: Account, plan: Plan) -> None:
+    """Note what an administrator took of lots, so that a later revocation of them does not take it twice."""
     for lot, taken in plan:
         root = account.grants[lot.family]
-        root.clawed_back += taken  # so that a later revocation of the lot does not take it twice
+        root.clawed_back += taken
         root.is_dirty = True
-    return Outcome(charged=-amount, uses=plan)
 
 
 def _revoke_need(message: Revoke) -> Sequence[Need]:

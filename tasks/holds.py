@@ -10,14 +10,14 @@ from models.rules.burning import burn, plan_burn
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
 from models.rules.settling import close_hold
-from models.rules.state import MAX_OPEN_HOLDS, Account, Line
+from models.rules.state import FROZEN, MAX_OPEN_HOLDS, Account, Line
 from models.rules.state import Hold as Reservation
 from tasks.consuming import cost_of, feature_cost, insufficient
 from tasks.operation import Context, Need, Outcome, operation
 from tasks.pools import admitted, capture_counted, check_limit, counted, member_standing
 
 
-@operation(Hold)
+@operation(Hold, spends=True)
 def hold(account: Account, message: Hold, context: Context) -> Outcome:
     """Set the price of a feature, or an explicit amount in credits, aside for ``ttl`` seconds.
 
@@ -54,14 +54,14 @@ def hold(account: Account, message: Hold, context: Context) -> Outcome:
     return Outcome(cost, plan, None, details, quantity, message.feature)
 
 
-@operation(Capture, need=lambda message: (Need("hold", message.hold),))
+@operation(Capture, need=lambda message: (Need("hold", message.hold),), returns=True)
 def capture(account: Account, message: Capture, context: Context) -> Outcome:
     """Take the final amount out of a hold: ``amount`` credits, ``quantity`` of its feature, or all of it.
 
     Less than held: the rest goes back in reverse order of taking. More: the extra is burnt as a consume of
-    the same operation, all or nothing, and within the limit of a pool's member. Refusals: ``unknown_hold``,
-    ``hold_closed``, ``unknown_feature`` and ``invalid`` (a quantity of a hold that names no feature); for what is
-    more than held those of a hold. (ledger rules: capture, pools)
+    the same operation, all or nothing, and within the limit of a pool's member; a frozen account may not. Refusals:
+    ``unknown_hold``, ``hold_closed``, ``unknown_feature`` and ``invalid`` (a quantity of a hold that names no
+    feature); for what is more than held those of a hold. (ledger rules: capture, pools)
     """
     held = _open_hold(account, message.hold)
     quantity = None
@@ -75,6 +75,8 @@ def capture(account: Account, message: Capture, context: Context) -> Outcome:
         if account.is_unlimited:
             final = min(final, held.amount)
     more = max(0, final - held.amount)
+    if more and account.status == FROZEN:
+        raise RefusedError(Code.ACCOUNT_FROZEN)
     standing = member_standing(account, held.member, context)
     if standing is not None:
         check_limit(standing, more, context)
@@ -96,7 +98,7 @@ def capture(account: Account, message: Capture, context: Context) -> Outcome:
     return Outcome(final, uses + extra, receipt, {"hold": held.id, **allowance}, quantity, held.feature)
 
 
-@operation(Release, need=lambda message: (Need("hold", message.hold),))
+@operation(Release, need=lambda message: (Need("hold", message.hold),), returns=True)
 def release(account: Account, message: Release, context: Context) -> Outcome:
     """Give a hold back whole, in reverse order of taking; what has expired meanwhile lapses at once.
 

@@ -18,9 +18,11 @@ from creditlane.contract import Message, decode_message
 from models.rules.catalog import Catalog
 from models.rules.refusal import RefusedError
 from models.rules.settling import settle
-from models.rules.state import CLOSED, UNOPENED, Account, Grant, Known
+from models.rules.state import CLOSED, FROZEN, OPEN, UNOPENED, Account, Grant, Known
+from tasks.achievements import Reached, reach
+from tasks.leads import following
 from tasks.notices import Told
-from tasks.operation import Context, FollowUp, Outcome
+from tasks.operation import Context, FollowUp, Operation, Outcome
 from tasks.registry import OPERATIONS
 
 encode = msgspec.json.Encoder().encode
@@ -106,11 +108,10 @@ def apply(
     code: str | None = None
     task = OPERATIONS[name]
     try:
-        if account.status == UNOPENED and not task.opens:
-            raise RefusedError(Code.UNKNOWN_ACCOUNT)
-        if account.status == CLOSED and not task.concludes:
-            raise RefusedError(Code.ACCOUNT_CLOSED)
-        outcome = task.run(account, message, Context(now, catalog, operation))
+        if account.status != OPEN:
+            _admit(account, task)
+        context = Context(now, catalog, operation)
+        outcome = task.run(account, message, context)
     except RefusedError as refusal:
         if account.seq != settled:
             raise AssertionError(f"{name} was refused after it wrote entries") from refusal
@@ -127,6 +128,12 @@ def apply(
             ]
         if outcome.details:
             fields.update(outcome.details)
+        if catalog.achievements:
+            reached = reach(account, message, context)
+            if reached:
+                fields["achieved"] = [_reached(each) for each in reached]
+            if told is not None:
+                told.achieved(reached)
     fields["balance"] = balance_of(account, now)
     stored = encode(fields)
     account.operations += 1
@@ -154,7 +161,32 @@ def apply(
         now,
         catalog.label,
     )
-    return Answer(name, operation, account.account, status, stored, row, False, outcome.follow)
+    follow = outcome.follow
+    if account.converted_to is not None:
+        follow = (*follow, *following(account, operation, now))
+    return Answer(name, operation, account.account, status, stored, row, False, follow)
+
+
+def _admit(account: Account, task: Operation) -> None:
+    """Refuse what an account does not take that is not open.
+
+    :raises RefusedError: ``unknown_account``, ``account_closed``, ``account_frozen``.
+    """
+    if account.status == UNOPENED and not task.opens:
+        raise RefusedError(Code.UNKNOWN_ACCOUNT)
+    if account.status == CLOSED and not task.concludes:
+        if account.converted_to is None:
+            raise RefusedError(Code.ACCOUNT_CLOSED)
+        if not task.returns:
+            raise RefusedError(Code.ACCOUNT_CLOSED, converted_to=account.converted_to)
+    if account.status == FROZEN and task.spends:
+        raise RefusedError(Code.ACCOUNT_FROZEN)
+
+
+def _reached(reached: Reached) -> dict[str, Any]:
+    """What an operation brought, as its result tells it."""
+    told: dict[str, Any] = {"achievement": reached.name, "credits": format_amount(reached.achievement.credits)}
+    return told if reached.lot is None else {**told, "grant": reached.lot.id}
 
 
 def _repeat(account: Account, name: str, operation: str, message: Message, known: Known) -> Answer:

@@ -11,9 +11,10 @@ from typing import Any
 
 from creditlane.amounts import format_amount, parse_amount
 from creditlane.codes import Code
-from creditlane.contract import CancelPlan, ChangePlan, ClawBack, Grant, Message, Receive, Refund
+from creditlane.contract import CancelPlan, ChangePlan, ClawBack, Grant, Message, Receive, RedeemCode, Refund
 from models.rules.catalog import Catalog
 from models.rules.state import Account, Entry, Notice
+from tasks.achievements import Reached
 from tasks.operation import Outcome
 
 LOW_BALANCE, DEPLETED, EXPIRING = "low_balance", "depleted", "expiring"
@@ -62,21 +63,37 @@ class Told:
             self._operation(message, operation, outcome)
             self._renewed()
         self._member(code, outcome.details or {})
-        if self._watches:
+        if self._watches and self._account.converted_to is None:
             self._balance(self._account.spendable(self._now))
+
+    def achieved(self, reached: Iterable[Reached]) -> None:
+        """The operation brought achievements."""
+        for name, achievement, _ in reached:
+            self._tell(
+                "achievement", f"achievement:{name}", self._now, achievement=name, title=achievement.title or name,
+                amount=format_amount(achievement.credits),
+            )  # fmt: skip
 
     def _operation(self, message: Message, operation: str, outcome: Outcome) -> None:
         now = self._now
         subscription = self._account.subscription
         details = outcome.details or {}
+        if "bonus" in details:
+            other = {side: details[side] for side in ("referrer", "referee") if side in details}
+            self._tell("referral_bonus", f"referral_bonus:{operation}", now, amount=details["bonus"], **other)
         plan = {key: value for key, value in details.items() if key.startswith(("plan", "period_", "allotted"))}
         if isinstance(message, Grant) and message.purchase is not None:
             self._tell("pack_bought", f"pack_bought:{operation}", now, amount=format_amount(message.amount),
                        source=message.source, purchase=message.purchase)  # fmt: skip
         elif isinstance(message, Receive):
+            if message.from_lead:
+                return  # nobody gave it
             amount = format_amount(sum(lot.amount for lot in message.lots))
             self._tell("gift_received", f"gift_received:{operation}", now, amount=amount, sender=message.sender,
                        **({} if message.message is None else {"message": message.message}))  # fmt: skip
+        elif isinstance(message, RedeemCode):
+            told = {name: details[name] for name in ("sender", "message") if name in details}
+            self._tell("gift_received", f"gift_received:{operation}", now, amount=details["credits"], **told)
         elif isinstance(message, Refund):
             self._tell("refunded", f"refunded:{operation}", now, amount=format_amount(-outcome.charged),
                        charge=message.charge)  # fmt: skip

@@ -60,7 +60,10 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 class Need(NamedTuple):
     """A past row that an operation works on, beyond the account's open grants and holds."""
 
-    kind: Literal["hold", "charge", "transfer", "grant", "purchase", "subscription", "allowance", "code", "referral"]
+    kind: Literal[
+        "hold", "charge", "transfer", "grant", "purchase", "subscription", "allowance", "code", "referral", "referee"
+    ]
+    """``referee``: the allowance that tells whether the account has referred the owner of a code."""
     key: str | int
     """Of a subscription, and of what an account was referred by, nothing: it has one."""
 
@@ -75,6 +78,11 @@ class Operation(NamedTuple):
     """Whether it may be applied to an account that was not opened."""
     concludes: bool = False
     """Whether it ends what the account began, and so is applied to a closed account as well."""
+    returns: bool = False
+    """Whether it may bring back what the account has spent or set aside, and so is applied to a lead that was converted
+    as well: what comes back follows to the user."""
+    spends: bool = False
+    """Whether it gives credits out, or begins something that does: a frozen account may not."""
     refused: Callable[[Any, str, Code], Sequence[FollowUp]] | None = None
     """What follows from its being refused, by the message, the operation id and the code."""
     repeated: Callable[[Any, str, Code | None], Sequence[FollowUp]] | None = None
@@ -87,12 +95,14 @@ def operation(
     need: Callable[[Any], Sequence[Need]] | None = None,
     opens: bool = False,
     concludes: bool = False,
+    returns: bool = False,
+    spends: bool = False,
     refused: Callable[[Any, str, Code], Sequence[FollowUp]] | None = None,
     repeated: Callable[[Any, str, Code | None], Sequence[FollowUp]] | None = None,
 ) -> Callable[[Callable[[Account, Any, Context], Outcome]], Operation]:
     """Make a function the implementation of a message type."""
 
     def register(run: Callable[[Account, Any, Context], Outcome]) -> Operation:
-        return Operation(kind.operation, run, need, opens, concludes, refused, repeated)
+        return Operation(kind.operation, run, need, opens, concludes, returns, spends, refused, repeated)
 
     return register

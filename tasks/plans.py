@@ -22,13 +22,15 @@ from models.rules.state import Grant as Lot
 from models.rules.subscriptions import allot, end, end_of_payment, end_of_period, expire_lots, renew
 from tasks.grants import told
 from tasks.operation import Context, Need, Outcome, operation
+from tasks.referrals import may_be_purchase, purchase_needs
 
 
 def _need(message: Any) -> Sequence[Need]:
-    return (Need("subscription", ""),)
+    return (Need("subscription", ""), *purchase_needs(message))
 
 
 @operation(Subscribe, need=_need)
+@may_be_purchase
 def subscribe(account: Account, message: Subscribe, context: Context) -> Outcome:
     """Begin a plan: the credits of the period under way come at once, those of the next ones in their time.
 
@@ -105,6 +107,7 @@ def begin(account: Account, terms: Terms, message: Paid | None, context: Context
 
 
 @operation(ChangePlan, need=_need)
+@may_be_purchase
 def change(account: Account, message: ChangePlan, context: Context) -> Outcome:
     """Change to another plan.
 
@@ -174,15 +177,25 @@ def cancel(account: Account, message: CancelPlan, context: Context) -> Outcome:
     With ``at`` ``now`` it ends at once, and they with it. Refusals: ``no_subscription``.
     """
     subscription = _active(account)
+    return _outcome(account, subscription, expired=stop(account, subscription, context, message.at == "now"))
+
+
+def stop(account: Account, subscription: Subscription, context: Context, at_once: bool) -> int:
+    """End a plan with its period, or at once; gives how many micro-credits expired by it."""
     now = context.now
-    if message.at == "now" or subscription.period_end <= now:
-        return _outcome(account, subscription, expired=end(account, subscription, now, now, context.operation))
-    subscription.cancels = True
-    subscription.pending = subscription.pending_at = None
-    return _outcome(account, subscription)
+    expired = 0
+    if at_once or subscription.period_end <= now:
+        expired = end(account, subscription, now, now, context.operation)
+    else:
+        subscription.cancels = True
+        subscription.pending = subscription.pending_at = None
+    subscription.is_dirty = account.is_dirty = True
+    account.next_due_at = account.due_at()
+    return expired
 
 
 @operation(RenewPlan, need=_need)
+@may_be_purchase
 def renew_on_payment(account: Account, message: RenewPlan, context: Context) -> Outcome:
     """A payment has arrived for what comes after what is paid for; where there is no plan yet, the one it names begins.
 

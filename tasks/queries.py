@@ -10,12 +10,33 @@ import psycopg
 from celery import shared_task
 
 from creditlane.amounts import parse_amount
-from creditlane.contract import VERSION, Instant, Key, Name
-from creditlane.reports import FORECAST_DAYS, MAX_FORECAST_DAYS, Grouping, Status
-from models import explaining, forecast, pool_reading, reading, usage_reading
+from creditlane.contract import MAX_BATCH, VERSION, Instant, Key, Name, Text
+from creditlane.reports import (
+    FORECAST_DAYS,
+    MAX_FORECAST_DAYS,
+    Grouping,
+    Merit,
+    Planned,
+    RefundGrouping,
+    Status,
+)
+from models import (
+    achievement_reading,
+    explaining,
+    forecast,
+    leaderboard,
+    pool_reading,
+    reading,
+    referral_reading,
+    refund_reading,
+    usage_reading,
+)
+from models.actions import actions as read_actions
 from models.database import reader
 from models.in_force import catalog_in_force
 from models.reading import DEFAULT_PAGE, MAX_PAGE
+from models.referral_reading import MAX_PLACE
+from tasks.simulation import simulate_operations
 
 RETRIES: dict[str, Any] = {
     "autoretry_for": (psycopg.OperationalError,),
@@ -89,6 +110,16 @@ class ForecastQuery(Query, frozen=True, kw_only=True):
     paid: bool = True
 
 
+class ActionsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``queries.actions``: see :func:`models.actions.actions`."""
+
+    actor: Text | None = None
+    since: Instant | None = None
+    until: Instant | None = None
+    limit: Limit = DEFAULT_PAGE
+    before: Annotated[str, msgspec.Meta(max_length=256)] | None = None
+
+
 class ExplainQuery(Query, frozen=True, kw_only=True):
     """``queries.explain``: an operation, a grant, or the balance where neither is named."""
 
@@ -100,6 +131,48 @@ class ExplainQuery(Query, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.operation is not None and self.grant is not None:
             raise ValueError("ask for an operation or a grant, one of the two")
+
+
+class SimulateQuery(Query, frozen=True, kw_only=True):
+    """``queries.simulate``: see :func:`tasks.simulation.simulate_operations`."""
+
+    operations: Annotated[list[Planned], msgspec.Meta(min_length=1, max_length=MAX_BATCH)]
+    at: Instant | None = None
+    paid: bool = True
+
+
+class AchievementsQuery(Query, frozen=True, kw_only=True):
+    """``queries.achievements``."""
+
+
+class LeaderboardQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``queries.leaderboard``: see :func:`models.leaderboard.leaderboard`."""
+
+    by: Merit = "used"
+    since: date | None = None
+    until: date | None = None
+    account: Name | None = None
+    limit: Limit = DEFAULT_PAGE
+    after: Name | None = None
+
+
+class RefundsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``queries.refunds``: see :func:`models.refund_reading.refunds`."""
+
+    account: Name | None = None
+    by: tuple[RefundGrouping, ...] = refund_reading.ALL
+    since: date | None = None
+    until: date | None = None
+    feature: Key | None = None
+    limit: Limit = DEFAULT_PAGE
+    after: Annotated[int, msgspec.Meta(ge=0, le=refund_reading.MAX_LINES)] = 0
+
+
+class ReferralsQuery(Query, frozen=True, kw_only=True):
+    """``queries.referrals``: see :func:`models.referral_reading.referrals`."""
+
+    limit: Limit = DEFAULT_PAGE
+    before: Annotated[str, msgspec.Meta(max_length=MAX_PLACE)] | None = None
 
 
 Asked = TypeVar("Asked", bound=msgspec.Struct)
@@ -222,6 +295,102 @@ def explain(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
         if asked.grant is not None:
             return _told(explaining.explain_grant(connection, account, asked.grant, limit=limit, after=after))
         return _told(explaining.explain_balance(connection, account, catalog_in_force(connection)))
+
+
+@shared_task(name="queries.actions", **RETRIES)
+def actions(v: int = 1, **arguments: Any) -> dict[str, Any]:
+    """A page of what administrators did, in all accounts, the newest first.
+
+    :param v: the contract's version.
+    :param arguments: those of an :class:`ActionsQuery`.
+    :returns: a :class:`creditlane.reports.ActionsPage` as JSON has it.
+    :raises ValueError: for arguments that make no sense, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away, or takes more than 30 s.
+    """
+    asked = understood(ActionsQuery, v, arguments)
+    with reader() as connection:
+        told: dict[str, Any] = msgspec.to_builtins(read_actions(connection, **msgspec.structs.asdict(asked)))
+    return told
+
+
+@shared_task(name="queries.simulate", **RETRIES)
+def simulate(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
+    """What operations would cost, which grants would pay, and which would be refused with which offer.
+
+    :param v: the contract's version.
+    :param arguments: those of a :class:`SimulateQuery`.
+    :returns: a :class:`creditlane.reports.Simulation` as JSON has it; None for an account that no operation ever named.
+    :raises ValueError: for arguments that make no sense, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away.
+    """
+    asked = understood(SimulateQuery, v, arguments)
+    with reader() as connection:
+        catalog = catalog_in_force(connection)
+        return _told(
+            simulate_operations(connection, asked.account, asked.operations, catalog, at=asked.at, paid=asked.paid)
+        )
+
+
+@shared_task(name="queries.leaderboard", **RETRIES)
+def ranking(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
+    """The accounts that used or earned the most, for all time or in a span of days.
+
+    :param v: the contract's version.
+    :param arguments: those of a :class:`LeaderboardQuery`.
+    :returns: a :class:`creditlane.reports.Leaderboard` as JSON has it.
+    :raises ValueError: for arguments that make no sense, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away, or takes more than 30 s.
+    """
+    values = msgspec.structs.asdict(understood(LeaderboardQuery, v, arguments))
+    with reader() as connection:
+        return _told(leaderboard.leaderboard(connection, catalog_in_force(connection), **values))
+
+
+@shared_task(name="queries.refunds", **RETRIES)
+def refunds(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
+    """What was given back in a span of days, by reason, feature and by whom; of all accounts where none is named.
+
+    :param v: the contract's version.
+    :param arguments: those of a :class:`RefundsQuery`.
+    :returns: a :class:`creditlane.reports.Refunds` as JSON has it; None for an account that no operation ever named.
+    :raises ValueError: for arguments that make no sense, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away, or takes more than 30 s.
+    """
+    values = msgspec.structs.asdict(understood(RefundsQuery, v, arguments))
+    account = values.pop("account")
+    with reader() as connection:
+        return _told(refund_reading.refunds(connection, account, **values))
+
+
+@shared_task(name="queries.referrals", **RETRIES)
+def referrals(v: int = 1, **arguments: Any) -> dict[str, Any] | None:
+    """By which code an account refers others, who referred it, and a page of those whom it referred.
+
+    :param v: the contract's version.
+    :param arguments: those of a :class:`ReferralsQuery`.
+    :returns: a :class:`creditlane.reports.Referrals` as JSON has it; None for an account that no operation ever named.
+    :raises ValueError: for arguments that make no sense, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away.
+    """
+    asked = understood(ReferralsQuery, v, arguments)
+    with reader() as connection:
+        return _told(referral_reading.referrals(connection, asked.account, limit=asked.limit, before=asked.before))
+
+
+@shared_task(name="queries.achievements", **RETRIES)
+def achievements(account: str, v: int = 1) -> dict[str, Any] | None:
+    """What an account has achieved, and how far it is with the rest.
+
+    :param account: whose.
+    :param v: the contract's version.
+    :returns: a :class:`creditlane.reports.Achievements` as JSON has it; None for an account that no operation ever
+        named.
+    :raises ValueError: for what is no account, or a newer version of the contract.
+    :raises psycopg.OperationalError: when the database stays away.
+    """
+    asked = understood(AchievementsQuery, v, {"account": account})
+    with reader() as connection:
+        return _told(achievement_reading.achievements(connection, asked.account, catalog_in_force(connection)))
 
 
 def _told(found: msgspec.Struct | None) -> dict[str, Any] | None:

@@ -14,12 +14,12 @@ from datetime import datetime
 from operator import attrgetter
 from typing import Any
 
-from creditlane.contract import ContractError, decode_message
+from creditlane.contract import ContractError, IssueCodes, decode_message
 from models.audit_rows import Row, Totals
 from models.report import Report
 from models.rules.catalog import Catalog
 from models.rules.settling import settle
-from models.rules.sharing import allowance_row, referral_row
+from models.rules.sharing import allowance_row, referral_row, told_by
 from models.rules.state import COUNTERS, Account, Grant, Hold, purchase_row, subscription_row
 from tasks.ledger import apply
 from tasks.operation import Need
@@ -147,8 +147,11 @@ class Replay:
             self._over = True
             return
         find = OPERATIONS[task].need
-        for need in find(message) if find is not None else ():
+        needs = find(message) if find is not None else ()
+        for need in needs:
             self._fetch(need)
+        if any(need.kind == "code" for need in needs):
+            account.codes = told_by(result)  # what others do with a code is no rule's of this account
         made = apply(account, task, operation, message, raw, applied_at, catalog).row
         self.report.replayed += 1
         if made is None:
@@ -161,8 +164,8 @@ class Replay:
         if out != stands:
             different = [field for field, mine, theirs in zip(ROW_FIELDS, out, stands, strict=True) if mine != theirs]
             self._fault("operations", operation, f"has another {', '.join(different)} than the rules give")
-        if self._named is not None and operation not in self._named:
-            del account.known[operation]
+        if self._named is not None and operation not in self._named and task != IssueCodes.operation:
+            del account.known[operation]  # which issue a withdrawal is of, its arguments do not say
         if len(account.order) > LINES or len(account.holds) > LINES:
             self._put_aside()
 
@@ -174,7 +177,7 @@ class Replay:
             if key in self._closed:
                 account.holds[key] = self._closed.pop(key)
             return
-        if need.kind in ("grant", "subscription", "allowance", "referral"):
+        if need.kind in ("grant", "subscription", "allowance", "referral", "referee", "code"):
             return  # all are known; what is taken back of a lot does not depend on their order
         if need.kind == "purchase":
             purchase = account.purchases.get(key)  # what was taken of its lots may come back to them

@@ -5,7 +5,6 @@ Whatever a test has written, the closing identity and the whole audit hold at it
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,13 +14,14 @@ import pytest
 from creditlane.client import CreditClient
 from creditlane.codes import Code
 from models.audit import audit
-from models.catalog import load_catalog
+from models.catalog import load_catalog, shipped_names
 from models.migrate import upgrade
 from scripts.embedded import Stack, temporary_directory, temporary_stack
 from scripts.rabbitmq import RabbitMQ
 from tasks.replay import Replayer
 from tests.broker import Broker, RabbitBroker, RedisBroker
 from tests.brokers import need_rabbitmq
+from tests.databases import Databases
 from tests.support import Ledger, Worker, eventually, owned_lanes
 from workers.ledger_writer import Job, LedgerWriter, connect
 from workers.quarantine import Quarantined
@@ -29,39 +29,55 @@ from workers.quarantine import Quarantined
 LANES = 8
 """Few lanes, so that two workers have some each and every lane some accounts."""
 
-CATALOGS = [load_catalog(name) for name in ("packs", "metering", "rollover", "dual", "registration")]
+CATALOGS = [load_catalog(name) for name in shipped_names()]
 """What the operations of the tests are replayed with in the end; those of other catalogs are not."""
 
 TEMPLATE = "migrated"
-_numbers = itertools.count(1)
+
+KEPT_BY_THE_SYSTEM = {"fsync": "off", "full_page_writes": "off"}
+"""A server that is killed loses nothing that it has written; only a machine without power would, and none is here."""
 
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
-    """Postgres and Redis of this test process."""
-    with temporary_stack(appendfsync="always") as running:
+    """Postgres and Redis of this test process. Both write before they answer; neither waits for the disk."""
+    with temporary_stack(appendfsync="no", postgres_settings=KEPT_BY_THE_SYSTEM) as running:
         upgrade(running.create_database(TEMPLATE))
         yield running
 
 
+@pytest.fixture(scope="session")
+def databases(stack: Stack) -> Databases:
+    """Migrated databases on that Postgres."""
+    return Databases(stack.postgres, TEMPLATE)
+
+
 @pytest.fixture
-def database(stack: Stack) -> Iterator[str]:
+def database(databases: Databases) -> Iterator[str]:
     """The URL of a fresh, migrated database, audited when the test is done."""
-    name = f"ledger_{next(_numbers)}"
-    url = stack.create_database(name, template=TEMPLATE)
+    yield from _audited(databases, databases.take())
+
+
+@pytest.fixture
+def unused_database(databases: Databases) -> Iterator[str]:
+    """As ``database``, and nobody has written to its files before."""
+    yield from _audited(databases, databases.take(unused=True))
+
+
+def _audited(databases: Databases, url: str) -> Iterator[str]:
     yield url
     with psycopg.connect(url, autocommit=True) as connection:
         report = audit(connection, replayer=Replayer({catalog.label: catalog for catalog in CATALOGS}))
-    stack.postgres.drop_database(name)
+    databases.give_back(url)
     assert report.holds, report.faults
 
 
 @pytest.fixture
-def tampered_database(stack: Stack) -> Iterator[str]:
+def tampered_database(databases: Databases) -> Iterator[str]:
     """A fresh, migrated database whose audit may fail in the end."""
-    name = f"ledger_{next(_numbers)}"
-    yield stack.create_database(name, template=TEMPLATE)
-    stack.postgres.drop_database(name)
+    url = databases.take()
+    yield url
+    databases.give_back(url)
 
 
 @pytest.fixture(scope="session")

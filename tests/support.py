@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,6 +16,7 @@ import psycopg
 from creditlane.contract import decode_message
 from models.catalog import load_catalog
 from models.rules.catalog import Catalog
+from tests.processes import PythonProcess
 from workers.ledger_writer import Job, LedgerWriter
 from workers.ownership import LANE_CLASS
 
@@ -44,14 +43,7 @@ class Worker:
     def __init__(self, name: str, command: list[str], environment: dict[str, str], log: Path) -> None:
         self.name = name
         self.log = log
-        with log.open("ab") as stream:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "celery", *command],
-                cwd=ROOT,
-                env={**os.environ, **environment},
-                stdout=stream,
-                stderr=stream,
-            )
+        self.process = PythonProcess(["celery", *command], {**os.environ, **environment}, log)
 
     @property
     def running(self) -> bool:

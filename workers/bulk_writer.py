@@ -60,6 +60,7 @@ class NewAccounts(Loaded):
             raise ValueError(f"{found[0]} of the accounts are in the ledger already")
         self.now = now[0]
         self._accounts, self._grants = {}, {}
+        self.codes, self._sharing = {}, frozenset()
         self.accounts = {name: self.make(name) for name in names}
 
     def make(self, name: str) -> Account:

@@ -8,7 +8,7 @@ accounts, grants, holds and receipts set by set -> commit.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -18,7 +18,7 @@ from psycopg import Connection, Cursor
 
 from creditlane.client import NOTICES
 from creditlane.codes import Code
-from creditlane.contract import Message
+from creditlane.contract import IssueReferral, Message, WithdrawCodes
 from creditlane.events import EXCHANGE
 from models.columns import (
     ALLOWANCE_COLUMNS,
@@ -32,6 +32,7 @@ from models.columns import (
 from models.rules.catalog import Catalog
 from models.rules.sharing import (
     MEMBER,
+    REFEREE,
     SharedCode,
     allowance_of,
     allowance_row,
@@ -102,12 +103,20 @@ WHERE h.account = ANY(%s::text[]) AND h.status = 'open' ORDER BY r.account, r.op
 """
 PAIRS = "unnest(%s::text[], %s::text[]) AS k(account, key)"
 TRANSFERS = f"""
-SELECT o.account, o.operation, o.name, o.status, o.arguments::text, o.result::text, e.grant_id, e.amount_micro, 0
+SELECT o.account, o.operation, o.name, o.status, CASE WHEN e.line = 1 THEN o.arguments::text END,
+       CASE WHEN e.line = 1 THEN o.result::text END, e.grant_id, e.amount_micro, 0
 FROM {PAIRS} JOIN operations o ON o.account = k.account AND o.operation = k.key
-JOIN entries e ON e.account = o.account AND e.seq >= o.first_seq AND e.seq < o.first_seq + o.entries
-WHERE o.name = 'credits.transfer' AND e.kind = 'transferred'
+JOIN LATERAL (
+    SELECT e.seq, e.grant_id, e.amount_micro, row_number() OVER (ORDER BY e.seq) AS line FROM entries e
+    WHERE e.account = o.account AND e.seq >= o.first_seq AND e.seq < o.first_seq + o.entries
+      AND e.kind = 'transferred'
+) e ON true
+WHERE o.name IN ('credits.transfer', 'credits.convert', 'codes.issue')
 ORDER BY o.account, o.operation, e.seq
 """
+"""Arguments and result come with the first line alone: those of an issue of many codes are long, and it may have many
+lines."""
+
 KNOWN = f"""
 SELECT o.account, o.operation, o.name, o.status, o.arguments::text, o.result::text
 FROM {PAIRS} JOIN operations o ON o.account = k.account AND o.operation = k.key
@@ -529,7 +538,8 @@ class LedgerWriter:
     @staticmethod
     def _write_codes(cursor: Cursor[Any], codes: Iterable[SharedCode]) -> None:
         """Write codes that were issued, what became of others, and each use of them."""
-        codes = list(codes)
+        # By their text: of two batches that make the same codes one waits for the other, and neither for both.
+        codes = sorted(codes, key=lambda code: code.terms.code)
         copy(cursor, COPY_CODES, [row_line(code_row(code)) for code in codes if code.is_new])
         old = [code for code in codes if not code.is_new and (code.is_dirty or code.taken)]
         if old:
@@ -677,17 +687,69 @@ class Loaded:
             self._hold_lines = _by_account([hold_lines])
             self._subscriptions = _by_account(subscriptions)
             self._known = _by_account([known])
-            self._charges = _by_account([charges, transfers])
-            pairs = self._members(jobs, {row[0] for row in counting}) if counting is not None else None
-            members = connection.execute(ALLOWANCES, pairs) if pairs is not None else None
-            self._allowances = _by_account([allowances, members])
             self._referrals = _by_account([referrals])
+            self._codes: list[Values] = [] if codes is None else codes.fetchall()
             self.codes: dict[str, SharedCode] = {}
             """The codes that the jobs name, and those that they make: the same for all accounts."""
-            if codes is not None:
-                shared = [code_of(*row) for row in codes.fetchall()]
-                self.codes.update((code.terms.code, code) for code in shared)
+            self._make_codes()
+            issues = self._withdrawn(jobs) - set(zip(*needs.get("transfer", ((), ())), strict=True))
+            issued = connection.execute(TRANSFERS, _pairs(issues)) if issues else None
+            self._charges = _by_account([charges, transfers, issued])
+            pairs = self._members(jobs, {row[0] for row in counting}) if counting is not None else None
+            members = connection.execute(ALLOWANCES, pairs) if pairs is not None else None
+            referees = None
+            if "referee" in needs:
+                referees = connection.execute(ALLOWANCES, self._referees(jobs, needs["referee"]))
+            self._allowances = _by_account([allowances, members, referees])
+        self._sharing = frozenset(needs["code"][0]) if "code" in needs else frozenset()
         self.accounts = {name: self.make(name) for name in names}
+
+    def _make_codes(self) -> None:
+        """The codes as the database has them, before anything of this batch."""
+        self.codes.clear()
+        for row in self._codes:
+            code = code_of(*row)
+            self.codes[code.terms.code] = code
+
+    def _withdrawn(self, jobs: Sequence[Job]) -> set[tuple[str, str]]:
+        """Account and issue of the codes that jobs end, as far as somebody paid for them."""
+        named = (
+            (job.account, self.codes[code].terms)
+            for job in jobs
+            if isinstance(job.message, WithdrawCodes)
+            for code in job.message.codes
+            if code in self.codes
+        )
+        return {(account, terms.operation) for account, terms in named if terms.account == account and terms.lots}
+
+    def make_anew(self, name: str) -> Collection[str]:
+        """Make an account anew, and with one that had to do with codes all others that had: they saw what it did.
+
+        :returns: the accounts that are as before this batch.
+        """
+        names = self._sharing if name in self._sharing else (name,)
+        if names is self._sharing:
+            self._make_codes()
+        for each in names:
+            self.accounts[each] = self.make(each)
+        return names
+
+    def _referees(self, jobs: Sequence[Job], claims: tuple[list[str], list[str]]) -> tuple[list[str], list[str]]:
+        """Where it stands whether accounts have referred the owners of codes, those of this batch included.
+
+        :param claims: accounts, and the code that each claims.
+        :returns: accounts, and the key of the allowance.
+        """
+        owners = {text: {code.terms.account} for text, code in self.codes.items()}
+        for job in jobs:
+            if isinstance(job.message, IssueReferral):
+                owners.setdefault(job.message.code, set()).add(job.account)
+        pairs = [
+            (account, REFEREE + owner)
+            for account, text in zip(*claims, strict=True)
+            for owner in sorted(owners.get(text, ()))
+        ]
+        return [account for account, _ in pairs], [key for _, key in pairs]
 
     def _missing_roots(self) -> tuple[str, str] | None:
         """The lots that loaded ones continue and that are not loaded themselves: revocations are booked there."""
@@ -715,7 +777,8 @@ class Loaded:
                     pairs[job.account, member] = None
         for name in pools:
             holders = {hold[HOLDER] for hold in self._holds.get(name, ())}
-            charged = {charged_member(charge[RESULT]) for charge in self._charges.get(name, ())}
+            results = (charge[RESULT] for charge in self._charges.get(name, ()))
+            charged = {charged_member(result) for result in results if result is not None}
             pairs.update(((name, member), None) for member in holders | charged if member is not None)
         if not pairs:
             return None
@@ -734,11 +797,6 @@ class Loaded:
         row = self._accounts.get(name)
         account = Account(name) if row is None else Account(name, row)
         account.is_new = row is None
-        for code in [*self.codes.values()]:
-            if code.is_new and code.terms.account == name:
-                del self.codes[code.terms.code]
-            else:
-                code.forget(name)
         account.codes = self.codes
         for grant_id, source, priority, features, *rest in self._grants.get(name, ()):
             if grant_id not in account.grants:
@@ -793,7 +851,8 @@ def apply_all(loaded: Loaded, jobs: Sequence[Job], catalog: Catalog, poison: Poi
     """Apply jobs in order to the loaded accounts, in memory.
 
     A job whose code raises is taken out: its account is made anew from the rows that were read, and the jobs
-    of that account before it are applied again, so that nothing half done is left. The others stand.
+    of that account before it are applied again, so that nothing half done is left. The others stand, but for those
+    that shared codes with it: see :meth:`Loaded.make_anew`.
     """
     for place, job in enumerate(jobs):
         job.quarantined = job.answer = None
@@ -803,9 +862,9 @@ def apply_all(loaded: Loaded, jobs: Sequence[Job], catalog: Catalog, poison: Poi
             trace = traceback.format_exc()
             reason = f"{type(error).__name__}: {error}"
             job.quarantined = poison(job, Code.INTERNAL_ERROR, reason, trace)
-            loaded.accounts[job.account] = loaded.make(job.account)
+            anew = loaded.make_anew(job.account)
             for before in jobs[:place]:
-                if before.account == job.account and before.quarantined is None:
+                if before.account in anew and before.quarantined is None:
                     before.answer = _apply_one(loaded, before, catalog)
 
 
@@ -966,6 +1025,12 @@ def _by_account(cursors: Iterable[Cursor[Any] | None]) -> dict[str, list[Values]
         for row in cursor.fetchall() if cursor is not None else ():
             grouped.setdefault(row[0], []).append(row[1:])
     return grouped
+
+
+def _pairs(pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
+    """Pairs as two arrays."""
+    first, second = zip(*pairs, strict=True)
+    return texts(first), texts(second)
 
 
 def _needs(jobs: Sequence[Job]) -> dict[str, tuple[list[str], list[str]]]:

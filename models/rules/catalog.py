@@ -28,12 +28,15 @@ MINOR_DIGITS = {"BIF": 0, "CLP": 0, "DJF": 0, "GNF": 0, "ISK": 0, "JPY": 0, "KMF
 NOTICE_KINDS = (
     "depleted", "credits_expired", "period_renewed", "pack_bought", "payment_failed", "plan_started", "plan_changed",
     "plan_cancelled", "plan_ended", "gift_received", "referral_bonus", "refunded", "member_limit", "purchase_frozen",
-    "purchase_thawed", "quote_ready",
+    "purchase_thawed", "quote_ready", "achievement",
 )  # fmt: skip
 """What a notice may be of, beside ``low_balance`` and ``expiring``, which have settings of their own."""
 
 PROMOTIONAL = frozenset({"signup", "lead", "bonus", "referral", "promotion", "achievement"})
 """Sources of credits that nobody paid for: not to be given away unless the catalog says so."""
+
+EARNED = frozenset({"bonus", "referral", "promotion", "achievement"})
+"""Sources of credits that an account was given for something it did: what leaderboards count as earned."""
 
 PriceId = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9._:-]+\Z")]
 """What a payment provider calls a price: a payment names it, and it says what was bought."""
@@ -82,21 +85,27 @@ class About(Section, frozen=True):
     """``[catalog]``: its name, its version (recorded on every operation), currency and time zone."""
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9_-]+\Z")]
-    version: Annotated[int, msgspec.Meta(ge=1)] = 1
+    version: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)] = 1
     currency: Annotated[str, msgspec.Meta(pattern=r"^[A-Z]{3}\Z")] = "EUR"
     zone: str = "UTC"
 
 
 class Welcome(Section, frozen=True):
-    """``[signup]`` and ``[lead]``: what a new user or a new lead is given, and for how long."""
+    """``[signup]``: what a new user is given, and for how long."""
 
     credits: Micro = Micro(0)
-    source: str = "signup"
+    source: Name = "signup"
     expires_days: Days | None = None
 
     def __post_init__(self) -> None:
         if self.credits < 0:
             raise ValueError("credits must not be negative")
+
+
+class LeadWelcome(Welcome, frozen=True):
+    """``[lead]``: as ``[signup]``, of a source of its own."""
+
+    source: Name = "lead"
 
 
 class Feature(Section, frozen=True):
@@ -262,8 +271,8 @@ class Plan(Section, frozen=True, kw_only=True):
     unlimited: bool = False
     """Whether its subscribers are charged nothing; what they use is counted all the same."""
     mode: Literal["reset", "rollover", "accumulate"] = "reset"
-    source: Annotated[str, msgspec.Meta(min_length=1, max_length=128)] = "monthly"
-    rollover_source: Annotated[str, msgspec.Meta(min_length=1, max_length=128)] = "rollover"
+    source: Name = "monthly"
+    rollover_source: Name = "rollover"
     rollover_cap: str | None = None
     """At most so much in live rollover lots after a renewal: ``"50%"``, ``"2x"`` of the monthly credits, or credits."""
     balance_cap: str | None = None
@@ -395,12 +404,17 @@ class Clawback(Section, frozen=True):
 
 
 class Source(Section, frozen=True):
-    """``[sources.NAME]``: whether its credits may be given to another account.
+    """``[sources.NAME]``: what its credits are."""
 
-    Unless said, they may, but for those of :data:`PROMOTIONAL` and of the catalog's own welcomes.
-    """
+    transferable: bool | None = None
+    """Whether they may be given to another account. Unless said, they may, but for those of :data:`PROMOTIONAL` and of
+    the catalog's own welcomes."""
+    earned: bool | None = None
+    """Whether they count as earned; those of :data:`EARNED` do unless said."""
 
-    transferable: bool
+    def __post_init__(self) -> None:
+        if self.transferable is None and self.earned is None:
+            raise ValueError("a source says transferable or earned")
 
 
 class Refunds(Section, frozen=True):
@@ -502,13 +516,13 @@ class Catalog(Section, frozen=True):
 
     catalog: About
     signup: Welcome = Welcome()
-    lead: Welcome = Welcome(source="lead")
-    priorities: dict[str, Priority] = {}
-    sources: dict[str, Source] = {}
-    features: dict[str, Feature] = {}
-    packs: dict[str, Pack] = {}
-    plans: dict[str, Plan] = {}
-    offers: dict[str, Offer] = {}
+    lead: LeadWelcome = LeadWelcome()
+    priorities: dict[Name, Priority] = {}
+    sources: dict[Name, Source] = {}
+    features: dict[Name, Feature] = {}
+    packs: dict[Name, Pack] = {}
+    plans: dict[Name, Plan] = {}
+    offers: dict[Name, Offer] = {}
     notify: Notify = Notify()
     clawback: Clawback = Clawback()
     refunds: Refunds = Refunds()
@@ -534,13 +548,27 @@ class Catalog(Section, frozen=True):
         return self.priorities.get(source, DEFAULT_PRIORITY)
 
     def is_transferable(self, source: str) -> bool:
-        """Whether credits of a source may be given to another account."""
+        """Whether credits of a source may be given to another account; what a plan carried, if it might before."""
         named = self.sources.get(source)
-        if named is not None:
+        if named is not None and named.transferable is not None:
+            return named.transferable
+        carried = [plan.source for plan in self.plans.values() if plan.rollover_source == source]
+        return all(map(self._may_leave, (source, *carried)))
+
+    def _may_leave(self, source: str) -> bool:
+        named = self.sources.get(source)
+        if named is not None and named.transferable is not None:
             return named.transferable
         return source not in PROMOTIONAL and source not in (
             self.signup.source, self.lead.source, self.referrals.source,
         )  # fmt: skip
+
+    @property
+    def earned_sources(self) -> list[str]:
+        """The sources of credits that count as earned."""
+        named = {name: source.earned for name, source in self.sources.items() if source.earned is not None}
+        counted = dict.fromkeys((*EARNED, self.referrals.source), True) | named
+        return sorted(name for name, earned in counted.items() if earned)
 
     def zone_of(self, plan: str) -> str:
         """The IANA time zone of a plan's calendar."""

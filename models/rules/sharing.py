@@ -7,19 +7,23 @@ that came first is known; what the row said is kept with each operation's result
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from hashlib import sha256
+from itertools import accumulate
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from creditlane.amounts import Micro, format_amount, parse_amount
 from creditlane.contract import Parcel
 
 MEMBER, CODE, REFEREE = "member:", "code:", "referee:"
 """What the keys of allowances begin with that are of one member, of one code, of one who was referred."""
 
-GIVEN, REDEEMED = "gifts", "redeems"
-"""The keys of the allowances that count what an account gives away in a day, and what it redeems."""
+GIVEN, REDEEMED, REFERRED = "gifts", "redeems", "referrals"
+"""The keys of the allowances that count what an account gives away in a day, what it redeems, and whom it refers."""
 
 
 class Allowance:
@@ -137,13 +141,57 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=T
     """Where an account paid: the lots that did, in order, for all its uses."""
     message: str | None = None
 
+    @property
+    def is_paid(self) -> bool:
+        """Whether an account paid for it, of a gift code."""
+        return self.source is None
+
+
+Piece = TypeVar("Piece")
+
+
+class EndToEnd(Generic[Piece]):
+    """Credits of several lots laid end to end, so that any stretch of them can be cut out.
+
+    :param pieces: the lots, each with its micro-credits.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[Piece, int]]) -> None:
+        self._pieces = pieces
+        self._ends = list(accumulate(amount for _, amount in pieces))
+
+    def cut(self, start: int, end: int) -> list[tuple[Piece, int]]:
+        """What lies in ``[start, end)``, in micro-credits from the first one on, by lot.
+
+        :raises IndexError: when there is not so much.
+        """
+        found = []
+        place = bisect_right(self._ends, start)
+        while start < end:
+            stop = min(end, self._ends[place])
+            found.append((self._pieces[place][0], stop - start))
+            start = stop
+            place += 1
+        return found
+
+
+OPEN, CLOSED = "open", "closed"
+"""What a code may be."""
+
 
 class SharedCode:
     """A code as one batch sees it, between all accounts of the batch."""
 
-    __slots__ = ("_before", "closed_at", "is_dirty", "is_new", "status", "taken", "terms", "used")
+    __slots__ = ("closed_at", "first_slot", "is_dirty", "is_new", "status", "taken", "terms", "used")
 
-    def __init__(self, terms: Terms, status: str = "open", used: int = 0, closed_at: datetime | None = None) -> None:
+    def __init__(
+        self,
+        terms: Terms,
+        status: str = OPEN,
+        used: int = 0,
+        closed_at: datetime | None = None,
+        first_slot: int = 0,
+    ) -> None:
         self.terms = terms
         self.status = status
         """``open``, or ``closed`` by who issued it."""
@@ -152,28 +200,36 @@ class SharedCode:
         self.closed_at = closed_at
         self.taken: dict[int, Redemption] = {}
         """The uses of this batch by their slot."""
-        self._before = status, closed_at
+        self.first_slot = first_slot
+        """The use that the first of its lots is of."""
         self.is_new = False
         self.is_dirty = False
 
     @property
     def uses(self) -> int:
-        """How many uses there were by now."""
+        """How many uses there were by now; the next one has this slot."""
         return self.used + len(self.taken)
 
-    def free_slot(self) -> int:
-        """The first slot that nobody has."""
-        slot = self.used
-        while slot in self.taken:
-            slot += 1
-        return slot
+    @property
+    def is_used_up(self) -> bool:
+        """Whether no use is left."""
+        return self.terms.uses is not None and self.uses >= self.terms.uses
 
-    def forget(self, account: str) -> None:
-        """As if an account had done nothing in this batch: it is made anew."""
-        if account == self.terms.account:
-            self.status, self.closed_at = self._before
-            self.is_dirty = False
-        self.taken = {slot: each for slot, each in self.taken.items() if each.account != account}
+    def is_over(self, now: datetime) -> bool:
+        """Whether it cannot be used any more, whatever uses are left."""
+        expires_at = self.terms.expires_at
+        return self.status != OPEN or (expires_at is not None and expires_at <= now)
+
+    def lots_of(self, slot: int) -> list[Parcel]:
+        """The credits of one use, by the lot that paid; none where nobody did."""
+        if not self.terms.lots:
+            return []
+        laid = EndToEnd([(lot, int(lot.amount)) for lot in self.terms.lots])
+        start = (slot - self.first_slot) * self.terms.amount
+        return [
+            msgspec.structs.replace(lot, amount=Micro(amount))
+            for lot, amount in laid.cut(start, start + self.terms.amount)
+        ]
 
 
 class Redemption(msgspec.Struct, frozen=True, gc=False):
@@ -186,8 +242,74 @@ class Redemption(msgspec.Struct, frozen=True, gc=False):
     at: datetime
 
 
-_encode = msgspec.json.Encoder().encode
-_decode_terms = msgspec.json.Decoder(Terms).decode
+class CodeRow(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
+    """What the row of a code said to an operation: kept with the operation's result, so that a replay is told again."""
+
+    terms: Terms
+    """Of the lots those of the use in question alone."""
+    status: str = OPEN
+    used: int = 0
+    """How many uses there were before the operation; the slot of the next."""
+
+
+def row_of(code: SharedCode, to_use: bool = False) -> CodeRow:
+    """What a code's row says now.
+
+    :param to_use: with what only its next use is about, the lots and the message.
+    """
+    lots = tuple(code.lots_of(code.uses)) if to_use and not code.is_used_up else ()
+    terms = msgspec.structs.replace(code.terms, lots=lots, message=code.terms.message if to_use else None)
+    return CodeRow(terms=terms, status=code.status, used=code.uses)
+
+
+def code_of_row(row: CodeRow) -> SharedCode:
+    """The code of which :func:`row_of` was kept."""
+    return SharedCode(row.terms, row.status, row.used, first_slot=row.used)
+
+
+def _to_wire(value: Any) -> str:
+    if isinstance(value, Micro):
+        return format_amount(value)
+    raise NotImplementedError(type(value))
+
+
+def of_wire(kind: type, value: object) -> Any:
+    """Read an amount as the messages write it: for msgspec's ``dec_hook``."""
+    if kind is Micro:
+        return Micro(parse_amount(value))
+    raise NotImplementedError(kind)
+
+
+encode_row = msgspec.json.Encoder(enc_hook=_to_wire).encode
+"""As JSON: the amounts of lots are written as in the messages, in credits."""
+
+
+class _Rows(msgspec.Struct, gc=False):
+    code_row: CodeRow | None = None
+    code_rows: list[CodeRow] = []
+    existing: list[str] = []
+
+
+_decode_rows = msgspec.json.Decoder(_Rows, dec_hook=of_wire).decode
+_decode_terms = msgspec.json.Decoder(Terms, dec_hook=of_wire).decode
+
+
+def told_by(result: bytes | str) -> dict[str, SharedCode]:
+    """The codes that an operation's result says it saw, by their text.
+
+    :param result: JSON with ``code_row`` or ``code_rows``, see :class:`CodeRow`; ``existing`` are texts that had been
+        given before, whoever gave them.
+    """
+    rows = _decode_rows(result)
+    seen = [*rows.code_rows, *([] if rows.code_row is None else [rows.code_row])]
+    codes = {row.terms.code: code_of_row(row) for row in seen}
+    codes.update({text: SharedCode(Terms(code=text, kind="", account="", operation="")) for text in rows.existing})
+    return codes
+
+
+def fingerprint(terms: bytes) -> str:
+    """What an issue's result says of a code's terms, as JSON: the code's row must say the same for ever."""
+    return sha256(terms).hexdigest()[:32]
 
 
 def code_row(code: SharedCode) -> tuple[Any, ...]:
@@ -195,7 +317,7 @@ def code_row(code: SharedCode) -> tuple[Any, ...]:
     terms = code.terms
     return (
         terms.code, terms.kind, terms.account, terms.operation, terms.place, terms.amount, terms.uses,
-        terms.expires_at, code.status, code.uses, code.closed_at, _encode(terms).decode(),
+        terms.expires_at, code.status, code.uses, code.closed_at, encode_row(terms).decode(),
     )  # fmt: skip
 
 

@@ -500,6 +500,16 @@ class Known(msgspec.Struct, gc=False):
     is_dirty: bool = False
 
 
+def achieved_at(achieved: str | None) -> dict[str, int]:
+    """The achievements of an account, each with the number of the operation by which it was reached.
+
+    >>> achieved_at("beginner:3,expert:120")
+    {'beginner': 3, 'expert': 120}
+    """
+    pairs = (each.rpartition(":") for each in achieved.split(",")) if achieved else ()
+    return {name: int(number) for name, _, number in pairs}
+
+
 COUNTERS = (
     "granted", "received", "restored",
     "available", "held", "in_transit", "consumed", "expired", "revoked", "sent",
@@ -581,7 +591,7 @@ class Account:
     converted_to: str | None
     """Of a lead that has signed up, the user."""
     achieved: str | None
-    """The achievements that it has, with commas between them."""
+    """The achievements that it has, see :func:`achieved_at`."""
 
     def __init__(self, account: str, fields: Sequence[Any] = NOBODY) -> None:
         """An account with these :data:`ACCOUNT_FIELDS`, a new one unless given."""

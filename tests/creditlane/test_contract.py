@@ -48,6 +48,25 @@ MINIMAL: dict[str, dict[str, Any]] = {
     },
     "credits.confirm": {"account": "user_42", "transfer": "gift-1"},
     "credits.bounce": {"account": "user_42", "transfer": "gift-1", "refused": "unknown_account"},
+    "credits.convert": {"account": "user_42", "to": "user_43"},
+    "accounts.freeze": {"account": "user_42", "actor": "ann", "reason": "a stolen card"},
+    "accounts.thaw": {"account": "user_42", "actor": "ann", "reason": "found again"},
+    "accounts.close": {"account": "user_42", "actor": "ann", "reason": "asked for"},
+    "accounts.reopen": {"account": "user_42", "actor": "ann", "reason": "by mistake"},
+    "codes.issue": {"account": "user_42", "codes": ["ABCD1234"], "amount": "5"},
+    "codes.redeem": {"account": "user_42", "code": "ABCD1234"},
+    "codes.withdraw": {"account": "user_42", "codes": ["ABCD1234"]},
+    "codes.conclude": {
+        "account": "user_42",
+        "code": "ABCD1234",
+        "issue": "issue-1",
+        "place": 0,
+        "slot": 0,
+        "redeemed_by": "user_43",
+    },
+    "referrals.issue": {"account": "user_42", "code": "ANNA2X"},
+    "referrals.claim": {"account": "user_42", "code": "ANNA2X"},
+    "referrals.reward": {"account": "user_42", "referee": "user_43", "code": "ANNA2X"},
     "plans.subscribe": {"account": "user_42", "plan": "pro"},
     "plans.change": {"account": "user_42", "plan": "pro"},
     "plans.cancel": {"account": "user_42"},
@@ -69,6 +88,7 @@ FULL: dict[str, dict[str, Any]] = {
         "timezone": "America/Argentina/Buenos_Aires",
         "welcome": False,
         "occurred_at": "2019-05-01T00:00:00Z",
+        "referral_code": "ANNA2X",
         "v": 1,
     },
     "credits.grant": {
@@ -122,12 +142,46 @@ FULL: dict[str, dict[str, Any]] = {
                 "amount": 1,
                 "priority": 1000,
                 "unit_price": {"minor": 499, "currency": "EUR", "per": "25"},
+                "features": ["image"],
+                "effective_at": "2026-02-01T00:00:00Z",
             },
         ],
         "message": "for you",
+        "from_lead": True,
     },
     "credits.confirm": {"account": "user_42", "transfer": "gift-1"},
     "credits.bounce": {"account": "user_42", "transfer": "gift-1", "refused": "limit_reached"},
+    "credits.convert": {"account": "user_42", "to": "user_43", "after": "job-7"},
+    "accounts.freeze": {"account": "user_42", "actor": "ann", "reason": "a stolen card", "v": 1},
+    "accounts.thaw": {"account": "user_42", "actor": "ann", "reason": "found again", "v": 1},
+    "accounts.close": {"account": "user_42", "actor": "ann", "reason": "asked for", "v": 1},
+    "accounts.reopen": {"account": "user_42", "actor": "ann", "reason": "by mistake", "v": 1},
+    "codes.issue": {
+        "account": "user_42",
+        "codes": ["ABCD", "1234"],
+        "amount": 5,
+        "uses": 3,
+        "per_account": 2,
+        "expires_at": "2027-03-01T00:00:00Z",
+        "credits_expire_in": 86400,
+        "source": "campaign",
+        "message": "for you",
+        "actor": "anna",
+        "reason": "campaign 12",
+    },
+    "codes.redeem": {"account": "user_42", "code": "ABCD1234"},
+    "codes.withdraw": {"account": "user_42", "codes": ["ABCD", "1234"], "actor": "anna", "reason": "over"},
+    "codes.conclude": {
+        "account": "user_42",
+        "code": "ABCD1234",
+        "issue": "issue-1",
+        "place": 999,
+        "slot": 5,
+        "redeemed_by": "user_43",
+    },
+    "referrals.issue": {"account": "user_42", "code": "7" * 64},
+    "referrals.claim": {"account": "user_42", "code": "ANNA2X"},
+    "referrals.reward": {"account": "user_42", "referee": "user_43", "code": "ANNA2X", "v": 1},
     "plans.subscribe": {"account": "user_42", "plan": "pro", **PAID},
     "plans.change": {"account": "user_42", "plan": "pro", **PAID},
     "plans.cancel": {"account": "user_42", "at": "now", "reason": "moved away"},
@@ -252,6 +306,7 @@ TEXTS = [
     ("credits.grant", "reason"),
     ("credits.refund", "reason"),
     ("credits.revoke", "reason"),
+    ("codes.issue", "message"),
 ]
 CONTROLS = ["\x00", "\n", "\r", "\t", "\x1b", "\x7f", "\x80", "\x85", "\x9f", "\u2028", "\u2029"]
 
@@ -876,6 +931,27 @@ def test_no_two_transfers_have_an_id_in_common() -> None:
     assert len(ids) == 2 * len(pairs)
 
 
+def test_the_ids_of_conversions_are_kept_for_them() -> None:
+    first, later = contract.converting_id("lena", "anna"), contract.converting_id("lena", "anna", "job-7")
+    # Written down from: printf '4:lena4:anna' | sha256sum, and printf '4:lena4:anna5:job-7' | sha256sum
+    assert first == "lead.convert:18b432385bc50f68cb8ca597a09bb601cd215d2a9556c7c9a961f42b114a5e0a"
+    assert later == "lead.convert:4aa0fe9ca6d62b1b0ec6d3bd2db94ff42d4b88064ba7547cf7356d26639e46b7"
+    message = decode_message("credits.convert", encoded({"account": "lena", "to": "anna"}))
+    after = decode_message("credits.convert", encoded({"account": "lena", "to": "anna", "after": "job-7"}))
+    for id, good in (("order-991", message), (first, message), (later, after)):
+        contract.check_reserved("credits.convert", id, good)
+    for id, bad in ((later, message), (first, after), ("order-991", after)):
+        with pytest.raises(ContractError, match="derived by the ledger"):
+            contract.check_reserved("credits.convert", id, bad)
+
+
+def test_a_lead_becomes_a_user_other_than_itself() -> None:
+    assert "the lead itself" in invalid("credits.convert", to="user_42")
+    for wrong in ({"lead": "user_42"}, {"lead": "visitor", "kind": "pool"}):
+        assert "lead names another account" in invalid("credits.open", **wrong)
+    assert decode_message("credits.open", encoded({"account": "user_42", "lead": "visitor"}))
+
+
 def test_the_ids_of_what_follows_from_the_longest_names_are_ids() -> None:
     longest = "\U0001f4b3" * contract.MAX_NAME
     assert check_id(contract.receiving_id(longest, longest))
@@ -904,3 +980,33 @@ def test_the_largest_transfer_there_can_be_fits_a_message() -> None:
     assert isinstance(decode_message("credits.receive", raw), contract.Receive)
     assert len(raw) + 1000 < contract.MAX_MESSAGE_BYTES
     assert contract.MAX_LOTS >= MAX_OPEN_GRANTS
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("codes.issue", {"codes": []}, "$.codes"),
+        ("codes.issue", {"codes": ["ABC"]}, "$.codes"),
+        ("codes.issue", {"codes": ["abcd"]}, "$.codes"),
+        ("codes.issue", {"codes": ["AB-CD"]}, "$.codes"),
+        ("codes.issue", {"codes": ["A" * 65]}, "$.codes"),
+        ("codes.issue", {"codes": ["ABCD", "ABCD"]}, "twice"),
+        ("codes.issue", {"codes": [f"CODE{number}" for number in range(1001)]}, "$.codes"),
+        ("codes.issue", {"amount": 0}, "more than 0"),
+        ("codes.issue", {"uses": 0}, "$.uses"),
+        ("codes.issue", {"uses": 1_000_001}, "$.uses"),
+        ("codes.issue", {"expires_at": "2027-03-01T00:00:00Z", "expires_in": 1}, "not both"),
+        ("codes.issue", {"actor": "anna"}, "both or neither"),
+        ("codes.issue", {"source": "pack"}, "administrator"),
+        ("codes.issue", {"credits_expire_in": 60}, "administrator"),
+        ("codes.withdraw", {"codes": ["ABCD", "ABCD"]}, "twice"),
+        ("codes.withdraw", {"reason": "over"}, "both or neither"),
+        ("codes.redeem", {"code": "abcd1234"}, "$.code"),
+    ],
+)
+def test_what_a_gift_code_is_not(name: str, changes: dict[str, Any], said: str) -> None:
+    assert said in invalid(name, **changes)
+
+
+def test_a_code_is_typed_in_many_ways_and_meant_in_one() -> None:
+    assert {contract.normal_code(text) for text in ("abcd-1234", " ABCD 1234", "AbCd1234\n")} == {"ABCD1234"}

@@ -31,7 +31,7 @@ from calendar import monthrange
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
@@ -43,6 +43,7 @@ import psycopg
 
 from tests.oracle.model import BUCKETS, Row, meaning, micro
 from tests.oracle.plans import PlanLedger, share
+from tests.oracle.referring import ReferringLedger
 
 MAX_FAULTS = 20
 """Faults that a judgement spells out; further ones are only counted."""
@@ -180,7 +181,11 @@ def read_policy(catalog: Path) -> Row:
         "signup": welcome("signup"),
         "lead": welcome("lead"),
         "priorities": dict(tables.get("priorities", {})),
-        "sources": {name: source["transferable"] for name, source in tables.get("sources", {}).items()},
+        "sources": {
+            name: source["transferable"]
+            for name, source in tables.get("sources", {}).items()
+            if "transferable" in source
+        },
         "packs": [
             {
                 "name": name,
@@ -200,6 +205,10 @@ def read_policy(catalog: Path) -> Row:
                 "price": money(plan["price"]) if "price" in plan else None,
             }
             for name, plan in tables.get("plans", {}).items()
+        },
+        "referrals": {
+            name: micro(said) if name in ("referrer", "referee") else said
+            for name, said in tables.get("referrals", {}).items()
         },
         "on_spent": tables.get("clawback", {}).get("on_spent", "debt"),
         "refund_days": tables.get("refunds", {}).get("refund_days", DEFAULT_DAYS),
@@ -429,11 +438,13 @@ def _replay(
     entries = _by_account(found["entries"])
     grants = _by_account(found["grants"])
     holds = _by_account(found["holds"])
+    codes = GiftCodes(verdict, operations, entries, grants)
+    owners = _owners(operations)
     for account, seen in _by_account(found["accounts"]).items():
-        ledger = PlanLedger(policy)
+        ledger = ReferringLedger(policy, owners)
         try:
             letters |= _replay_account(
-                verdict, account, ledger, published, by_account.get(account, []), entries.get(account, [])
+                verdict, account, ledger, published, by_account.get(account, []), entries.get(account, []), codes
             )
             _same_state(verdict, account, ledger, seen[0], grants.get(account, []), holds.get(account, []))
         except (AssertionError, KeyError, ValueError, TypeError, AttributeError) as error:
@@ -445,6 +456,18 @@ def _replay(
         if name != operation.name or _without_nothing(content) != meaning(name, operation.arguments):
             verdict.fault("O2", f"{operation.account}: {operation.id!r} is not what follows from the other operation")
     return {key: name for key, (name, _) in letters.items()}
+
+
+def _owners(operations: Iterable[Operation]) -> dict[str, str]:
+    """Whose each referral code is: the first that an account was given; no two may have one of the same text."""
+    first: dict[str, str] = {}
+    for operation in operations:
+        if operation.name == "referrals.issue" and operation.status == "applied":
+            first.setdefault(operation.account, operation.arguments["code"])
+    owners = {code: account for account, code in first.items()}
+    if len(owners) < len(first):
+        raise AssertionError("two accounts have one referral code")
+    return owners
 
 
 def _without_nothing(said: Any) -> Any:
@@ -461,6 +484,7 @@ def _replay_account(
     published: Mapping[Key, Sequence[Sent]],
     operations: Sequence[Operation],
     entries: Sequence[tuple[Any, ...]],
+    codes: GiftCodes,
 ) -> dict[Key, tuple[str, Row]]:
     """Feed the second ledger an account's operations, and what time did between them.
 
@@ -475,6 +499,7 @@ def _replay_account(
         said = [each.arguments for each in published.get((account, operation.id), ()) if each.name == operation.name]
         if operation.arguments not in said and (account, operation.id) in published:
             verdict.fault("O2", f"{account}: {operation.id!r} stands in the ledger with arguments nobody sent")
+        codes.tell(ledger, operation)
         expected = ledger.do(operation.name, operation.id, operation.arguments, operation.applied_at)
         letters |= {(content["account"], id): (name, content) for name, id, content in ledger.letters}
         given = read_answer(operation.status, operation.code, operation.result)
@@ -508,6 +533,81 @@ def _replay_account(
     if len(written) != len(made):
         verdict.fault("O2", f"{account}: {len(written)} entries, the replay has {len(made)}")
     return letters
+
+
+class GiftCodes:
+    """The gift codes of all accounts, as those were told that are replayed one by one.
+
+    What an answer says of how often a code had been used is believed of that answer alone, and looked at here: no use
+    is two accounts', and none is left out.
+    """
+
+    def __init__(
+        self,
+        verdict: Judgement,
+        operations: Sequence[Operation],
+        entries: Mapping[str, Sequence[tuple[Any, ...]]],
+        grants: Mapping[str, Sequence[tuple[Any, ...]]],
+    ) -> None:
+        self.issued: dict[str, Row] = {}
+        self.users: dict[str, dict[int, str]] = {}
+        for operation in operations:
+            if operation.status != "applied":
+                continue
+            if operation.name == "codes.issue":
+                lots = {number: row for number, *row in grants.get(operation.account, [])}
+                own = entries.get(operation.account, []) if operation.charged else []
+                paid = [(lots[row[3]], row[4]) for row in own if row[1] == operation.id]
+                self._issue(operation, paid)
+            elif operation.name == "codes.redeem":
+                text, slot = operation.arguments["code"], _told(operation.result["code_row"])
+                other = self.users.setdefault(text, {}).setdefault(slot, operation.account)
+                if other != operation.account:
+                    verdict.fault("O1", f"use {slot} of the code {text} was given to {other} and {operation.account}")
+        for text, users in self.users.items():
+            if sorted(users) != list(range(len(users))) or len(users) > self.issued[text]["uses"]:
+                verdict.fault("O1", f"the code {text} was used as {sorted(users)}")
+
+    def _issue(self, operation: Operation, paid: list[tuple[list[Any], int]]) -> None:
+        said = meaning(operation.name, operation.arguments)
+        purse = list(paid)
+        for text in said["codes"]:
+            stubs = []
+            for _ in range(said.get("uses", 1) if paid else 0):
+                stub, missing = [], said["amount"]
+                while missing:
+                    lot, there = purse.pop(0)
+                    part = min(there, missing)
+                    stub.append({"source": lot[0], "priority": lot[1], "end": lot[4], "price": None, "amount": part})
+                    missing -= part
+                    if there > part:
+                        purse.insert(0, (lot, there - part))
+                stubs.append(stub)
+            ends = [each["end"] for stub in stubs for each in stub if each["end"] is not None]
+            life = timedelta(seconds=said.get("expires_in", 365 * 86400))
+            self.issued[text] = {
+                "by": operation.account, "issue": operation.id, "place": said["codes"].index(text), "stubs": stubs,
+                "amount": said["amount"], "uses": said.get("uses", 1), "each": said.get("per_account", 1),
+                "parcels": stubs, "closed": False, "life": said.get("credits_expire_in"),
+                "end": min([said.get("expires_at", operation.applied_at + life), *ends]),
+                "source": None if paid else said.get("source", "promotion"),
+            }  # fmt: skip
+
+    def tell(self, ledger: PlanLedger, operation: Operation) -> None:
+        """Have a ledger know of codes what its account was told."""
+        result = operation.result
+        for text in result.get("existing", ()):
+            ledger.codes[text] = {}
+        for row in [*result.get("code_rows", ()), *([result["code_row"]] if "code_row" in result else ())]:
+            text, used = row["terms"]["code"], _told(row)
+            users = [self.users.get(text, {}).get(slot, "") for slot in range(used)]
+            known = ledger.codes.get(text) or self.issued[text]
+            ledger.codes[text] = {**known, "users": users, "closed": row.get("status") == "closed"}
+
+
+def _told(row: Row) -> int:
+    """How often a code had been used, by what an answer says of its row."""
+    return int(row.get("used", 0))
 
 
 def _same_state(
@@ -553,11 +653,14 @@ def read_answer(status: str, code: str | None, result: Row) -> Row:
     }
     for amount in (
         "required", "available", "shortfall", "owed", "forgiven", "allotted", "expired", "taken_back", "restored",
-        "frozen", "thawed",
+        "frozen", "thawed", "bonus",
     ):  # fmt: skip
         if amount in result:
             read[amount] = micro(result[amount])
-    for same in ("grant", "hold", "to", "sender", "transfer", "refused", "plan", "plan_status", "plan_next"):
+    for same in (
+        "grant", "hold", "to", "sender", "transfer", "refused", "plan", "plan_status", "plan_next", "gift_code",
+        "referral", "referral_code", "referrer", "referee",
+    ):  # fmt: skip
         if same in result:
             read[same] = result[same]
     for instant in ("expires_at", "period_start", "period_end", "paid_until"):

@@ -248,6 +248,88 @@ def refunds(scene: Scene, size: Size) -> Done:
     return Done(scene.done() - len(first), size.contenders, what, wrong)
 
 
+def redeems(scene: Scene, size: Size) -> Done:
+    """Row 12: many accounts in all lanes redeem the last uses of a few codes, paid for and given."""
+    names = [f"CODE{number}" for number in range(CONTENDED)]
+    issue: dict[str, Any] = {"account": "issuer", "amount": "2.5", "uses": 2}
+    given = {"actor": "ann", "reason": "a campaign"}
+    first: list[Operation] = [
+        ("credits.open", "issuer", "open", {"account": "issuer", "kind": "pool"}),
+        *(
+            ("credits.grant", "issuer", f"grant-{number}", {"account": "issuer", "amount": "17", "source": "pack"})
+            for number in range(3)
+        ),
+        ("codes.issue", "issuer", "paid", {**issue, "codes": names[1:]}),
+        ("codes.issue", "issuer", "given", {**issue, "codes": names[:1], **given}),
+        *(
+            ("credits.open", account, "open", {"account": account, "kind": "pool"})
+            for account in (f"user-{number}" for number in range(size.contenders))
+        ),
+    ]
+    wanted: list[Operation] = [
+        ("codes.redeem", f"user-{number}", "redeem", {"account": f"user-{number}", "code": names[number % CONTENDED]})
+        for number in range(size.contenders)
+    ]
+    contend(scene, size, first, wanted, CONTENDED * PROCESSES)
+    applied = applied_of(scene, "codes.redeem", "code")
+    expected = [(name, 2) for name in names]
+    uses = scene.rows("SELECT code, min(slot), max(slot), count(*) FROM redemptions GROUP BY code ORDER BY code")
+    wrong = [] if applied == expected else [f"codes redeemed: {applied}"]
+    wrong += [] if uses == [(name, 0, 1, 2) for name in names] else [f"uses of codes: {uses}"]
+    what = f"{size.contenders} accounts on {CONTENDED} codes of two uses by {PROCESSES} processes at once: two got each"
+    return Done(scene.done() - len(first), size.contenders, what, wrong)
+
+
+REFERRALS = """
+[catalog]
+name = "referrals"
+[referrals]
+referrer = "5"
+referee = "3"
+per_referrer = 20
+"""
+REWARDED = 20
+"""As the catalog has it: claims of one code that are more are not rewarded."""
+
+
+def referrals(scene: Scene, size: Size) -> Done:
+    """Row 12: many claim one code, pairs claim each other's, and some their own, several times and at once."""
+    scene.charge_by(REFERRALS)
+    pairs = [(f"left-{number}", f"right-{number}") for number in range(CONTENDED)]
+    fans = [f"fan-{number}" for number in range(REWARDED + CONTENDED)]
+    first: list[Operation] = []
+    for account in ("star", *fans, *(each for pair in pairs for each in pair)):
+        code = account.replace("-", "0").upper()
+        first.append(("credits.open", account, "open", {"account": account}))
+        first.append(("referrals.issue", account, "issue", {"account": account, "code": code}))
+    claims = [(fan, "star") for fan in fans] + [each for left, right in pairs for each in (
+        (left, right), (right, left), (left, left))]  # fmt: skip
+    wanted: list[Operation] = []
+    while len(wanted) < max(size.contenders, 2 * len(claims)):
+        account, owner = claims[len(wanted) % len(claims)]
+        code = owner.replace("-", "0").upper()
+        wanted.append(("referrals.claim", account, f"claim-{len(wanted)}", {"account": account, "code": code}))
+    contend(scene, size, first, wanted, CONTENDED * PROCESSES)
+    wrong = []
+    claimed = dict(scene.rows("SELECT account, referrer FROM referrals WHERE referrer IS NOT NULL"))
+    rewarded = set(scene.rows("SELECT account, arguments ->> 'referee' FROM operations"
+                              " WHERE name = 'referrals.reward' AND status = 'applied'"))  # fmt: skip
+    if any(account == referrer for account, referrer in claimed.items()):
+        wrong.append("an account has referred itself")
+    if any((other, one) in rewarded for one, other in rewarded):
+        wrong.append("two accounts were rewarded for each other")
+    if [claimed.get(fan) for fan in fans] != ["star"] * len(fans):
+        wrong.append("not all who claimed a code were referred by it")
+    stars = sum(account == "star" for account, _ in rewarded)
+    if stars != REWARDED:
+        wrong.append(f"a referrer was rewarded {stars} times")
+    bonuses = scene.rows("SELECT account, count(*) FROM grants GROUP BY 1 HAVING count(*) > 1 AND account <> 'star'")
+    if any(count > 2 for _, count in bonuses):
+        wrong.append(f"bonuses by account: {bonuses}")
+    what = f"{len(wanted)} claims by {PROCESSES} processes: of one code, of each other's, of their own"
+    return Done(scene.done() - len(first), len(wanted), what, wrong)
+
+
 def applied_of(scene: Scene, name: str, argument: str = "") -> list[tuple[str, int]]:
     """How many operations of a name were applied, by one of their arguments."""
     return [
@@ -353,10 +435,12 @@ ROWS = (
         Act("alone", poison_alone),
         Act("in the middle", poison_in_the_middle),
     )),
-    Row(12, "contention: captures of one hold, refunds of one charge, a balance for one", (
+    Row(12, "contention: captures of one hold, refunds of one charge, a balance for one, gift codes, referrals", (
         Act("captures", captures),
         Act("refunds", refunds),
         Act("a balance for one", one_for_many),
+        Act("redeems", redeems),
+        Act("referrals", referrals),
     )),
     Row(16, "old and new on one queue; LANES changed with a backlog", (
         Act("versions", versions, replays=True),

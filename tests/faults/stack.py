@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,10 +27,11 @@ import redis
 
 from creditlane.lanes import PREFIX, lane_name
 from creditlane.rabbitmq import declare_lane
-from scripts.embedded import Postgres, Redis, free_port, last_lines, port_is_free, spawn
+from scripts.embedded import Postgres, Redis, free_port, last_lines, port_is_free
 from scripts.rabbitmq import RabbitMQ
 from tests.faults.oracle import Judgement, judge, read_ledger, read_policy, read_record
 from tests.faults.producers import Notes, Spec
+from tests.processes import PythonProcess
 from tests.support import travel
 from workers.ledger_writer import APPLICATION
 from workers.ownership import LANE_CLASS
@@ -383,14 +383,7 @@ class Process:
     def __init__(self, name: str, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
         self.name = name
         self.log = log
-        with log.open("ab") as stream:
-            self.process: subprocess.Popen[bytes] = spawn(
-                [sys.executable, "-m", *command],
-                log=stream.fileno(),
-                death_signal=signal.SIGKILL,
-                environment={**os.environ, **environment},
-                directory=ROOT,
-            )
+        self.process = PythonProcess(command, {**os.environ, **environment}, log)
 
     @property
     def running(self) -> bool:

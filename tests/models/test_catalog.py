@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from models.catalog import SHIPPED, CatalogError, load_catalog, parse_catalog
+from models.catalog import SECTIONS, SHIPPED, CatalogError, Problem, check_catalog, load_catalog, parse_catalog
+from models.catalog_changes import compare, values
+from models.catalog_prices import rates
 from models.rules.catalog import Money, Sold, SoldGrant
 
 HEAD = '[catalog]\nname = "mine"\n'
@@ -25,7 +31,7 @@ SHIPPED_NAMES = sorted(file.stem for file in SHIPPED.glob("*.toml"))
 
 
 def test_catalogs_are_shipped() -> None:
-    assert {"packs", "metering"} <= set(SHIPPED_NAMES)
+    assert SHIPPED_NAMES == ["dual", "metering", "packs", "registration", "rollover", "tiers"]
 
 
 @pytest.mark.parametrize("name", SHIPPED_NAMES)
@@ -56,6 +62,29 @@ def test_packs_has_the_prices_of_the_business_that_it_is_for() -> None:
     }
     assert packs == {25: Money(499, "EUR"), 85: Money(1499, "EUR"), 250: Money(3999, "EUR")}
     assert catalog.priority_of("signup") < catalog.priority_of("pack") < catalog.priority_of("unnamed")
+
+
+def test_tiers_has_the_prices_of_the_business_that_it_is_for() -> None:
+    catalog = load_catalog("tiers")
+    assert (catalog.signup.credits, catalog.lead.credits) == (0, 20_000_000)
+    assert {name for name, feature in catalog.features.items() if not feature.price} == {"chat_basic", "export"}
+    for name, feature in catalog.features.items():  # what is named as cheaper is
+        for other in feature.alternatives:
+            its = catalog.features[other]
+            assert its.price * feature.per < feature.price * its.per, name
+    plus = catalog.terms_of("plus")
+    assert plus is not None
+    assert (plus.monthly_micro, plus.cap_micro, plus.caps_balance) == (500_000_000, 250_000_000, False)
+    assert (plus.mode, plus.rollover_months, plus.paid) == ("rollover", 3, True)
+    assert {name for name, plan in catalog.plans.items() if plan.price is None} == {"free"}
+    assert [catalog.notify.thresholds(500_000_000)] == [[25_000_000, 50_000_000, 100_000_000]]
+    by_credit = {rate.name: rate.per_credit for rate in rates(catalog)}
+    assert by_credit["large"] < by_credit["creator_kit"] < by_credit["medium"] < by_credit["small"]
+    assert by_credit["pro_yearly"] < by_credit["pro"] < by_credit["plus"]
+    assert set(catalog.offers_at(datetime(2026, 11, 25, tzinfo=UTC))) == {"first_pack", "black_week"}
+    assert (catalog.gifts.credits_per_day, catalog.pools.members) == (1_000_000_000, "listed")
+    assert (catalog.referrals.referrer, catalog.referrals.referee) == (50_000_000, 25_000_000)
+    assert len(catalog.achievements) == 3
 
 
 def test_a_catalog_of_a_name_and_nothing_else_has_the_documented_defaults() -> None:
@@ -139,6 +168,10 @@ def test_a_catalog_without_its_own_section_is_refused() -> None:
             "packs.small",
             "unknown field `sale`",
         ),
+        ("[features.'']\nprice = 1\n", "features.", ">= 1"),
+        ('[plans."a\\u0000b"]\nmonthly_credits = 1\n', "plans.a\0b", "regex"),
+        ('[lead]\nsource = "a\\u0000"\n', "lead.source", "regex"),
+        (f"[plans.b]\nmonthly_credits = 1\nsource = '{'x' * 129}'\n", "plans.b.source", "<= 128"),
         ("[signup]\ncredits = '-1'\n", "signup", "credits must not be negative"),
         ("[signup]\ncredits = 1\nexpires_days = 0\n", "signup.expires_days", ">= 1"),
         ("[priorities]\npack = -1\n", "priorities", ">= 0"),
@@ -146,7 +179,7 @@ def test_a_catalog_without_its_own_section_is_refused() -> None:
         ("[priorities]\npack = 'first'\n", "priorities", "int"),
         ("[sources.pack]\ntransferable = 1\n", "sources", "bool"),
         ("[sources.pack]\ntransferrable = true\n", "sources", "unknown field `transferrable`"),
-        ("[sources.pack]\n", "sources", "`transferable`"),
+        ("[sources.pack]\n", "sources", "says transferable or earned"),
         ("[clawback]\non_spent = 'shrug'\n", "clawback.on_spent", "shrug"),
         ("[refunds]\nrefund_days = 0\n", "refunds.refund_days", ">= 1"),
         ("[refunds]\nrefund_days = 3661\n", "refunds.refund_days", "<= 3660"),
@@ -224,6 +257,20 @@ def test_a_catalog_without_its_own_section_is_refused() -> None:
             "until is not after from",
         ),
         ("[retention]\nnotices_days = 0\n", "retention.notices_days", ">= 1"),
+        ("[gifts]\ncredits_per_day = 0\n", "gifts", "more than 0"),
+        ("[gifts]\ngifts_per_day = 0\n", "gifts.gifts_per_day", ">= 1"),
+        ("[gifts]\nper_day = 1\n", "gifts", "unknown field `per_day`"),
+        ("[referrals]\nreferrer = -1\n", "referrals", "negative"),
+        ("[referrals]\ntrigger = 'signup'\n", "referrals.trigger", "signup"),
+        ("[pools]\nmember_limit = '-1'\n", "pools", "negative"),
+        ("[pools]\nperiod = 'year'\n", "pools.period", "year"),
+        ("[achievements.Big]\nat = 1\n", "achievements.Big", "regex"),
+        ("[achievements.big]\n", "achievements.big", "`at`"),
+        ("[achievements.big]\nat = 0\n", "achievements.big", "more than 0"),
+        ("[achievements.big]\nat = 1\ncredits = 0.5\n", "achievements.big.credits", "float"),
+        ("[plans.b]\nmonthly_credits = 5\nmode = 'rollover'\n", "plans.b", "rollover_cap or balance_cap"),
+        ("[plans.b]\nmonthly_credits = 5\nzone = 'Mars'\n", "plans.b.zone", "no such IANA time zone"),
+        ("[priorities]\npack = 1\nplan = 'b'\n", "priorities.plan", "int"),
         ("[retention]\nholds_days = 9\n", "retention", "holds_days"),
         ("[retention]\nnotices_days = 30\n[notify]\nexpiry_days = [7, 30]\n", "retention.notices_days", "more than"),
     ],
@@ -234,6 +281,101 @@ def test_a_wrong_catalog_is_refused_with_file_key_and_reason(text: str, key: str
     assert reason in said.removeprefix(key)
 
 
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    text = (
+        HEAD
+        + """
+[features.image]
+price = 0.2
+[features.video]
+price = 1
+rounding = "down"
+[packs.small]
+credits = 5
+[plan.gold]
+monthly_credits = 5
+"""
+    )
+    with pytest.raises(CatalogError) as caught:
+        parse_catalog(text, "mine.toml")
+    assert [problem.key for problem in caught.value.problems] == [
+        "features.image.price", "features.video.rounding", "packs.small", "plan",
+    ]  # fmt: skip
+    assert "\n" not in str(caught.value)
+    whole = (
+        HEAD + "zone = 'Mars'\n[offers.a]\npack = 'b'\nprice = '1 EUR'\n[features.f]\nprice = 1\nalternatives = ['g']\n"
+    )
+    with pytest.raises(CatalogError) as caught:
+        parse_catalog(whole, "mine.toml")
+    assert [problem.key for problem in caught.value.problems] == [
+        "catalog.zone", "features.f.alternatives", "offers.a.pack",
+    ]  # fmt: skip
+
+
+TOML_VALUES = st.recursive(
+    st.one_of(
+        st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.datetimes(), st.dates(), st.times(),
+        st.sampled_from(["1", "0.2", "50%", "2x", "4.99 EUR", "5 JPY", "UTC", "..", "", "a\0b", 10**30, -1, 0]),
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_whatever_a_file_says_is_a_catalog_or_a_catalog_error(data: st.DataObject) -> None:
+    """A catalog that is good but for a value somewhere in it, which may be anything."""
+    tables: dict[str, Any] = values(load_catalog(data.draw(st.sampled_from(SHIPPED_NAMES))))
+    place: Any = tables
+    while isinstance(place, dict):
+        keys = [*place, *(SECTIONS if place is tables else ())]
+        key = data.draw(st.sampled_from(keys) | st.text(max_size=8)) if keys else "key"
+        if isinstance(place.get(key), dict) and place[key] and data.draw(st.integers(0, 3)):
+            place = place[key]
+            continue
+        place[key] = data.draw(TOML_VALUES)
+        break
+    problems: tuple[Problem, ...] = ()
+    try:
+        catalog = check_catalog(tables, "any.toml")
+    except CatalogError as error:
+        problems = error.problems
+    else:
+        assert check_catalog(values(catalog), "again.toml") == catalog
+        assert compare(catalog, catalog) == []
+        return
+    assert problems
+
+
+def test_whatever_text_there_is_is_a_catalog_or_a_catalog_error() -> None:
+    """Files with letters changed, lost and moved, cut short, and with what TOML itself stumbles over."""
+    chance = random.Random(7)
+    texts = [(SHIPPED / f"{name}.toml").read_text() for name in SHIPPED_NAMES]
+    broken = [
+        HEAD + "x = " + "[" * 5000,
+        HEAD + "x = " + "9" * 5000,
+        HEAD + "[a" + ".a" * 3000 + "]\n",
+        "\ufeff" + HEAD,
+    ]
+    for _ in range(300):
+        text = chance.choice(texts)
+        start, end = sorted(chance.randrange(len(text)) for _ in range(2))
+        kind = chance.randrange(4)
+        letter = chance.choice("\"=[]{}.,\n\t\0 -1e9#'\\ü")
+        broken.append(
+            [text[:start], text[:start] + letter + text[start + 1 :], text[:start] + text[start + 5 :],
+             text[:start] + text[end:] + text[start:end]][kind]
+        )  # fmt: skip
+    refused = 0
+    for text in broken:
+        try:
+            parse_catalog(text, "any.toml")
+        except CatalogError:
+            refused += 1
+    assert refused > len(broken) // 2
+
+
 @pytest.mark.parametrize(
     ("line", "key"),
     [
@@ -242,6 +384,7 @@ def test_a_wrong_catalog_is_refused_with_file_key_and_reason(text: str, key: str
         ("name = 1", "catalog.name"),
         ("name = 'mine'\nversion = 0", "catalog.version"),
         ("name = 'mine'\nversion = '1'", "catalog.version"),
+        ("name = 'mine'\nversion = 1_000_000_001", "catalog.version"),
         ("name = 'mine'\ncurrency = 'euro'", "catalog.currency"),
         ("name = 'mine'\nzone = 'Europe/Pariss'", "catalog.zone"),
         ("name = 'mine'\nzone = '../../etc/passwd'", "catalog.zone"),

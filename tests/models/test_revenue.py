@@ -64,7 +64,7 @@ def minor(summary: Summary) -> dict[str, int]:
 
 def deliver(ledger: Ledger) -> int:
     """Take the operations that stand in the outbox to their lanes; gives how many they were."""
-    query = "DELETE FROM outbox WHERE task LIKE 'credits.%' RETURNING id, task, operation, arguments::text"
+    query = "DELETE FROM outbox WHERE task ~ '^(credits|codes)[.]' RETURNING id, task, operation, arguments::text"
     found = ledger.writer.connection.execute(query).fetchall()
     ledger.writer.take_outbox()
     for _, name, operation, raw in sorted(found):
@@ -276,6 +276,39 @@ def test_a_gift_carries_its_money_and_is_counted_once_while_it_is_under_way(ledg
     assert minor(accounts["a"]) == {"moved_in": 1, "moved_out": 1}
     assert minor(found.totals()["JPY"]) == {"sold": 3, "closing": 3}
     assert sum(summary.closing.minor for summary in accounts.values()) == 3
+
+
+def test_gift_codes_carry_their_money_use_by_use(ledger: Ledger) -> None:
+    freeze(ledger, START)
+    for name in ("b", "a", "c"):
+        ledger.apply("credits.open", "o", account=name, kind="pool")
+    ledger.apply("credits.grant", "g", account="b", amount=8, source="pack", unit_price=THIRDS)  # 8 / 3 yen: 3
+    ledger.apply("credits.grant", "g-2", account="b", amount=25, source="pack", unit_price=PACK)
+    ledger.apply("credits.grant", "g-3", account="b", amount=3, source="pack")
+    ledger.apply("codes.issue", "codes", account="b", codes=["AAAA", "BBBB", "CCCC"], amount=2, uses=6, per_account=6)
+    for number, (account, code) in enumerate((("a", "AAAA"), ("c", "AAAA"), ("b", "BBBB"), ("a", "CCCC"))):
+        ledger.apply("codes.redeem", f"r-{number}", account=account, code=code)
+        accounts = made(ledger, by_account=True).summaries(lambda book: book.account)
+        assert sum(summary.closing.credits_micro for summary in accounts.values()) == (36 + 2 * (number + 1)) * 10**6
+    while deliver(ledger):
+        pass
+    found = made(ledger, by_account=True)
+    moved = {key: minor(each) for key, each in found.summaries(lambda book: (book.account, book.currency)).items()}
+    assert sum(each.get("moved_in", 0) for (_, currency), each in moved.items() if currency == "JPY") == 2
+    assert moved["b", "JPY"]["moved_out"] == 2
+    assert {currency: minor(each) for currency, each in found.totals().items() if currency} == {
+        "JPY": {"sold": 3, "closing": 3}, "EUR": {"sold": 499, "closing": 499},
+    }  # fmt: skip
+    ledger.apply("codes.redeem", "late", account="a", code="BBBB")
+    ledger.apply("codes.withdraw", "end", account="b", codes=["BBBB", "AAAA", "CCCC"])
+    made(ledger)
+    while deliver(ledger):
+        pass
+    for name in ("a", "b", "c"):
+        ledger.apply("credits.consume", "all", account=name, amount=1000, partial=True)
+    assert {currency: minor(each) for currency, each in made(ledger).totals().items() if currency} == {
+        "JPY": {"sold": 3, "earned": 3}, "EUR": {"sold": 499, "earned": 499},
+    }  # fmt: skip
 
 
 def test_a_gift_that_comes_back_brings_the_money_it_left_with(ledger: Ledger) -> None:

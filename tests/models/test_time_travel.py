@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.xdist_group("time travel"), pytest.mark.timeout(300)]
 BEGINS, ENDS = datetime(2028, 1, 1, tzinfo=UTC), datetime(2029, 1, 20, tzinfo=UTC)
 """Longer than a leap year, changes of the clocks in Paris and in New York included."""
 
-ACCOUNTS = 400
+ACCOUNTS = 260
 """Of each catalog."""
 
 MOMENTS = 70

@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 INSTANTS = ("effective_at", "expires_at", "occurred_at", "period_start", "period_end")
 AMOUNTS = ("amount", "quantity", "limit")
-DEFAULTS = {"v": 1, "kind": "user", "ttl": 900, "partial": False, "at": "period_end"}
+DEFAULTS = {"v": 1, "kind": "user", "ttl": 900, "partial": False, "at": "period_end", "from_lead": False}
 
 MOST = 9 * 10**18
 """Micro-credits that may come into one account in all its life."""
@@ -28,7 +28,7 @@ MOST = 9 * 10**18
 MANY = 1000
 """Lots with credits left, in whatever form, that one account may have."""
 
-PROMOTIONAL = {"signup", "lead", "bonus", "referral", "promotion"}
+PROMOTIONAL = {"signup", "lead", "bonus", "referral", "promotion", "achievement"}
 """Where credits come from that nobody paid for."""
 
 BUCKETS = (
@@ -82,10 +82,35 @@ def meaning(name: str, content: Row) -> Row:
     return said
 
 
+SPENDING = (
+    "credits.consume", "credits.hold", "credits.transfer", "credits.convert", "codes.issue", "referrals.issue",
+    "referrals.claim",
+)  # fmt: skip
+"""What an account that an administrator has frozen may not do."""
+
+CONCLUDING = (
+    "credits.confirm", "credits.bounce", "credits.claw_back", "credits.convert", "accounts.reopen", "codes.conclude",
+    "codes.withdraw",
+)  # fmt: skip
+"""What also reaches a closed account."""
+
+RETURNING = ("credits.capture", "credits.release", "credits.refund")
+"""What also reaches a lead that has become a user."""
+
+
+def fingerprint(*parts: str) -> str:
+    """What ids are made of that the ledger derives."""
+    return sha256("".join(f"{len(part.encode())}:{part}" for part in parts).encode()).hexdigest()
+
+
 def derived(step: str, sender: str, transfer: str) -> str:
     """The id of what the ledger sends itself because of a transfer."""
-    text = "".join(f"{len(part.encode())}:{part}" for part in (sender, transfer))
-    return f"transfer.{step}:{sha256(text.encode()).hexdigest()}"
+    return f"transfer.{step}:{fingerprint(sender, transfer)}"
+
+
+def told_id(code: str, slot: int) -> str:
+    """The id under which who paid for a code learns of one of its uses."""
+    return f"code.conclude:{fingerprint(code, str(slot))}"
 
 
 class Ledger:
@@ -94,13 +119,19 @@ class Ledger:
     :param policy: the catalog as plain data: ``features`` (each with ``price`` and ``per`` in millionths and
         ``rounding``), ``signup`` and ``lead`` (``credits`` in micro-credits, ``source``, ``expires_days``),
         ``priorities``, ``sources`` (whether they may be given away), ``packs`` (name, micro-credits, minor units,
-        price as text), ``on_spent``, ``refund_days``.
+        price as text), ``on_spent``, ``refund_days``, and perhaps ``achievements`` (each with ``name``, ``at`` and
+        ``credits`` in micro-credits, ``expires_days``).
     """
 
     def __init__(self, policy: Row) -> None:
         self.policy = policy
         self.opened = False
         self.closed = False
+        self.halted = False
+        self.kind = "user"
+        self.became: str | None = None
+        """Of a lead that has signed up, the user."""
+        self.destinations: dict[str, str] = {}
         self.journeys: dict[str, list[Row]] = {}
         self.letters: list[tuple[str, str, Row]] = []
         self.lots: list[Row] = []
@@ -110,6 +141,9 @@ class Ledger:
         self.movements: list[Row] = []
         self.debt = 0
         self.returned: dict[str, Row] = {}
+        self.codes: dict[str, Row] = {}
+        """Gift codes, of all accounts that share them: put another in its place."""
+        self.achieved: dict[str, int] = {}
 
     # The one way in.
 
@@ -120,6 +154,8 @@ class Ledger:
         if operation in self.answers:
             first_name, first_said, first_answer = self.answers[operation]
             if (first_name, first_said) == (name, said):
+                if name == "credits.open" and first_answer["status"] == "applied":
+                    self.call_the_lead(said)
                 if name == "credits.receive" and first_answer["status"] == "applied":
                     self.answer_the_sender("credits.confirm", said)
                 elif name == "credits.receive" and operation == derived("receive", said["sender"], said["transfer"]):
@@ -130,11 +166,21 @@ class Ledger:
         try:
             if not self.opened and name != "credits.open":
                 raise Refusal("unknown_account")
-            if self.closed and name not in ("credits.confirm", "credits.bounce", "credits.claw_back"):
-                raise Refusal("account_closed")
-            step: Callable[[Row, str, datetime], Row] = getattr(self, name.partition(".")[2] + "_")
+            if self.closed and name not in CONCLUDING:
+                if self.became is None:
+                    raise Refusal("account_closed")
+                if name not in RETURNING:
+                    raise Refusal("account_closed", converted_to=self.became)
+            if self.halted and name in SPENDING:
+                raise Refusal("account_frozen")
+            family, _, deed = name.partition(".")
+            prefix = {"codes": "code_", "referrals": "referral_"}.get(family, "")
+            step: Callable[[Row, str, datetime], Row] = getattr(self, prefix + deed + "_")
             details = step(said, operation, now)
             answer = {"status": "applied", "code": None, "charged": 0, "uses": [], **details}
+            new = self.achieve(operation, now)
+            if new:
+                answer["achieved"] = new
         except Refusal as refusal:
             answer = {"status": "rejected", "code": refusal.code, "charged": 0, "uses": [], **refusal.details}
             if name == "credits.receive" and operation == derived("receive", said["sender"], said["transfer"]):
@@ -142,7 +188,34 @@ class Ledger:
         answer["balance"] = self.balance(now)
         answer["replayed"] = False
         self.answers[operation] = (name, said, answer)
+        if self.became is not None and self.going_along(now):
+            follower = {"account": said["account"], "to": self.became, "after": operation}
+            id = f"lead.convert:{fingerprint(said['account'], self.became, operation)}"
+            self.letters.append(("credits.convert", id, follower))
         return answer
+
+    def achieve(self, operation: str, now: datetime) -> list[tuple[str, int, int | None]]:
+        """What the operation under way brought: the lowest first, each with its credits and the lot they are in."""
+        used = sum(lot["consumed"] - lot["restored"] for lot in self.lots)
+        brought: list[tuple[str, int, int | None]] = []
+        if self.closed or self.halted:
+            return brought
+        wanted = [each for each in self.policy.get("achievements", []) if each["name"] not in self.achieved]
+        for each in sorted(wanted, key=lambda each: (each["at"], each["name"])):
+            came = sum(lot["granted"] + lot["received"] + lot["restored"] for lot in self.lots)
+            alive = [lot for lot in self.lots if lot["available"] + lot["held"] + lot["in_transit"] > 0]
+            full = each["credits"] > 0 and (came + each["credits"] > MOST or len(alive) >= MANY)
+            if used < each["at"] or full:
+                continue
+            number = None
+            if each["credits"]:
+                end = None if each["expires_days"] is None else now + timedelta(days=each["expires_days"])
+                lot = self.add_lot(operation, now, "achievement", end=end)
+                self.come_in(lot, each["credits"], operation, now)
+                number = lot["number"]
+            self.achieved[each["name"]] = len(self.answers) + 1
+            brought.append((each["name"], each["credits"], number))
+        return brought
 
     # The operations.
 
@@ -150,7 +223,8 @@ class Ledger:
         if self.opened:
             raise Refusal("account_exists")
         self.opened = True
-        kind = said.get("kind", "user")
+        kind = self.kind = said.get("kind", "user")
+        self.call_the_lead(said)
         if kind == "pool" or not said.get("welcome", True):
             return {}
         welcome = self.policy["signup"] if kind == "user" else self.policy["lead"]
@@ -162,6 +236,12 @@ class Ledger:
         lot = self.add_lot(operation, now, source=welcome["source"], end=end)
         self.move("granted", lot, welcome["credits"], now, operation)
         return {"uses": [(lot["number"], welcome["credits"])]}
+
+    def call_the_lead(self, said: Row) -> None:
+        """The lead that somebody was is told whom it has become."""
+        if "lead" in said:
+            content = {"account": said["lead"], "to": said["account"]}
+            self.letters.append(("credits.convert", f"lead.convert:{fingerprint(*content.values())}", content))
 
     def grant_(self, said: Row, operation: str, now: datetime) -> Row:
         start = said.get("effective_at", now)
@@ -226,6 +306,8 @@ class Ledger:
     def capture_(self, said: Row, operation: str, now: datetime) -> Row:
         hold = self.open_hold(said["hold"])
         final = self.final(hold, said)
+        if self.halted and final > hold["amount"]:
+            raise Refusal("account_frozen")
         extra = self.find(final - hold["amount"], hold["feature"], now) if final > hold["amount"] else []
         if final < hold["amount"]:
             self.unhold(hold, hold["amount"] - final, now, now, operation)
@@ -492,12 +574,35 @@ class Ledger:
             if taken:
                 self.move("transferred", lot, taken, now, operation)
                 journey.append({"lot": lot, "taken": taken})
-        self.journeys[operation] = journey
+        return self.send_off(said, operation, journey, now, message=said.get("message"))
+
+    def convert_(self, said: Row, operation: str, now: datetime) -> Row:
+        """A lead has signed up: all of it goes, but for what is disputed; first it pays what it owes."""
+        if self.became is not None and self.became != said["to"]:
+            raise Refusal("already_converted", converted_to=self.became)
+        if self.closed and self.became is None:
+            raise Refusal("account_closed")
+        if self.kind != "lead":
+            raise Refusal("invalid")
+        for lot in self.going_along(now):
+            self.pay_debt_with(lot, lot["available"], now, now, operation)
+        journey = [{"lot": lot, "taken": lot["available"]} for lot in self.going_along(now)]
+        for line in journey:
+            self.move("transferred", line["lot"], line["taken"], now, operation)
+        self.closed, self.became = True, said["to"]
+        return self.send_off(said, operation, journey, now, from_lead=True)
+
+    def going_along(self, now: datetime) -> list[Row]:
+        """What a lead takes along."""
+        there = [lot for lot in self.lots if lot["available"] and not self.is_frozen(lot)]
+        return in_burn_down_order([lot for lot in there if lot["end"] is None or lot["end"] > now])
+
+    def send_off(self, said: Row, operation: str, journey: list[Row], now: datetime, **more: Any) -> Row:
+        """Credits are on their way, if there are any."""
         letter = {
             "account": said["to"],
             "sender": said["account"],
             "transfer": operation,
-            "message": said.get("message"),
             "lots": [
                 {
                     "source": line["lot"]["source"],
@@ -505,19 +610,61 @@ class Ledger:
                     "priority": line["lot"]["priority"],
                     "expires_at": line["lot"]["end"],
                     "unit_price": line["lot"]["price"],
+                    "features": None if line["lot"]["scope"] is None else sorted(line["lot"]["scope"]),
+                    "effective_at": line["lot"]["start"] if line["lot"]["start"] > now else None,
                 }
                 for line in journey
             ],
+            **more,
         }
-        self.letters.append(("credits.receive", derived("receive", said["account"], operation), letter))
+        if journey:
+            self.journeys[operation] = journey
+            self.letters.append(("credits.receive", derived("receive", said["account"], operation), letter))
+            if "from_lead" in more:
+                self.destinations[operation] = said["to"]
         return {
-            "charged": amount,
+            "charged": sum(line["taken"] for line in journey),
             "uses": [(line["lot"]["number"], line["taken"]) for line in journey],
             "to": said["to"],
         }
 
+    # What an administrator does.
+
+    def freeze_(self, said: Row, operation: str, now: datetime) -> Row:
+        if self.halted:
+            raise Refusal("invalid")
+        self.halted = True
+        return {"account_status": "frozen"}
+
+    def thaw_(self, said: Row, operation: str, now: datetime) -> Row:
+        if not self.halted:
+            raise Refusal("invalid")
+        self.halted = False
+        return {"account_status": "open"}
+
+    def close_(self, said: Row, operation: str, now: datetime) -> Row:
+        if any(hold["open"] for hold in self.holds.values()) or any(lot["in_transit"] for lot in self.lots):
+            raise Refusal("invalid")
+        gone = [(lot, lot["available"]) for lot in in_burn_down_order(self.lots) if lot["available"]]
+        for lot, amount in gone:
+            self.move("revoked", lot, amount, now, operation)
+            self.root_of(lot)["clawed_back"] += amount
+        self.closed, self.halted = True, False
+        uses = [(lot["number"], amount) for lot, amount in gone]
+        return {"account_status": "closed", "charged": sum(amount for _, amount in gone), "uses": uses}
+
+    def reopen_(self, said: Row, operation: str, now: datetime) -> Row:
+        if self.became is not None:
+            raise Refusal("already_converted", converted_to=self.became)
+        if not self.closed:
+            raise Refusal("invalid")
+        self.closed = False
+        return {"account_status": "open"}
+
     def receive_(self, said: Row, operation: str, now: datetime) -> Row:
         if operation != derived("receive", said["sender"], said["transfer"]):
+            raise Refusal("invalid")
+        if said.get("from_lead") and self.kind != "user":
             raise Refusal("invalid")
         alive = [lot for lot in self.lots if lot["available"] + lot["held"] + lot["in_transit"] > 0]
         if len(alive) + len(said["lots"]) > MANY:
@@ -526,7 +673,9 @@ class Ledger:
         uses = []
         for came in said["lots"]:
             end = came.get("expires_at")
-            lot = self.add_lot(operation, now, came["source"], came["priority"], end=end)
+            scope = set(came["features"]) if "features" in came else None
+            start = came.get("effective_at", now)
+            lot = self.add_lot(operation, now, came["source"], came["priority"], scope, start, end)
             lot["price"] = came.get("unit_price")
             self.move("received", lot, came["amount"], now, operation)
             if end is not None and end <= now:
@@ -555,6 +704,8 @@ class Ledger:
             self.move("bounced", lot, back, now, operation, said["transfer"])
             self.settle_in(lot, back, now, now, operation, said["transfer"])
             uses.append((lot["number"], back))
+        if said["transfer"] in self.destinations and self.became == self.destinations[said["transfer"]]:
+            self.closed, self.became = False, None
         back = sum(each for _, each in uses)
         return {"charged": -back, "uses": uses, "transfer": said["transfer"], "refused": said["refused"]}
 
@@ -564,6 +715,137 @@ class Ledger:
         if operation != derived("conclude", said["account"], said["transfer"]):
             raise Refusal("invalid")
         return self.journeys[said["transfer"]]
+
+    # Gift codes: a code is a booklet of stubs, one for each use, each with the credits that were put into it.
+
+    def code_issue_(self, said: Row, operation: str, now: datetime) -> Row:
+        days = self.policy.get("code_days", 365)
+        end = said.get("expires_at", now + timedelta(seconds=said.get("expires_in", days * 86400)))
+        if end <= now:
+            raise Refusal("invalid")
+        if any(text in self.codes for text in said["codes"]):
+            raise Refusal("code_exists")
+        uses = said.get("uses", 1)
+        paid: list[tuple[Row, int]] = []
+        if "actor" not in said:
+            all_of_it = said["amount"] * uses * len(said["codes"])
+            everything = self.spendable(None, now)
+            if everything < all_of_it:
+                raise self.shortage(all_of_it, everything)
+            free = [lot for lot in self.lots if self.can_pay(lot, None, now) and self.may_leave(lot["source"])]
+            if sum(lot["available"] for lot in free) < all_of_it:
+                short = self.shortage(all_of_it, sum(lot["available"] for lot in free))
+                raise Refusal("not_transferable", **short.details)
+            for lot in in_burn_down_order(free):
+                taken = min(lot["available"], all_of_it - sum(much for _, much in paid))
+                if taken:
+                    self.move("transferred", lot, taken, now, operation)
+                    paid.append((lot, taken))
+        purse = list(paid)
+        for text in said["codes"]:
+            stubs: list[list[tuple[Row, int]]] = []
+            for _ in range(uses if paid else 0):
+                stub, missing = [], said["amount"]
+                while missing:
+                    lot, there = purse.pop(0)
+                    stub.append((lot, min(there, missing)))
+                    if there > missing:
+                        purse.insert(0, (lot, there - missing))
+                    missing -= stub[-1][1]
+                stubs.append(stub)
+            ends = [lot["end"] for stub in stubs for lot, _ in stub if lot["end"] is not None]
+            self.codes[text] = {
+                "by": said["account"], "issue": operation, "amount": said["amount"], "uses": uses, "stubs": stubs,
+                "each": said.get("per_account", 1), "end": min([end, *ends]), "closed": False, "users": [],
+                "source": None if paid else said.get("source", "promotion"), "life": said.get("credits_expire_in"),
+                "parcels": [[self.parcel(lot, much) for lot, much in stub] for stub in stubs],
+                "place": said["codes"].index(text),
+            }  # fmt: skip
+        return {
+            "charged": sum(much for _, much in paid),
+            "uses": [(lot["number"], much) for lot, much in paid],
+            "expires_at": min(self.codes[text]["end"] for text in said["codes"]),
+        }
+
+    def parcel(self, lot: Row, much: int) -> Row:
+        return {**{name: lot[name] for name in ("source", "priority", "end", "price")}, "amount": much}
+
+    def code_redeem_(self, said: Row, operation: str, now: datetime) -> Row:
+        code = self.codes.get(said["code"])
+        if code is None:
+            raise Refusal("code_unknown")
+        if code["closed"] or code["end"] <= now:
+            raise Refusal("code_expired")
+        if len(code["users"]) == code["uses"] or code["users"].count(said["account"]) >= code["each"]:
+            raise Refusal("code_used")
+        slot = len(code["users"])
+        came = code["parcels"][slot] if code["stubs"] else [{
+            "source": code["source"], "priority": None, "price": None, "amount": code["amount"],
+            "end": None if code["life"] is None else now + timedelta(seconds=code["life"]),
+        }]  # fmt: skip
+        alive = [lot for lot in self.lots if lot["available"] + lot["held"] + lot["in_transit"] > 0]
+        if len(alive) + len(came) > MANY:
+            raise Refusal("limit_reached")
+        self.make_room(code["amount"])
+        uses = []
+        for parcel in came:
+            lot = self.add_lot(operation, now, parcel["source"], parcel["priority"], end=parcel["end"])
+            lot["price"] = parcel["price"]
+            self.move("received" if code["stubs"] else "granted", lot, parcel["amount"], now, operation)
+            assert lot["end"] is None or lot["end"] > now, "a code ends before its credits do"
+            self.take_what_is_owed(lot, parcel["amount"], now, now, operation)
+            uses.append((lot["number"], parcel["amount"]))
+        code["users"].append(said["account"])
+        details = {"uses": uses, "gift_code": said["code"]}
+        if not code["stubs"]:
+            return details
+        letter = {
+            "account": code["by"], "code": said["code"], "issue": code["issue"], "place": code["place"], "slot": slot,
+            "redeemed_by": said["account"],
+        }  # fmt: skip
+        self.letters.append(("codes.conclude", told_id(said["code"], slot), letter))
+        return {**details, "sender": code["by"]}
+
+    def code_conclude_(self, said: Row, operation: str, now: datetime) -> Row:
+        if operation != told_id(said["code"], said["slot"]):
+            raise Refusal("invalid")
+        code = self.codes.get(said["code"])
+        if code is None or (code["by"], code["issue"]) != (said["account"], said["issue"]) or not code["stubs"]:
+            raise Refusal("code_unknown")
+        if code["place"] != said["place"] or said["slot"] >= code["uses"]:
+            raise Refusal("code_unknown")
+        stub = code["stubs"][said["slot"]]
+        for lot, much in stub:
+            self.move("sent", lot, much, now, operation, code["issue"])
+        return {
+            "uses": [(lot["number"], much) for lot, much in stub],
+            "gift_code": said["code"],
+            "to": said["redeemed_by"],
+        }
+
+    def code_withdraw_(self, said: Row, operation: str, now: datetime) -> Row:
+        own = [self.codes[text] for text in said["codes"] if self.codes.get(text, {}).get("by") == said["account"]]
+        if "actor" not in said and any(
+            code["source"] is not None and not code["closed"] and code["end"] > now for code in own
+        ):
+            raise Refusal("invalid")
+        if len(own) < len(said["codes"]):
+            raise Refusal("code_unknown")
+        back = []
+        for code in own:
+            left = [] if code["closed"] else code["stubs"][len(code["users"]) :]
+            code["closed"] = True
+            # A lot's credits of uses that lie side by side come back in one.
+            pieces: list[tuple[Row, int]] = []
+            for lot, much in [piece for stub in left for piece in stub]:
+                if pieces and pieces[-1][0] is lot:
+                    much += pieces.pop()[1]
+                pieces.append((lot, much))
+            for lot, much in reversed(pieces):
+                self.move("bounced", lot, much, now, operation, code["issue"])
+                self.settle_in(lot, much, now, now, operation, code["issue"])
+                back.append((lot["number"], much))
+        return {"charged": -sum(much for _, much in back), "uses": back}
 
     def may_leave(self, source: str) -> bool:
         if source in self.policy["sources"]:

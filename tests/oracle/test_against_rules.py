@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from creditlane.contract import decode_message
 from models.catalog import parse_catalog
 from models.rules.catalog import Catalog, Money, Plan
-from models.rules.state import CLOSED, COUNTERS, UNOPENED, Account, Entry
+from models.rules.state import CLOSED, COUNTERS, FROZEN, UNOPENED, Account, Entry, achieved_at
 from tasks.ledger import Answer, apply, encode
 from tests.oracle.model import BUCKETS, Row, meaning
 from tests.oracle.plans import PlanLedger
@@ -91,9 +91,26 @@ on_spent = "{on_spent}"
 refund_days = 2
 """
 
+ACHIEVEMENTS = """
+[achievements.all_of_ten]
+at = "10"
+credits = "4"
+expires_days = 1
+[achievements.badge]
+at = "3"
+[achievements.first]
+at = "3"
+credits = "1.5"
+[achievements.friends]
+measure = "referrals"
+at = "1"
+credits = "100"
+"""
+
 CATALOGS = {
     on_spent: parse_catalog(CATALOG.replace("{on_spent}", on_spent), "oracle.toml") for on_spent in ("debt", "forgive")
 }
+ACHIEVED = parse_catalog(CATALOG.replace("{on_spent}", "debt") + ACHIEVEMENTS, "achieved.toml")
 
 
 def plain(catalog: Catalog) -> Row:
@@ -119,6 +136,16 @@ def plain(catalog: Catalog) -> Row:
             {"name": name, "credits": int(pack.credits), "minor": Money.parse(pack.price).minor}
             for name, pack in catalog.packs.items()
             if pack.price is not None
+        ],
+        "achievements": [
+            {
+                "name": name,
+                "at": int(each.at),
+                "credits": int(each.credits),
+                "expires_days": each.expires_days,
+            }
+            for name, each in catalog.achievements.items()
+            if each.measure == "used"
         ],
         "on_spent": catalog.clawback.on_spent,
         "refund_days": catalog.refunds.refund_days,
@@ -301,12 +328,17 @@ def read_answer(answer: Answer) -> Row:
     ):  # fmt: skip
         if amount in said:
             read[amount] = credits_of(said[amount])
-    for same in ("grant", "hold", "to", "sender", "transfer", "refused", "plan", "plan_status", "plan_next", "member"):
+    for same in ("grant", "hold", "to", "sender", "transfer", "refused", "plan", "plan_status", "plan_next",
+                 "converted_to", "account_status", "gift_code", "member"):  # fmt: skip
         if same in said:
             read[same] = said[same]
     for instant in ("expires_at", "period_start", "period_end", "paid_until"):
         if instant in said:
             read[instant] = datetime.fromisoformat(said[instant])
+    if "achieved" in said:
+        read["achieved"] = [
+            (each["achievement"], credits_of(each["credits"]), each.get("grant")) for each in said["achieved"]
+        ]
     if "offer" in said:
         read["offer"] = said["offer"].get("pack", said["offer"].get("plan"))
     if "allowance" in said:
@@ -425,7 +457,7 @@ class Both:
         for entry in new:
             if entry.kind in ("consumed", "held", "transferred"):
                 grant = self.account.grants[entry.grant]
-                assert grant.effective_at <= self.now
+                assert grant.effective_at <= self.now or self.account.kind == "lead"
                 assert grant.expires_at is None or self.now < grant.expires_at
 
     def check_purchases(self) -> None:
@@ -444,7 +476,10 @@ class Both:
         """Every grant, every hold, the debt and every entry are the same in both."""
         assert (self.account.status != UNOPENED) is self.ledger.opened
         assert (self.account.status == CLOSED) is self.ledger.closed
+        assert (self.account.status == FROZEN) is self.ledger.halted
+        assert self.account.converted_to == self.ledger.became
         assert self.account.debt == self.ledger.debt
+        assert achieved_at(self.account.achieved) == self.ledger.achieved
         assert self.account.last_grant == len(self.ledger.lots) == len(self.account.grants)
         for lot in self.ledger.lots:
             grant = self.account.grants[lot["number"]]
@@ -496,7 +531,7 @@ class Both:
 def bare(content: Row) -> Row:
     """A letter of the second ledger without what is not there."""
     return {
-        name: [bare(each) for each in value] if isinstance(value, list) else value
+        name: [bare(each) if isinstance(each, dict) else each for each in value] if isinstance(value, list) else value
         for name, value in content.items()
         if value is not None
     }
@@ -641,12 +676,12 @@ class Operations(RuleBasedStateMachine):
         self.both = Both(CATALOGS["debt"])
 
     @initialize(
-        on_spent=st.sampled_from(["debt", "forgive"]),
+        catalog=st.sampled_from([*CATALOGS.values(), ACHIEVED]),
         kind=st.sampled_from([None, None, None, None, "user", "lead", "pool", "not yet"]),
         left=st.sampled_from([None] * 9 + [30]),
     )
-    def begin(self, on_spent: str, kind: str | None, left: int | None) -> None:
-        self.both = Both(CATALOGS[on_spent])
+    def begin(self, catalog: Catalog, kind: str | None, left: int | None) -> None:
+        self.both = Both(catalog)
         if kind != "not yet":
             self.send("credits.open", present(kind=kind))
         if left is not None:
@@ -1127,3 +1162,48 @@ def test_every_kind_of_entry_is_reached_by_the_sequences_of_this_file() -> None:
     # What moves between accounts is in test_transfers.py, what a plan carries over in test_plans.py.
     between = {"transferred", "sent", "bounced", "received", "rolled_out", "rolled_in", "unexpired"}
     assert {entry.kind for entry in both.account.entries} == set(MOVES) - between
+
+
+# Achievements, by lives that are about nothing but using and giving back.
+
+
+lives_of_use = st.lists(
+    st.one_of(
+        st.tuples(st.just("consume"), st.sampled_from(["0.5", "1", "2", "2.5", "4", "9"])),
+        st.tuples(st.just("hold"), st.sampled_from(["1", "3", "6"])),
+        st.tuples(st.just("capture"), st.sampled_from([None, "0", "2", "7"])),
+        st.tuples(st.just("refund"), st.sampled_from([None, None, "0.5", "1"])),
+        st.tuples(st.just("grant"), st.sampled_from(["5", "12"])),
+        st.tuples(st.just("wait"), st.sampled_from([60, 3600, 90_000])),
+    ),
+    min_size=8, max_size=24,
+)  # fmt: skip
+
+
+@SEQUENCES
+@given(lives_of_use, st.integers(0, 10**6))
+def test_achievements_are_those_of_the_second_ledger(life: list[tuple[str, Any]], seed: int) -> None:
+    """Both agree after every step on what was brought; and all that ever came of it is once each."""
+    both = Both(ACHIEVED)
+    both.do("credits.open", "open", present(kind="pool"))
+    both.do("credits.grant", "grant", present(amount=12, source="pack"))
+    for place, (what, value) in enumerate(life):
+        named = [id for id, known in both.account.known.items() if known.lines]
+        holds = [hold.id for hold in both.account.holds.values() if hold.status == "open"]
+        content: Row | None = None
+        if what == "wait":
+            both.now += timedelta(seconds=value)
+        elif what == "refund" and named:
+            content = present(operation=named[seed % len(named)], amount=value)
+        elif what == "capture" and holds:
+            content = present(hold=holds[seed % len(holds)], amount=value)
+        elif what == "grant":
+            content = present(amount=value, source="pack")
+        elif what in ("consume", "hold"):
+            content = present(amount=value)
+        if content is not None:
+            both.do(f"credits.{what}", f"step-{place}", content)
+    given = [lot for lot in both.account.grants.values() if lot.source == "achievement" and lot.origin is None]
+    credits = {"all_of_ten": 4, "first": 1.5}
+    brought = [credits[name] for name in achieved_at(both.account.achieved) if name in credits]
+    assert sum(lot.granted for lot in given) == sum(brought) * 1_000_000

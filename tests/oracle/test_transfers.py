@@ -1,4 +1,4 @@
-"""Transfers among several accounts against the second ledger: letters on their way, in any order, more than once.
+"""Transfers and conversions of leads against the second ledger: letters on their way, in any order, more than once.
 
 What one account's operations are followed by lies in a heap until it is delivered, to both ledgers. After each step
 both agree on every account, each account closes, and so do all accounts together.
@@ -22,8 +22,10 @@ from tests.oracle.test_against_rules import CATALOGS, COMMON, PRICES, START, THO
 
 STEPS = settings(COMMON, max_examples=3000 if THOROUGH else 300, stateful_step_count=50)
 
-NAMES = ("anna", "bert", "dora")
-"""Dora is not opened at first."""
+NAMES = ("anna", "bert", "lena", "dora")
+"""A pool, a user and a lead; dora is not opened at first."""
+
+KINDS = {"anna": "pool", "bert": "user", "lena": "lead"}
 
 Letter = tuple[str, str, Row]
 
@@ -50,7 +52,7 @@ class World:
         known = operation in both.account.known
         try:
             result = both.do(name, operation, present)
-            again = known and name != "credits.receive"
+            again = known and name not in ("credits.receive", "credits.open")
             assert not (again and both.letters), "what is repeated is followed by nothing, but an answer to the sender"
             self.heap += both.letters
             self.check()
@@ -78,8 +80,11 @@ class World:
         return sum(getattr(both.account, bucket) for both in self.accounts.values())
 
     def check(self) -> None:
-        """What was received is not more than what left; both ledgers know of the same."""
-        assert self.total("received") <= self.total("sent") + self.total("in_transit")
+        """What was received is not more than what left, of each source; both ledgers know of the same."""
+        lots = [lot for both in self.accounts.values() for lot in both.account.grants.values()]
+        for source in {lot.source for lot in lots}:
+            of = [lot for lot in lots if lot.source == source]
+            assert sum(lot.received for lot in of) <= sum(lot.sent + lot.in_transit for lot in of), source
         kept = ("available", "held", "consumed", "expired", "revoked")
         came = self.total("granted") + self.total("restored") + self.total("received") - self.total("sent")
         assert came == sum(self.total(bucket) for bucket in kept) + self.total("in_transit")
@@ -88,6 +93,8 @@ class World:
         """With nothing on its way, nothing is in transit and what was sent has been received."""
         assert self.total("in_transit") == 0
         assert self.total("sent") == self.total("received")
+        for both in self.accounts.values():
+            assert both.ledger.became is None or not both.ledger.going_along(self.now), "all of a lead has followed"
 
 
 amounts = st.sampled_from(["0.000001", "0.5", "1", 2, "3", "4.25", "6", 10])
@@ -105,12 +112,16 @@ class Transfers(RuleBasedStateMachine):
     @initialize(on_spent=st.sampled_from(["debt", "forgive"]))
     def begin(self, on_spent: str) -> None:
         self.world = World(on_spent)
-        for name in NAMES[:-1]:
-            self.world.do("credits.open", name, kind="pool")
+        for name, kind in KINDS.items():
+            self.world.do("credits.open", name, kind=kind, welcome=False)
             for amount, expires_in in ((3, 20), (4, 60), (2, None)):
                 self.world.do(
                     "credits.grant", name, amount=amount, source="pack", purchase="purchase-1", expires_in=expires_in
                 )
+        begins = (START + timedelta(seconds=60)).isoformat()
+        self.world.do(
+            "credits.grant", "lena", amount=5, source="bonus", features=["third", "image"], effective_at=begins
+        )
 
     def both(self, name: str) -> Both:
         return self.world.accounts[name]
@@ -123,13 +134,15 @@ class Transfers(RuleBasedStateMachine):
         amount=amounts,
         source=st.sampled_from(["pack", "pack", "bonus", "other"]),
         priority=st.sampled_from([None, None, 0, 50]),
-        features=st.sampled_from([None, None, None, ["image"]]),
+        features=st.sampled_from([None, None, None, ["image"], ["third", "block"]]),
+        effective_at=st.sampled_from([None, None, None, 10, 60]),
         expires_in=ends,
         purchase=st.sampled_from([None, "purchase-1", "purchase-1", "purchase-2"]),
         unit_price=st.sampled_from([None, *PRICES, {"minor": 1, "currency": "JPY"}]),
     )
-    def grant(self, account: str, **content: Any) -> None:
-        self.world.do("credits.grant", account, **content)
+    def grant(self, account: str, effective_at: int | None, **content: Any) -> None:
+        begins = None if effective_at is None else (self.world.now + timedelta(seconds=effective_at)).isoformat()
+        self.world.do("credits.grant", account, effective_at=begins, **content)
 
     @rule(account=names, to=names, amount=amounts, message=st.sampled_from([None, "for you"]))
     def transfer(self, account: str, to: str, amount: str | int, message: str | None) -> None:
@@ -140,6 +153,39 @@ class Transfers(RuleBasedStateMachine):
     def another_transfer(self, account: str, to: str, amount: str | int) -> None:
         if account != to:
             self.world.do("credits.transfer", account, to=to, amount=amount)
+
+    @rule(account=st.sampled_from(["lena", "lena", "lena", "bert"]), to=names)
+    def convert(self, account: str, to: str) -> None:
+        if account != to:
+            self.world.do("credits.convert", account, to=to)
+
+    @rule(account=st.sampled_from(["dora", "dora", "lena"]), lead=names, welcome=st.booleans())
+    def sign_up(self, account: str, lead: str, welcome: bool) -> None:
+        if account != lead:
+            self.world.do("credits.open", account, lead=lead, welcome=welcome)
+
+    @rule(
+        account=names,
+        what=st.sampled_from(
+            ["accounts.freeze", "accounts.thaw", "accounts.thaw", "accounts.close", "accounts.reopen"]
+        ),
+    )
+    def by_hand(self, account: str, what: str) -> None:
+        if what != "accounts.close" or len(self.world.script) > 20:
+            self.world.do(what, account, actor="admin", reason="a test")
+
+    @rule(data=st.data(), account=names, amount=st.sampled_from([None, None, "0.5", "2"]))
+    def capture(self, data: st.DataObject, account: str, amount: str | None) -> None:
+        hold = data.draw(st.sampled_from(self.past(account, "credits.hold") or ["no"]))
+        self.world.do("credits.capture", account, hold=hold, amount=amount)
+
+    @rule(account=names, returned=st.sampled_from([0, 0, 50, 100]), frozen=st.booleans())
+    def claw_back(self, account: str, returned: int, frozen: bool) -> None:
+        self.world.numbers += 1
+        self.world.do(
+            "credits.claw_back", account, f"payment.{self.world.numbers}", purchase="purchase-1", paid_minor=100,
+            returned_minor=returned, step=self.world.numbers, frozen=frozen,
+        )  # fmt: skip
 
     @precondition(lambda self: self.world.heap)
     @rule(data=st.data(), keep=st.sampled_from([False, False, False, True]))
@@ -176,7 +222,8 @@ class Transfers(RuleBasedStateMachine):
 
     @rule(data=st.data(), account=names)
     def refund(self, data: st.DataObject, account: str) -> None:
-        charged = self.past(account, "credits.consume", "credits.transfer") or ["none"]
+        charged = self.past(account, "credits.consume", "credits.capture", "credits.transfer", "credits.convert")
+        charged = charged or ["none"]
         self.world.do("credits.refund", account, operation=data.draw(st.sampled_from(charged)))
 
     @rule(
@@ -204,14 +251,9 @@ class Transfers(RuleBasedStateMachine):
     def adjust(self, account: str, amount: str) -> None:
         self.world.do("credits.adjust", account, amount=amount, actor="admin", reason="a test")
 
-    @rule(kind=st.sampled_from(["open", "close", *["nothing"] * 8]), account=names)
-    def open_or_close(self, kind: str, account: str) -> None:
-        both = self.both(account)
-        if kind == "open":
-            self.world.do("credits.open", account)
-        elif kind == "close" and both.ledger.opened and len(self.world.script) > 20:
-            self.world.script.append(f"  {account} is closed")
-            both.account.status, both.ledger.closed = CLOSED, True
+    @rule(account=names)
+    def open(self, account: str) -> None:
+        self.world.do("credits.open", account)
 
     @rule(
         data=st.data(),
@@ -224,7 +266,8 @@ class Transfers(RuleBasedStateMachine):
     ) -> None:
         if name != "credits.receive":
             sender = account
-        transfer = data.draw(st.sampled_from(self.past(sender, "credits.transfer", "credits.consume") or ["none"]))
+        named = self.past(sender, "credits.transfer", "credits.consume", "credits.convert")
+        transfer = data.draw(st.sampled_from(named or ["none"]))
         content: Row = {"transfer": transfer}
         if name == "credits.receive":
             content |= {"sender": sender, "lots": [{"source": "pack", "amount": "5", "priority": 1}]}

@@ -8,6 +8,8 @@ from typing import Any
 import psycopg
 import pytest
 
+from models.catalog import read_catalog
+from models.catalog_texts import keep
 from models.settings import settings
 from schedules import audit, seal
 from tests.proof import live, tamper
@@ -66,6 +68,11 @@ def test_a_catalog_that_is_not_at_hand_is_told(
     assert "12 operations cannot be replayed: the catalog packs-1 is not at hand" in caplog.text
     configure(monkeypatch, database, CREDITLANE_CATALOG="metering", CREDITLANE_AUDIT_CATALOGS=" packs, ")
     assert audit.audit_all.apply(throw=True).get()["replayed"] == 12
+    # What the ledger has kept is at hand, even where the file of today cannot be used.
+    keep(ledger.writer.connection, read_catalog("packs"), "packs")
+    configure(monkeypatch, database, CREDITLANE_CATALOG="nonesuch", CREDITLANE_AUDIT_CATALOGS="")
+    assert audit.audit_all.apply(throw=True).get()["replayed"] == 12
+    assert "without the catalog in force, which cannot be used: " in caplog.text
     settings.cache_clear()
 
 

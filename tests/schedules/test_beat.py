@@ -11,7 +11,20 @@ from typing import Any
 import psycopg
 import pytest
 
-from schedules import audit, beat, expiry, notices, outbox, payments, retention, seal, transfers, usage, warnings
+from schedules import (
+    audit,
+    beat,
+    expiry,
+    notices,
+    outbox,
+    payments,
+    referrals,
+    retention,
+    seal,
+    transfers,
+    usage,
+    warnings,
+)
 from tests.broker import RabbitBroker
 from tests.conftest import LANES
 from tests.support import ROOT, Worker, eventually, execute, rows, value
@@ -21,7 +34,7 @@ TICKS = "beat: has the lock, and ticks"
 STANDS_BY = "beat: another beat ticks; this one stands by"
 WITHOUT = "beat: nothing is sent without the database"
 SENDS = "Sending due task"
-MODULES = (audit, expiry, notices, outbox, payments, retention, seal, transfers, usage, warnings)
+MODULES = (audit, expiry, notices, outbox, payments, referrals, retention, seal, transfers, usage, warnings)
 SCHEDULES = sorted(name for module in MODULES for name in module.SCHEDULE)
 
 

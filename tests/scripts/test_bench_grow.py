@@ -58,10 +58,10 @@ def test_only_an_empty_ledger_is_filled(database: str, ledger: Ledger) -> None:
     assert schema(database) == before
 
 
-def test_sizes_are_of_every_table_and_index(database: str) -> None:
-    with psycopg.connect(database, autocommit=True) as connection:
+def test_sizes_are_of_every_table_and_index(unused_database: str) -> None:
+    with psycopg.connect(unused_database, autocommit=True) as connection:
         assert sizes(connection)["operations.operations_pkey"] == 8192  # a page, for no operation yet
-        fill(database, 1_000, 2_000, lambda done, total: None)
+        fill(unused_database, 1_000, 2_000, lambda done, total: None)
         taken = sizes(connection)
         indexes = connection.execute("SELECT tablename || '.' || indexname FROM pg_indexes WHERE tablename = ANY(%s)",
                                      (["operations", "entries", "accounts", "grants"],)).fetchall()  # fmt: skip

@@ -114,7 +114,14 @@ def test_every_operation(run: Run, lane_worker: Worker) -> None:
     assert one(run("capture", "alice", "job-1", "--quantity", "64", "--json"))["charged"] == "8"
     run("hold", "alice", "--amount", "3", "--id", "job-2")
     assert "release: the hold went back to alice" in run("release", "alice", "job-2").stdout
-    assert "1.5 credits given back" in run("refund", "alice", "order-1", "--reason", "blurred").stdout
+    half = ("refund", "alice", "order-1", "--percent", "50", "--reason", "blurred")
+    assert "0.75 credits given back" in run(*half, "--actor", "anna", "--id", "half").stdout
+    assert "this id was answered before" in run(*half, "--actor", "anna", "--id", "half").stdout
+    assert "one of the two" in run(*half, "--amount", "1", code=2).stderr
+    for percent in ("0", "-1", "101", "half", "NaN", "Infinity"):
+        assert "more than 0" in run("refund", "alice", "order-1", f"--percent={percent}", code=2).stderr
+    assert "charged nothing" in run("refund", "alice", "job-2", "--percent", "50", code=3).stderr
+    assert "0.75 credits given back" in run("refund", "alice", "order-1").stdout
     assert "5 credits taken from alice" in run("adjust", "alice", "-5", "--reason", "twice", "--actor", "anna").stdout
     assert "0.25 credits added to alice" in run("adjust", "alice", "0.25", "--reason", "goodwill").stdout
     assert "100 credits taken from alice" in run("revoke", "alice", "--purchase", "p-1").stdout
@@ -127,7 +134,7 @@ def test_every_operation(run: Run, lane_worker: Worker) -> None:
     assert "a@example.org" in told
 
     lines = several(run("account", "history", "alice", "--json"))
-    assert [line["number"] for line in lines] == list(range(14, 0, -1))
+    assert [line["number"] for line in lines] == list(range(15, 0, -1))
     assert lines[3]["actor"] == "anna"
     assert lines[2]["actor"] == operator()
     page = run("account", "history", "alice", "--limit", "4").stdout

@@ -97,6 +97,7 @@ def test_accounts_with_a_column_for_each_source(run: Import, database: str) -> N
     assert (told["accounts"], told["applied"], told["replayed"], told["counts"]) == (3, 7, 0, {})
     assert told["credits"] == {"monthly": "20.000001", "pack": "1000000000012.5"}
     assert told["audit"] == {"holds": True, "faults": []}
+    assert rows(database, "SELECT label FROM catalogs") == [("packs-1",)]
     assert balances(database) == {
         "alice": {"monthly": "20", "pack": "12.5"}, "bob": {"monthly": "0.000001"}, "studio": {"pack": "1000000000000"},
     }  # fmt: skip

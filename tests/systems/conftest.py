@@ -82,7 +82,7 @@ class Member:
         self.system = system
         self.account = account
 
-    def send(self, name: str, **content: Any) -> Result:
+    def send(self, name: str, /, **content: Any) -> Result:
         """Send an operation of any kind and wait for its answer."""
         id = content.pop("id", None) or self.system.id()
         result = self.system.client.submit(name, id, {"account": self.account, **content}, ANSWER_SECONDS)
@@ -117,7 +117,7 @@ class Member:
             assert bought.status == "applied", bought
         return bought
 
-    def refused(self, code: Code, name: str, **content: Any) -> Result:
+    def refused(self, code: Code, name: str, /, **content: Any) -> Result:
         """Send what is to be refused with this code."""
         answer = self.send(name, **content)
         assert (answer.status, answer.code) == ("rejected", code), answer

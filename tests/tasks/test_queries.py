@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 import psycopg
 import pytest
 
 from creditlane.client import CreditClient
+from creditlane.codes import Code
 from creditlane.contract import Balance
 from creditlane.errors import BrokerUnavailableError, CreditlaneError
+from creditlane.reports import Planned
 from models import database as pools
 from models.settings import settings
-from tasks.queries import ahead, balance, explain, history, pool, usage
+from tasks.queries import achievements, ahead, balance, explain, history, pool, ranking, refunds, simulate, usage
 from tests.broker import Broker, on_both_brokers
 from tests.conftest import Spawn
 from tests.support import Ledger, eventually, execute, rows
@@ -57,7 +59,11 @@ def test_a_newer_query_is_not_guessed_at(configured: str) -> None:
         balance("alice", v=2)
 
 
-ASKED = {"history": history, "usage": usage, "pool": pool, "forecast": ahead, "explain": explain}
+ASKED = {
+    "history": history, "usage": usage, "pool": pool, "forecast": ahead, "explain": explain, "simulate": simulate,
+    "leaderboard": ranking, "refunds": refunds, "achievements": achievements,
+}  # fmt: skip
+ONE = [{"name": "credits.settle"}]
 
 
 NONSENSE: list[tuple[str, dict[str, object], str]] = [
@@ -92,6 +98,23 @@ NONSENSE: list[tuple[str, dict[str, object], str]] = [
     ("explain", {"account": "a", "grant": 2**31}, "grant"),
     ("explain", {"account": "a", "grant": 1, "after": -1}, "after"),
     ("explain", {"account": "a", "operation": "\n"}, "operation"),
+    ("simulate", {"account": "a", "operations": []}, "operations"),
+    ("simulate", {"account": "a", "operations": ONE * 1001}, "operations"),
+    ("simulate", {"account": "a", "operations": [{"name": "credits.settle", "times": 1001}]}, "times"),
+    ("simulate", {"account": "a", "operations": [{**ONE[0], "times": 600}] * 2}, "1 to 1000"),
+    ("simulate", {"account": "a", "operations": [{**ONE[0], "times": 2, "id": "x"}]}, "applied once"),
+    ("simulate", {"account": "a", "operations": [{"name": "credits.receive"}]}, "operation 1: 'credits.receive' is no"),
+    ("simulate", {"account": "a", "operations": [*ONE, {"name": "credits.consume"}]}, "operation 2: .*feature"),
+    ("simulate", {"account": "a", "operations": [{**ONE[0], "arguments": {"account": "b"}}]}, "all are of one"),
+    ("simulate", {"account": "a", "operations": [{**ONE[0], "id": "transfer.receive:1"}]}, "operation 1: .*derived"),
+    ("simulate", {"account": "a", "operations": ONE, "at": "2027-01-01T00:00:00"}, "at"),
+    ("leaderboard", {"by": "owed"}, "by"),
+    ("leaderboard", {"since": "2027-02-01", "until": "2027-02-01"}, "not before"),
+    ("leaderboard", {"limit": 1001}, "limit"),
+    ("refunds", {"by": []}, "at least one"),
+    ("refunds", {"by": ["day"]}, "by"),
+    ("refunds", {"after": 10**6 + 1}, "after"),
+    ("achievements", {"account": ""}, "account"),
 ]
 
 
@@ -103,8 +126,12 @@ def test_what_makes_no_sense_is_refused_by_name(configured: str) -> None:
 
 def test_what_is_not_there_is_none_and_a_newer_version_is_not_guessed_at(configured: str) -> None:
     for name, query in ASKED.items():
-        found = query(account="nobody")
-        assert found == ({"lines": [], "next_before": None} if name == "history" else None), name
+        more = {"operations": ONE} if name == "simulate" else {}
+        found = query(account="nobody", **more)
+        if name == "leaderboard":
+            assert (found["accounts"], found["lines"], found["own"]) == (0, [], None)
+        else:
+            assert found == ({"lines": [], "next_before": None} if name == "history" else None), name
         for version in (2, "1", None):
             with pytest.raises(ValueError, match="contract version"):
                 query(account="nobody", v=version)
@@ -190,16 +217,46 @@ def ask_all(client: CreditClient, ledger: Ledger) -> None:
     rest = client.explain_grant("alice", 1, after=grant.next_after)
     assert rest is not None
     assert [each.operation for each in rest.movements] == ["c-1"]
+    ask_reports(client, ledger)
     studio = client.pool("studio", limit=1)
     assert studio is not None
     assert [(each.member, str(each.left)) for each in studio.members] == [("mia", "2.5")]
     assert client.pool("alice") is None
     assert client.history("nobody").lines == []
     assert (client.usage("nobody"), client.forecast("nobody"), client.explain("nobody")) == (None, None, None)
+    referred = client.referrals("alice")
+    assert referred is not None
+    assert (referred.code, referred.referees, client.referrals("nobody")) == (None, [], None)
     assert client.explain_operation("alice", "none") is None
     assert client.explain_grant("alice", 9) is None
     with pytest.raises(CreditlaneError, match="1000"):
         client.history("alice", limit=1001)
+
+
+def ask_reports(client: CreditClient, ledger: Ledger) -> None:
+    """What ten more pictures would do; who is ahead; what is given back."""
+    planned = client.simulate("alice", [Planned("credits.hold", {"amount": "40"}, "h")], feature="image", times=10)
+    assert planned is not None
+    assert [result.status for result in planned.results] == ["applied"] * 11
+    assert (str(planned.charged), str(planned.after.available)) == ("1.25", "7.250001")
+    dear = client.simulate("alice", amount=50)
+    assert dear is not None
+    (refused,) = dear.results
+    assert (refused.code, refused.offer is not None, dear.refused) == (Code.INSUFFICIENT_CREDITS, True, 1)
+    assert client.simulate("nobody", feature="image") is None
+    board = client.leaderboard(account="alice", limit=1)
+    assert board.own is not None
+    assert board.lines == [board.own]
+    assert (board.own.rank, str(board.own.credits), board.accounts) == (1, "1.5", 1)
+    assert client.leaderboard(by="earned", since=date(2027, 1, 1), until=date(2027, 2, 1)).lines == []
+    ledger.apply("credits.refund", "r-1", account="alice", operation="c-1", amount="0.5", reason="blurred")
+    back = client.refunds("alice", by=["reason"])
+    assert back is not None
+    assert [(line.reason, str(line.credits), line.share_percent) for line in back.lines] == [("blurred", "0.5", 33.3)]
+    assert client.refunds("nobody") is None
+    reached = client.achievements("alice")
+    assert reached is not None
+    assert (reached.reached, reached.goals, client.achievements("nobody")) == ([], [], None)
 
 
 @on_both_brokers

@@ -1,4 +1,4 @@
-"""A catalog's file that is replaced under a worker that runs: each operation by the catalog in force when it is applied."""
+"""A catalog replaced under a worker that runs: each operation by the one in force when it is applied."""
 
 from __future__ import annotations
 
@@ -78,6 +78,9 @@ def test_a_worker_takes_up_a_changed_catalog_and_the_audit_replays_both(
     assert by_catalog["mine-1", 1_000_000] >= 90
     assert by_catalog["mine-2", 500_000] >= 30
     assert rows(database, "SELECT label FROM catalogs ORDER BY first_used_at") == [("mine-1",), ("mine-2",)]
+    path.write_text(MINE.format(version=1, price="1"))  # set back: it counts, and whoever watches is told
+    eventually(lambda: measured("creditlane_catalog_behind") == 1)
+    assert "mine-1 is in force here and version 2 was elsewhere" in worker.logged()
     path.unlink()
     with psycopg.connect(database, autocommit=True) as connection:
         report = audit(connection, replayer=Replayer(kept_catalogs(connection)))

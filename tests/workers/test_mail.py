@@ -30,6 +30,7 @@ DETAILS: dict[str, Any] = {
     "plan": "starter", "plan_next": "pro", "period_end": "2026-12-21T16:00:00Z", "allotted": "100",
     "rolled_over": "70", "expired": "3", "purchase": "p-1", "charge": "c-1", "sender": "bob", "member": "zoe",
     "credits": "700", "price": "99.00 EUR", "order": "order.1", "next_attempt_at": "2026-11-24T10:00:00Z",
+    "achievement": "explorer", "title": "Explorer",
 }  # fmt: skip
 
 

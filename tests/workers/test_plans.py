@@ -14,10 +14,10 @@ import msgspec
 import psycopg
 import pytest
 
-from models import due, reading, usage
+from models import code_reading, due, reading, usage
 from models.catalog import load_catalog
 from models.database import connect
-from schedules import expiry, outbox, retention
+from schedules import codes, expiry, outbox, retention
 from scripts.bench_grow import fill
 from scripts.embedded import Stack
 from tests.conftest import TEMPLATE, _ledger
@@ -44,6 +44,10 @@ KEYS = {
     "deliveries": [{"account", "key"}],
     "usage_days": [{"account", "day"}],
     "purchases": [{"account"}],
+    "allowances": [{"account", "key"}],
+    "referrals": [{"account"}, {"referrer"}],
+    "codes": [{"code"}, {"account", "operation"}, {"expires_at"}],
+    "redemptions": [{"code"}],
 }
 """What the condition of an index must have of a table's columns: one of these sets. Of what one account has many of,
 more than the account."""
@@ -53,7 +57,8 @@ WRITERS = {
     for name in (
         "LOCK_ACCOUNTS", "OPEN_GRANTS", "OPEN_HOLDS", "OPEN_HOLD_LINES", "KNOWN", "TRANSFERS", "NAMED_HOLDS", "CHARGES",
         "CHARGED_GRANTS", "NAMED_GRANTS", "ROOT_GRANTS", "PURCHASED_GRANTS", "UPSERT_RECEIPTS",
-        "SUBSCRIPTIONS", "SUBSCRIBED_GRANTS", "UPSERT_SUBSCRIPTIONS", "INSERT_NOTICES",
+        "SUBSCRIPTIONS", "SUBSCRIBED_GRANTS", "UPSERT_SUBSCRIPTIONS", "INSERT_NOTICES", "CODES", "ALLOWANCES",
+        "UPSERT_ALLOWANCES",
     )
 }  # fmt: skip
 READERS = {
@@ -62,9 +67,9 @@ READERS = {
         "ACCOUNT", "OPEN_GRANTS", "OPEN_HOLDS", "OPEN_HOLD_LINES", "HISTORY", "ENTRIES", "LAPSED", "QUARANTINE",
         "OPEN_QUARANTINE", "QUARANTINED", "SUBSCRIPTION",
     )
-}  # fmt: skip
+} | {name: getattr(code_reading, name) for name in ("ONE", "OF_ACCOUNT", "USES")}  # fmt: skip
 SWEEPS = {
-    "DUE": expiry.DUE, "LEFT": outbox.LEFT, "DELETE": DELETE,
+    "DUE": expiry.DUE, "OVER": codes.OVER, "LEFT": outbox.LEFT, "DELETE": DELETE,
     **{name: getattr(due, name) for name in ("COUNT", "OLDEST")},
     **{
         name: getattr(retention, name)
@@ -73,6 +78,7 @@ SWEEPS = {
 }  # fmt: skip
 BOUNDED = {
     due.NOTICES: {"notices_undelivered"}, due.OUTBOX: {"outbox_pkey"}, due.IN_TRANSIT: {"accounts_in_transit"},
+    codes.UNTOLD: {"accounts_in_transit", "codes_by_account", "redemptions_pkey", "operations_pkey"},
 }  # fmt: skip
 """Statements that read the first rows of an index that has only what waits, or what is to be published in order."""
 
@@ -94,6 +100,11 @@ MANY = (
     "INSERT INTO deliveries SELECT account, 'k1', channel, 'sent', 1, NULL, now(), NULL"
     " FROM accounts, unnest('{email,webhook}'::text[]) AS channel",
     "INSERT INTO usage_days SELECT account, '2026-01-01', 'f', '', 1, 1, 1, 0 FROM accounts",
+    "INSERT INTO allowances SELECT account, 'k', NULL, 'total', now(), 0, 0, false FROM accounts",
+    "INSERT INTO referrals SELECT account, NULL, 'r' || account, NULL, NULL, NULL, 0 FROM accounts",
+    "INSERT INTO codes SELECT account || 'X', 'gift', account, 'o', 0, 1, 1, now() + interval '1 day', 'open', 1, NULL,"
+    " '{}' FROM accounts",
+    "INSERT INTO redemptions SELECT account || 'X', 0, account, 'o', 1, now() FROM accounts",
     "UPDATE accounts SET next_due_at = now() WHERE account LIKE 'user_%'",
 )
 """Rows of tables that a bench does not fill, so that reading a whole one is never the shortest way."""
@@ -132,6 +143,7 @@ def large(stack: Stack) -> Iterator[str]:
             {
                 retention.DELETE_NOTICES: (["a"], ["k"]), retention.DELETE_DELIVERIES: (["a"], ["k"]),
                 retention.DELETE_QUARANTINED: ([1],), due.COUNT: (now,), due.OLDEST: (now,),
+                codes.OVER: (now, now, ""),
             }
         )  # fmt: skip
         with connection.transaction():
@@ -154,6 +166,11 @@ def live_on(ledger: Ledger, database: str) -> None:
     for _ in ("receive", "confirm"):
         (follow,) = ledger.writer.take_outbox()
         ledger.apply(follow.task, follow.operation, **msgspec.json.decode(follow.arguments))
+    ledger.apply("codes.issue", "codes", account="b", codes=["AAAA"], amount=1, uses=3)
+    ledger.apply("codes.redeem", "redeemed", account="a", code="AAAA")
+    (follow,) = ledger.writer.take_outbox()
+    ledger.apply(follow.task, follow.operation, **msgspec.json.decode(follow.arguments))
+    ledger.apply("codes.withdraw", "withdrawn", account="b", codes=["AAAA"])
     ledger.apply("credits.open", "open", account="c", kind="pool")
     ledger.apply("credits.grant", "brief", account="c", amount=3, source="pack", expires_in=60)
     ledger.apply("credits.consume", "of-brief", account="c", amount=3)
@@ -174,6 +191,9 @@ def read(connection: psycopg.Connection[Any], account: str) -> None:
     for status in ("open", "dropped", None):
         reading.quarantine(connection, status=status, limit=3, before=9)
     reading.quarantined_message(connection, 1)
+    assert code_reading.code_summary(connection, "AAAA") is not None
+    assert code_reading.uses_of(connection, "AAAA", limit=3)
+    assert code_reading.codes_of(connection, "b", limit=3).codes
 
 
 def plan(connection: psycopg.Connection[Any], statement: str, parameters: Any) -> dict[str, Any]:
@@ -236,7 +256,7 @@ def test_what_writes_finds_every_row_by_its_key(large: str, session: str, known:
     assert [name for name, statement in WRITERS.items() if statement not in recorded] == []
     written = [statement for statement in recorded if re.search(r"\b(FROM|UPDATE|INSERT)\b", statement)]
     changed = {found[1] for found in (re.match(r"\s*UPDATE (\w+)", statement) for statement in written) if found}
-    assert changed == {"accounts", "grants", "holds"}
+    assert changed == {"accounts", "grants", "holds", "codes"}
     statements = [statement for statement in written if statement not in {*READERS.values(), *SWEEPS.values()}]
     with ledger_writer.connect(large) if session != "plain" else psycopg.connect(large, autocommit=True) as connection:
         assert judge(connection, statements, known=known) == {}

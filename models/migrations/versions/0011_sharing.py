@@ -11,6 +11,7 @@ depends_on = None
 
 STATEMENTS = """
 ALTER TABLE accounts ADD COLUMN converted_to TEXT, ADD COLUMN achieved TEXT;
+CREATE INDEX accounts_converted ON accounts (account) WHERE converted_to IS NOT NULL;
 CREATE TABLE allowances (
     account TEXT NOT NULL,
     key TEXT NOT NULL,
@@ -34,6 +35,7 @@ CREATE TABLE referrals (
     PRIMARY KEY (account)
 ) WITH (fillfactor = 70);
 CREATE INDEX referrals_by_referrer ON referrals (referrer, claimed_at) WHERE referrer IS NOT NULL;
+CREATE INDEX referrals_settled ON referrals (settled_at) WHERE settled_at IS NOT NULL;
 CREATE TABLE codes (
     code TEXT NOT NULL,
     kind TEXT NOT NULL,
@@ -78,6 +80,6 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Drop them."""
     op.execute(
-        "DROP TABLE redemptions, codes, referrals, allowances;"
+        "DROP INDEX accounts_converted; DROP TABLE redemptions, codes, referrals, allowances;"
         " ALTER TABLE accounts DROP COLUMN converted_to, DROP COLUMN achieved"
     )
