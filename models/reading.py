@@ -21,7 +21,7 @@ from models.columns import ALLOWANCE_COLUMNS, PURCHASE_VALUES, REFERRAL_COLUMNS,
 from models.rules.catalog import Catalog
 from models.rules.posting import FLOWS
 from models.rules.settling import settle
-from models.rules.sharing import allowance_of, referral_of
+from models.rules.sharing import MEMBER, allowance_of, referral_of
 from models.rules.state import COUNTERS, UNOPENED, Account, Grant, Hold, Known, Line, purchase_of, subscription_of
 
 MAX_PAGE = 1000
@@ -87,8 +87,13 @@ ORDER BY o.operation, e.line
 """
 """What was answered before, and what charges took from where."""
 NAMED_ALLOWANCES = f"""
-SELECT {", ".join([*ALLOWANCE_COLUMNS][1:])} FROM allowances WHERE account = %(account)s AND key = ANY(%(names)s)
+SELECT {", ".join([*ALLOWANCE_COLUMNS][1:])} FROM allowances
+WHERE account = %(account)s AND (key = ANY(%(names)s) OR key = ANY(ARRAY(
+    SELECT '{MEMBER}' || member FROM holds WHERE account = %(account)s AND status = 'open'
+    UNION SELECT '{MEMBER}' || (result -> 'allowance' ->> 'member') FROM operations
+    WHERE account = %(account)s AND operation = ANY(%(names)s))))
 """
+"""Those that are named, and of a pool's members those who hold credits or were charged by what is named."""
 REFERRAL = f"SELECT {', '.join([*REFERRAL_COLUMNS][1:])} FROM referrals WHERE account = %(account)s"
 PAST = (NAMED_HOLDS, NAMED_OPERATIONS, NAMED_ALLOWANCES, REFERRAL)
 

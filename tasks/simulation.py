@@ -24,6 +24,7 @@ from creditlane.reports import Planned, Simulation
 from models.reading import load_account
 from models.referral_reading import own_referral
 from models.rules.catalog import Catalog
+from models.rules.sharing import MEMBER
 from models.simulating import advance
 from models.usage_reading import credits_of
 from tasks.achievements import used_micro
@@ -60,6 +61,7 @@ def simulate_operations(
     steps = list(_steps(account, operations))
     needs = [need for name, _, message, _ in steps for need in _needs(name, message)]
     named = {each.id for each in operations if each.id is not None} | {str(need.key) for need in needs}
+    named |= {MEMBER + member for _, _, message, _ in steps if (member := getattr(message, "member", None)) is not None}
     loaded = load_account(connection, account, sorted(named) if named else None)
     if loaded is None:
         return None

@@ -107,3 +107,29 @@ def test_several_alike_and_a_later_instant(ledger: Ledger, database: str) -> Non
     ledger.apply("credits.consume", "c", account="mentioned", amount=1)
     (refused,) = simulate(database, "mentioned", Planned("credits.consume", {"amount": 1})).results
     assert refused.code == "unknown_account"
+
+
+def test_members_of_a_pool_have_their_limits_and_what_they_used(ledger: Ledger, database: str) -> None:
+    with priced_by(ledger, ROLLOVER):
+        freeze(ledger, START)
+        ledger.apply("credits.open", "open", account="a", kind="pool")
+        ledger.apply("credits.grant", "grant", account="a", amount=30, source="pack")
+        for member in ("ann", "bob", "cy"):
+            ledger.apply("pools.set_member", member, account="a", member=member, limit=5)
+        ledger.apply("credits.hold", "job", account="a", amount=4, member="ann")
+        ledger.apply("credits.consume", "charge", account="a", amount=4, member="bob")
+        ledger.apply("pools.remove_member", "gone", account="a", member="cy")
+        planned = [
+            Planned("credits.capture", {"hold": "job", "amount": 6}, "k-1"),
+            Planned("credits.refund", {"operation": "charge"}, "r-1"),
+            Planned("credits.consume", {"amount": 5, "member": "bob"}, "c-1"),
+            Planned("credits.consume", {"amount": 1, "member": "cy"}, "c-2"),
+            Planned("credits.capture", {"hold": "job"}, "k-2"),
+        ]
+        found = simulate(database, "a", *planned)
+        assert [result.code for result in found.results] == ["member_limit", None, None, "unknown_member", None]
+        alone = [simulate(database, "a", each).results[0].allowance for each in planned]
+        assert [told and str(told.left) for told in alone] == [None, None, None, None, "1"]
+        for each, told in zip(planned, found.results, strict=True):
+            done = ledger.apply(each.name, each.id or "", account="a", **each.arguments)
+            assert msgspec.convert(done, Result, strict=False) == told
