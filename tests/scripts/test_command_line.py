@@ -120,7 +120,8 @@ def test_every_operation(run: Run, lane_worker: Worker) -> None:
     assert "one of the two" in run(*half, "--amount", "1", code=2).stderr
     for percent in ("0", "-1", "101", "half", "NaN", "Infinity"):
         assert "more than 0" in run("refund", "alice", "order-1", f"--percent={percent}", code=2).stderr
-    assert "charged nothing" in run("refund", "alice", "job-2", "--percent", "50", code=3).stderr
+    assert "charged nothing" in run("refund", "alice", "nothing", "--percent", "50", code=3).stderr
+    assert "unknown_charge" in run("refund", "alice", "job-2", "--percent", "50", code=3).stderr
     assert "0.75 credits given back" in run("refund", "alice", "order-1").stdout
     assert "5 credits taken from alice" in run("adjust", "alice", "-5", "--reason", "twice", "--actor", "anna").stdout
     assert "0.25 credits added to alice" in run("adjust", "alice", "0.25", "--reason", "goodwill").stdout
@@ -134,12 +135,12 @@ def test_every_operation(run: Run, lane_worker: Worker) -> None:
     assert "a@example.org" in told
 
     lines = several(run("account", "history", "alice", "--json"))
-    assert [line["number"] for line in lines] == list(range(15, 0, -1))
+    assert [line["number"] for line in lines] == list(range(16, 0, -1))
     assert lines[3]["actor"] == "anna"
     assert lines[2]["actor"] == operator()
     page = run("account", "history", "alice", "--limit", "4").stdout
     assert "twice · anna" in page
-    assert "--before 11" in page
+    assert "--before 13" in page
     assert len(several(run("account", "history", "alice", "--before", "4", "--json"))) == 3
     assert len(several(run("account", "history", "alice", "--operation", "adjust", "--json"))) == 2
     entries = several(run("account", "history", "alice", "--feature", "image", "--entries", "--json"))
