@@ -87,7 +87,7 @@ def leaderboard(
     """The accounts that used or earned the most credits.
 
     Used is what was charged less what was given back. Earned is what came in without being paid for: lots of the
-    sources that the catalog counts as earned, less what was taken back of them, and gifts, by transfer or by a code
+    sources that the catalog counts as earned, less what was taken back of them; and gifts, by transfer or by a code
     that somebody paid for, less those given.
 
     :param connection: not within a transaction.

@@ -156,7 +156,9 @@ class AccountSummary(msgspec.Struct, kw_only=True, frozen=True):
     account: str
     kind: str
     status: str
-    """``unopened`` (only mentioned so far), ``open`` or ``closed``."""
+    """``unopened`` (only mentioned so far), ``open``, ``frozen`` or ``closed``."""
+    converted_to: str | None
+    """Of a lead that has signed up, the user."""
     email: str | None
     locale: str | None
     timezone: str | None
@@ -196,6 +198,7 @@ def account_summary(connection: Connection[Any], account: str, catalog: Catalog)
         account=account,
         kind=state.kind,
         status=state.status,
+        converted_to=state.converted_to,
         email=state.email,
         locale=state.locale,
         timezone=state.timezone,

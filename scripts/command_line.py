@@ -545,7 +545,7 @@ def share_of(account: str, operation: str, percent: str) -> str:
         share = Decimal(percent)
     except InvalidOperation:
         share = Decimal(0)
-    if not 0 < share <= 100:
+    if not (share.is_finite() and 0 < share <= 100):
         fail(f"--percent is more than 0 and at most 100, not {percent!r}", USAGE)
     with ledger() as connection:
         charge = explain_operation(connection, account, operation, limit=1)

@@ -153,7 +153,9 @@ def result_lines(result: Result) -> RenderableType:
         amount = getattr(result, name)
         if amount:
             facts.append((name.replace("_", " "), credits(amount)))
-    facts += [("achieved", f"{said(each.achievement)}, {credits(each.credits)}") for each in result.achieved]
+    for each in result.achieved:
+        came = f", {credits(each.credits)}" if each.credits else ""
+        facts.append(("achieved", f"{said(each.achievement)}{came}"))
     if result.period_start is not None:
         facts.append(("period", f"{instant(result.period_start)} to {instant(result.period_end)} UTC"))
     if result.plan_next is not None:
@@ -253,8 +255,10 @@ def summary_lines(summary: AccountSummary) -> RenderableType:
     """An account with its balance, its grants and its holds."""
     balance = summary.balance
     colour = {"open": "green", "closed": "red"}.get(summary.status, "yellow")
+    became = "" if summary.converted_to is None else f": has become {said(summary.converted_to)}"
+    state = f"[{colour}]{said(summary.status)}[/]{became}"
     facts = [
-        ("account", f"[bold]{said(summary.account)}[/]  {said(summary.kind)}, [{colour}]{said(summary.status)}[/]"),
+        ("account", f"[bold]{said(summary.account)}[/]  {said(summary.kind)}, {state}"),
         ("available", f"[bold]{balance.available}[/]"),
     ]
     others = {

@@ -598,7 +598,8 @@ class GiftCodes:
         result = operation.result
         for text in result.get("existing", ()):
             ledger.codes[text] = {}
-        for row in [*result.get("code_rows", ()), *([result["code_row"]] if "code_row" in result else ())]:
+        seen = [*result.get("code_rows", ()), *([result["code_row"]] if "code_row" in result else ())]
+        for row in (row for row in seen if row["terms"]["kind"] == "gift"):
             text, used = row["terms"]["code"], _told(row)
             users = [self.users.get(text, {}).get(slot, "") for slot in range(used)]
             known = ledger.codes.get(text) or self.issued[text]

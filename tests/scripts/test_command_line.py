@@ -120,7 +120,8 @@ def test_every_operation(run: Run, lane_worker: Worker) -> None:
     assert "one of the two" in run(*half, "--amount", "1", code=2).stderr
     for percent in ("0", "-1", "101", "half", "NaN", "Infinity"):
         assert "more than 0" in run("refund", "alice", "order-1", f"--percent={percent}", code=2).stderr
-    assert "charged nothing" in run("refund", "alice", "job-2", "--percent", "50", code=3).stderr
+    assert "charged nothing" in run("refund", "alice", "nothing", "--percent", "50", code=3).stderr
+    assert "unknown_charge" in run("refund", "alice", "job-2", "--percent", "50", code=3).stderr
     assert "0.75 credits given back" in run("refund", "alice", "order-1").stdout
     assert "5 credits taken from alice" in run("adjust", "alice", "-5", "--reason", "twice", "--actor", "anna").stdout
     assert "0.25 credits added to alice" in run("adjust", "alice", "0.25", "--reason", "goodwill").stdout
@@ -134,17 +135,60 @@ def test_every_operation(run: Run, lane_worker: Worker) -> None:
     assert "a@example.org" in told
 
     lines = several(run("account", "history", "alice", "--json"))
-    assert [line["number"] for line in lines] == list(range(15, 0, -1))
+    assert [line["number"] for line in lines] == list(range(16, 0, -1))
     assert lines[3]["actor"] == "anna"
     assert lines[2]["actor"] == operator()
     page = run("account", "history", "alice", "--limit", "4").stdout
     assert "twice · anna" in page
-    assert "--before 11" in page
+    assert "--before 13" in page
     assert len(several(run("account", "history", "alice", "--before", "4", "--json"))) == 3
     assert len(several(run("account", "history", "alice", "--operation", "adjust", "--json"))) == 2
     entries = several(run("account", "history", "alice", "--feature", "image", "--entries", "--json"))
     assert all(line["lines"] for line in entries)
     assert "consumed grant 3 (promotion)" in run("account", "history", "alice", "--entries").stdout
+
+
+def test_a_lead_and_what_administrators_do(run: Run, lane_worker: Worker) -> None:
+    run("account", "open", "visitor", "--kind", "lead")
+    run("grant", "visitor", "20", "--source", "lead")
+    run("account", "open", "alice")
+    converted = run("lead", "convert", "visitor", "alice")
+    assert "applied convert: 20 credits on their way from the lead visitor to alice" in converted.stdout
+    eventually(lambda: one(run("account", "show", "alice", "--json"))["balance"]["available"] == "70")
+    assert "lead, closed: has become alice" in run("account", "show", "visitor").stdout
+    assert "convert to alice" in run("account", "history", "visitor").stdout
+    assert "account_closed" in run("consume", "visitor", "--amount", "1", code=3).stderr
+    run("account", "open", "second", "--kind", "lead")
+    run("grant", "second", "5", "--source", "lead")
+    run("account", "open", "bob", "--lead", "second")
+    eventually(lambda: one(run("account", "show", "bob", "--json"))["balance"]["available"] == "55")
+
+    frozen = run("account", "freeze", "alice", "--reason", "a stolen card", "--actor", "anna")
+    assert "applied accounts.freeze: alice is frozen" in frozen.stdout
+    assert "account_frozen" in run("consume", "alice", "--amount", "1", code=3).stderr
+    assert "user, frozen" in run("account", "show", "alice").stdout
+    assert one(run("account", "thaw", "alice", "--reason", "found", "--json"))["account_status"] == "open"
+    run("hold", "alice", "--amount", "1", "--id", "job")
+    assert "1 open holds" in run("account", "close", "alice", "--reason", "gone", code=3).stderr
+    run("release", "alice", "job")
+    assert "alice is closed, 70 credits revoked" in run("account", "close", "alice", "--reason", "gone").stdout
+    assert "alice is open" in run("account", "reopen", "alice", "--reason", "back again").stdout
+
+    lines = several(run("account", "actions", "--json"))
+    assert [(line["name"], line["actor"], line["change"]) for line in lines] == [
+        ("accounts.reopen", operator(), "0"),
+        ("accounts.close", operator(), "-70"),
+        ("accounts.close", operator(), "0"),
+        ("accounts.thaw", operator(), "0"),
+        ("accounts.freeze", "anna", "0"),
+    ]
+    told = run("account", "actions", "--limit", "1").stdout
+    assert "back again" in told
+    before = told.splitlines()[-1].partition("--before ")[2].strip("'")
+    assert "gone" in run("account", "actions", "--before", before, "--limit", "1").stdout
+    assert "a stolen card" in run("account", "actions", "--actor", "anna", "--since", "2020-01-01").stdout
+    assert "nothing since" in run("account", "actions", "--actor", "nobody").stdout
+    assert "next_before" in run("account", "actions", "--before", "x", code=2).stderr
 
 
 def test_a_transfer(run: Run, lane_worker: Worker) -> None:
@@ -660,7 +704,8 @@ def test_every_help_has_examples() -> None:
                 "seal",
             ],
         ),
-        (["account"], ["open", "show", "history"]),
+        (["account"], ["open", "show", "history", "freeze", "thaw", "close", "reopen", "actions"]),
+        (["lead"], ["convert"]),
         (["quarantine"], ["list", "show", "replay", "drop"]),
     ):
         for name in commands:

@@ -165,7 +165,8 @@ def test_an_account_that_is_frozen_gives_nothing_out(town: Town) -> None:
 def test_whatever_takes_credits_out_says_so() -> None:
     """An operation that is new is thought of: which ones a frozen account may not do is written down here."""
     assert {name for name, operation in OPERATIONS.items() if operation.spends} == {
-        "credits.consume", "credits.hold", "credits.transfer", "credits.convert", "codes.issue",
+        "credits.consume", "credits.hold", "credits.transfer", "credits.convert", "codes.issue", "referrals.issue",
+        "referrals.claim",
     }  # fmt: skip
 
 

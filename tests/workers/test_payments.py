@@ -376,6 +376,26 @@ def test_what_a_subscription_has_become_is_found_though_no_event_says_so(databas
         assert value(database, "SELECT count(*) FROM payment_events") == known
 
 
+def test_what_is_paid_for_reaches_a_frozen_account_and_waits_for_a_closed_one(
+    shop: Books, database: str, ledger: Ledger
+) -> None:
+    def by_hand(what: str) -> str:
+        done = ledger.apply(f"accounts.{what}", what, account=shop.life.account, actor="ann", reason="a test")
+        return str(done["status"])
+
+    assert by_hand("freeze") == "applied"
+    tell(shop, FIFTY)
+    assert became(database, "PackPaid") == [("applied", None)]
+    assert available(database) == 50
+    assert by_hand("close") == "applied"
+    tell(shop, FIFTY)
+    assert became(database, "PackPaid") == [("applied", None), ("parked", "account_closed")]
+    assert by_hand("reopen") == "applied"
+    assert look_now(shop.connection) == 1
+    shop.look()
+    assert available(database) == 50
+
+
 def test_what_the_ledger_refused_is_a_difference(shop: Books, database: str) -> None:
     tell(shop, ("subscribe", "price_rollover_starter"))
     execute(

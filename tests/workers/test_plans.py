@@ -58,7 +58,7 @@ WRITERS = {
         "LOCK_ACCOUNTS", "OPEN_GRANTS", "OPEN_HOLDS", "OPEN_HOLD_LINES", "KNOWN", "TRANSFERS", "NAMED_HOLDS", "CHARGES",
         "CHARGED_GRANTS", "NAMED_GRANTS", "ROOT_GRANTS", "PURCHASED_GRANTS", "UPSERT_RECEIPTS",
         "SUBSCRIPTIONS", "SUBSCRIBED_GRANTS", "UPSERT_SUBSCRIPTIONS", "INSERT_NOTICES", "CODES", "ALLOWANCES",
-        "UPSERT_ALLOWANCES",
+        "UPSERT_ALLOWANCES", "COUNTING", "REFERRALS", "UPSERT_REFERRALS",
     )
 }  # fmt: skip
 READERS = {
@@ -101,7 +101,8 @@ MANY = (
     " FROM accounts, unnest('{email,webhook}'::text[]) AS channel",
     "INSERT INTO usage_days SELECT account, '2026-01-01', 'f', '', 1, 1, 1, 0 FROM accounts",
     "INSERT INTO allowances SELECT account, 'k', NULL, 'total', now(), 0, 0, false FROM accounts",
-    "INSERT INTO referrals SELECT account, NULL, 'r' || account, NULL, NULL, NULL, 0 FROM accounts",
+    "INSERT INTO referrals SELECT account, NULL, 'r' || account, NULL, NULL, NULL, 0 FROM accounts"
+    " ON CONFLICT DO NOTHING",
     "INSERT INTO codes SELECT account || 'X', 'gift', account, 'o', 0, 1, 1, now() + interval '1 day', 'open', 1, NULL,"
     " '{}' FROM accounts",
     "INSERT INTO redemptions SELECT account || 'X', 0, account, 'o', 1, now() FROM accounts",
@@ -166,6 +167,7 @@ def live_on(ledger: Ledger, database: str) -> None:
     for _ in ("receive", "confirm"):
         (follow,) = ledger.writer.take_outbox()
         ledger.apply(follow.task, follow.operation, **msgspec.json.decode(follow.arguments))
+    ledger.apply("referrals.issue", "referral", account="a", code="REFERRAL")
     ledger.apply("codes.issue", "codes", account="b", codes=["AAAA"], amount=1, uses=3)
     ledger.apply("codes.redeem", "redeemed", account="a", code="AAAA")
     (follow,) = ledger.writer.take_outbox()
@@ -257,7 +259,8 @@ def test_what_writes_finds_every_row_by_its_key(large: str, session: str, known:
     written = [statement for statement in recorded if re.search(r"\b(FROM|UPDATE|INSERT)\b", statement)]
     changed = {found[1] for found in (re.match(r"\s*UPDATE (\w+)", statement) for statement in written) if found}
     assert changed == {"accounts", "grants", "holds", "codes"}
-    statements = [statement for statement in written if statement not in {*READERS.values(), *SWEEPS.values()}]
+    others = {*READERS.values(), *SWEEPS.values(), ledger_writer.COUNTING}
+    statements = [statement for statement in written if statement not in others]
     with ledger_writer.connect(large) if session != "plain" else psycopg.connect(large, autocommit=True) as connection:
         assert judge(connection, statements, known=known) == {}
 
@@ -280,6 +283,13 @@ def test_a_page_of_due_accounts_is_read_off_the_index_however_many_are_due_at_on
         assert (scan["Node Type"], scan["Index Name"]) == ("Index Scan", "accounts_due")
         assert "ROW(next_due_at, account) > ROW(" in scan["Index Cond"]
         assert connection.execute(expiry.DUE, (at, at, "user_04999")).fetchall()[0][0] == "user_05000"
+
+
+def test_whether_a_pool_counts_anything_is_seen_by_its_first_row(large: str) -> None:
+    with ledger_writer.connect(large) as connection:
+        found = plan(connection, ledger_writer.COUNTING, None)
+        assert (found["Node Type"], found["Join Type"]) == ("Nested Loop", "Semi")
+        assert [node["Index Cond"].strip() for node in scans(found)] == ["(account = k.account)"]
 
 
 def test_what_waits_is_counted_on_an_index_of_it(large: str) -> None:
