@@ -184,6 +184,8 @@ def _facts(catalog: Catalog, state: str, kept: Sequence[KeptText]) -> Iterator[t
     for name, welcome in (("sign-up", catalog.signup), ("lead", catalog.lead)):
         if welcome.credits:
             yield name, f"{format_amount(welcome.credits)} credits{_life(welcome.expires_days)}"
+    if catalog.lead.per_user is not None:
+        yield "leads of a user", f"{catalog.lead.per_user} at the most"
     if catalog.priorities:
         order = sorted(catalog.priorities.items(), key=lambda each: each[1])
         yield "spent first", ", ".join(f"{said(source)} {priority}" for source, priority in order)

@@ -103,9 +103,10 @@ class Welcome(Section, frozen=True):
 
 
 class LeadWelcome(Welcome, frozen=True):
-    """``[lead]``: as ``[signup]``, of a source of its own."""
+    """``[lead]``: as ``[signup]``, of a source of its own; and how many leads one user may have been, in all."""
 
     source: Name = "lead"
+    per_user: Count | None = None
 
 
 class Feature(Section, frozen=True):
