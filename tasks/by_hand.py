@@ -56,7 +56,7 @@ def close(account: Account, message: CloseAccount, context: Context) -> Outcome:
     if holds or account.in_transit:
         begun = [f"{len(holds)} open holds"] if holds else []
         begun += [f"{format_amount(account.in_transit)} credits in transit"] if account.in_transit else []
-        reason = f"the account has {' and '.join(begun)}: let them end first"
+        reason = f"the account has {' and '.join(begun)}: let them end first, and withdraw its gift codes"
         raise RefusedError(Code.INVALID, reason, **({"open_holds": holds[:SHOWN_HOLDS]} if holds else {}))
     now = context.now
     expired = 0
