@@ -276,6 +276,7 @@ def test_a_trial_gives_what_the_catalog_says_and_the_plan_begins_with_its_first_
     assert grant.name == "credits.grant"
     assert (grant.arguments["amount"], grant.arguments["source"]) == ("5", "trial")
     assert grant.arguments["expires_at"] == add_months(NOW, 1, "UTC").isoformat()
+    assert grant.arguments["unit_price"]["minor"] == 0  # or a referral's bonus came without a purchase
     over = period(JANUARY, "in_1", reason="create", trial=True, amount_minor=0, paid_minor=0)
     found = settle(over, period(FEBRUARY, "in_2"))
     assert [effect.name for effect in found.effects] == ["plans.renew"]
