@@ -661,7 +661,7 @@ ODD = [
 def test_what_an_aborted_batch_did_not_prepare_is_not_taken_for_prepared(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(account: Account, message: Message, context: Context) -> Outcome:
+    def run(account: Account, message: Any, context: Context) -> Outcome:
         account.debt = 2**63  # the update of accounts fails; that of grants comes after it, and is not even parsed
         return Outcome()
 
