@@ -30,7 +30,8 @@ def reach(account: Account, message: Message, context: Context) -> list[Reached]
     """Note what an account has reached by an operation that was just applied, and give what comes with it.
 
     The lowest first; each once, whatever is given back later. What an account had reached before the catalog knew of it
-    comes with its next operation; so does what an account that is full, frozen or closed cannot be given now.
+    comes with its next operation; so does what an account that is full, frozen or closed cannot be given now. What is
+    for referrals comes with the next reward for one, in either case.
     """
     if account.status != OPEN:
         return []

@@ -67,6 +67,10 @@ monthly_credits = "100"
 price = "90.00 EUR"
 interval = "year"
 prices = ["price_yearly"]
+[plans.endless]
+unlimited = true
+price = "5.00 EUR"
+prices = ["price_endless"]
 """, "shop.toml")  # fmt: skip
 
 
@@ -291,6 +295,9 @@ def test_whether_nothing_was_paid_for_a_trial_only_the_subscription_says() -> No
     assert [effect.name for effect in trying.effects] == ["credits.grant"]
     free = settle(unknown, subscribed())
     assert [effect.name for effect in free.effects] == ["plans.renew"]
+    endless = period(NOW, "in_1", "price_endless", "create", trial=False, amount_minor=0, paid_minor=0)
+    for effect in (*free.effects, *settle(endless).effects):
+        assert effect.arguments["unit_price"]["minor"] == 0  # whatever it gives: it was no purchase
 
 
 def test_a_change_of_plan_follows_on_what_was_paid_before() -> None:
