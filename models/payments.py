@@ -24,7 +24,18 @@ from models.rules.facts import (
     RefundChanged,
     SubscriptionChanged,
 )
-from models.rules.resolving import Effect, Heard, Key, Order, Resolution, Verdict, key_of, purchase_name, resolve
+from models.rules.resolving import (
+    PACK,
+    Effect,
+    Heard,
+    Key,
+    Order,
+    Resolution,
+    Verdict,
+    key_of,
+    purchase_name,
+    resolve,
+)
 from models.rules.state import CLOSED, FROZEN, OPEN
 
 LOCK_KEY = (0x6C61_7061, 0)
@@ -105,7 +116,7 @@ VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT (provider, livemode,
 PAY_ORDER = "UPDATE payment_orders SET status = 'paid', paid_by = %s WHERE id = %s AND status = 'quoted'"
 LOOK_AGAIN = "UPDATE payment_groups SET next_look_at = %s WHERE id = %s AND next_look_at IS DISTINCT FROM %s"
 PROVIDER_OF = "SELECT provider, livemode FROM payment_facts WHERE group_id = %s LIMIT 1"
-ACCOUNT_STATUSES = "SELECT account, status FROM accounts WHERE account = ANY(%s)"
+ACCOUNT_STATUSES = "SELECT account, status, converted_to FROM accounts WHERE account = ANY(%s)"
 CURRENT = """
 SELECT p.effect FROM payment_operations p
 LEFT JOIN operations o ON o.account = p.account AND o.operation = p.operation
@@ -339,18 +350,22 @@ def _current(connection: Connection[Any], group: int) -> str | None:
 def _within_account(connection: Connection[Any], resolution: Resolution) -> Resolution:
     """Send nothing to an account that is not open yet, and to a closed one what ends things alone.
 
-    A refusal is an operation's answer for ever: what was paid for must not be refused because it came too early.
+    A refusal is an operation's answer for ever: what was paid for must not be refused because it came too early. To a
+    lead that has signed up meanwhile packs are sent all the same: they follow to the user.
     """
     accounts = {str(effect.arguments["account"]) for effect in resolution.effects}
     if not accounts:
         return resolution
-    found = dict(connection.execute(ACCOUNT_STATUSES, (list(accounts),)).fetchall())
+    rows = connection.execute(ACCOUNT_STATUSES, (list(accounts),)).fetchall()
+    found = {account: status for account, status, _ in rows}
+    became = {account: user for account, _, user in rows if user is not None}
     shut = {account: found.get(account) for account in accounts if found.get(account) not in (OPEN, FROZEN)}
     effects = [
         effect
         for effect in resolution.effects
         if (account := effect.arguments["account"]) not in shut
         or (shut[account] == CLOSED and effect.name == "credits.claw_back")
+        or (account in became and effect.key.startswith(PACK))
     ]
     verdicts = dict(resolution.verdicts)
     for key, known in verdicts.items():
@@ -359,8 +374,9 @@ def _within_account(connection: Connection[Any], resolution: Resolution) -> Reso
             continue
         if shut[owner] != CLOSED:
             verdicts[key] = Verdict("waiting", "account_not_open", f"the account {owner!r} was not opened yet")
-        elif key[0] in GIVING:
-            verdicts[key] = Verdict("parked", "account_closed", f"the account {owner!r} is closed")
+        elif key[0] in GIVING and not (owner in became and key[0] == "PackPaid"):
+            what = f"has become {became[owner]!r}" if owner in became else "is closed"
+            verdicts[key] = Verdict("parked", "account_closed", f"the account {owner!r} {what}")
     return msgspec.structs.replace(resolution, effects=effects, verdicts=verdicts)
 
 

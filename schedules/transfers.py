@@ -66,11 +66,13 @@ RECEIVED = "SELECT arguments FROM operations WHERE account = %s AND operation = 
 STAYED = f"""
 SELECT a.account, a.converted_to, o.operation
 FROM accounts a JOIN operations o ON o.account = a.account AND o.number = a.operations
-WHERE a.converted_to IS NOT NULL AND a.available_micro > 0 AND o.name <> 'credits.convert'
+WHERE a.converted_to IS NOT NULL AND a.available_micro > 0
+  AND NOT (o.name = 'credits.convert' AND o.status = 'applied' AND o.entries = 0)
   AND a.updated_at <= ledger_now() - interval '{AGE_SECONDS} seconds'
 ORDER BY a.account LIMIT {MAX_TRANSFERS}
 """
-"""What came to leads after they were converted, and by which operation: looked for among all leads that were."""
+"""What came to leads after they were converted, and by which operation: looked for among all leads that were. A
+conversion that found nothing to take shows that the rest cannot leave, being disputed."""
 INSERT = """
 INSERT INTO outbox (account, exchange, task, operation, arguments, created_at)
 SELECT %s, '', %s, %s, %s, ledger_now() WHERE NOT EXISTS (SELECT FROM outbox WHERE operation = %s)

@@ -184,6 +184,8 @@ def _facts(catalog: Catalog, state: str, kept: Sequence[KeptText]) -> Iterator[t
     for name, welcome in (("sign-up", catalog.signup), ("lead", catalog.lead)):
         if welcome.credits:
             yield name, f"{format_amount(welcome.credits)} credits{_life(welcome.expires_days)}"
+    if catalog.lead.per_user is not None:
+        yield "leads of a user", f"{catalog.lead.per_user} at the most"
     if catalog.priorities:
         order = sorted(catalog.priorities.items(), key=lambda each: each[1])
         yield "spent first", ", ".join(f"{said(source)} {priority}" for source, priority in order)
@@ -299,8 +301,8 @@ def _policies(catalog: Catalog) -> Iterator[tuple[str, str]]:
         what = "credits used" if achievement.measure == "used" else "referrals"
         mark = format_amount(achievement.at)
         yield f"achievement {said(name)}", f"{mark} {what}{bonus}{_life(achievement.expires_days)}"
-    for name, source in catalog.sources.items():
-        yield f"source {said(name)}", "may be given away" if source.transferable else "stays where it is"
+    for name in catalog.sources:
+        yield f"source {said(name)}", "may be given away" if catalog.is_transferable(name) else "stays where it is"
 
 
 def _table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:

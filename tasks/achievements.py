@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import NamedTuple
 
 from creditlane.amounts import MICRO
-from creditlane.contract import Message, RewardReferral
+from creditlane.contract import Message, ReopenAccount, RewardReferral, ThawAccount
 from models.rules.burning import new_grant, room_of
 from models.rules.catalog import Achievement
 from models.rules.state import MAX_OPEN_GRANTS, OPEN, Account, Grant, achieved_at
@@ -15,6 +15,9 @@ from tasks.operation import Context
 
 ACHIEVEMENT = "achievement"
 """The source of the credits."""
+
+WITH_REFERRALS = RewardReferral, ThawAccount, ReopenAccount
+"""The operations that have an account's referrals at hand: what they are the measure of comes with these alone."""
 
 
 class Reached(NamedTuple):
@@ -30,8 +33,8 @@ def reach(account: Account, message: Message, context: Context) -> list[Reached]
     """Note what an account has reached by an operation that was just applied, and give what comes with it.
 
     The lowest first; each once, whatever is given back later. What an account had reached before the catalog knew of it
-    comes with its next operation; so does what an account that is full, frozen or closed cannot be given now. What is
-    for referrals comes with the next reward for one, in either case.
+    comes with its next operation, of referrals with the next of :data:`WITH_REFERRALS`; so does what an account that is
+    full, frozen or closed cannot be given now.
     """
     if account.status != OPEN:
         return []
@@ -59,8 +62,7 @@ def used_micro(account: Account) -> int:
 def _is_reached(account: Account, achievement: Achievement, message: Message) -> bool:
     if achievement.measure == "used":
         return used_micro(account) >= achievement.at
-    # Referrals are at hand where the operation is about them, and grow by this one alone.
-    referral = account.referral if isinstance(message, RewardReferral) else None
+    referral = account.referral if isinstance(message, WITH_REFERRALS) else None
     return referral is not None and referral.referees * MICRO >= achievement.at
 
 

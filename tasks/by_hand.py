@@ -5,9 +5,11 @@ Who and why stand in the arguments of each, and so in the account's history for 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from creditlane.amounts import format_amount
 from creditlane.codes import Code
-from creditlane.contract import CloseAccount, FreezeAccount, ReopenAccount, ThawAccount
+from creditlane.contract import ByHand, CloseAccount, FreezeAccount, ReopenAccount, ThawAccount
 from models.rules.burning import burn
 from models.rules.refusal import RefusedError
 from models.rules.state import CLOSED, FROZEN, OPEN, Account
@@ -31,7 +33,12 @@ def freeze(account: Account, message: FreezeAccount, context: Context) -> Outcom
     return _now(account, FROZEN)
 
 
-@operation(ThawAccount)
+def _of_referrals(_: ByHand) -> Sequence[Need]:
+    """What was reached by referrals while the account could not be given it."""
+    return (Need("referral", ""),)
+
+
+@operation(ThawAccount, need=_of_referrals)
 def thaw(account: Account, message: ThawAccount, context: Context) -> Outcome:
     """Let a frozen account spend again. Refusals: ``invalid`` when it is not frozen."""
     if account.status != FROZEN:
@@ -49,7 +56,7 @@ def close(account: Account, message: CloseAccount, context: Context) -> Outcome:
     if holds or account.in_transit:
         begun = [f"{len(holds)} open holds"] if holds else []
         begun += [f"{format_amount(account.in_transit)} credits in transit"] if account.in_transit else []
-        reason = f"the account has {' and '.join(begun)}: let them end first"
+        reason = f"the account has {' and '.join(begun)}: let them end first, and withdraw its gift codes"
         raise RefusedError(Code.INVALID, reason, **({"open_holds": holds[:SHOWN_HOLDS]} if holds else {}))
     now = context.now
     expired = 0
@@ -64,7 +71,7 @@ def close(account: Account, message: CloseAccount, context: Context) -> Outcome:
     return Outcome(sum(taken for _, taken in plan), plan, details=details)
 
 
-@operation(ReopenAccount, concludes=True)
+@operation(ReopenAccount, need=_of_referrals, concludes=True)
 def reopen(account: Account, message: ReopenAccount, context: Context) -> Outcome:
     """Take operations again for an account that was closed, as empty as it was closed.
 

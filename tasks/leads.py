@@ -2,7 +2,8 @@
 
 ``credits.convert`` closes the lead and sends its credits to the user as a transfer does: ``credits.receive`` in the
 user's lane, ``credits.confirm`` or ``credits.bounce`` in the lead's (see ``tasks/transfers.py``). What comes to a lead
-after that, out of a hold that it had or as a refund, follows by a ``credits.convert`` of its own.
+after that, out of a hold that it had, as a refund or as a purchase that is heard of late, follows by a
+``credits.convert`` of its own.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import msgspec
 
 from creditlane.amounts import format_amount
 from creditlane.codes import Code
+from creditlane.contract import Grant as Bought
 from creditlane.contract import Message, decode_message
 from models.rules.catalog import Catalog
 from models.rules.refusal import RefusedError
@@ -109,7 +110,7 @@ def apply(
     task = OPERATIONS[name]
     try:
         if account.status != OPEN:
-            _admit(account, task)
+            _admit(account, task, message)
         context = Context(now, catalog, operation)
         outcome = task.run(account, message, context)
     except RefusedError as refusal:
@@ -167,8 +168,8 @@ def apply(
     return Answer(name, operation, account.account, status, stored, row, False, follow)
 
 
-def _admit(account: Account, task: Operation) -> None:
-    """Refuse what an account does not take that is not open.
+def _admit(account: Account, task: Operation, message: Message) -> None:
+    """Refuse what an account does not take that is not open; what was paid for in a lead's name follows to its user.
 
     :raises RefusedError: ``unknown_account``, ``account_closed``, ``account_frozen``.
     """
@@ -177,7 +178,8 @@ def _admit(account: Account, task: Operation) -> None:
     if account.status == CLOSED and not task.concludes:
         if account.converted_to is None:
             raise RefusedError(Code.ACCOUNT_CLOSED)
-        if not task.returns:
+        is_bought = isinstance(message, Bought) and message.purchase is not None
+        if not (task.returns or is_bought):
             raise RefusedError(Code.ACCOUNT_CLOSED, converted_to=account.converted_to)
     if account.status == FROZEN and task.spends:
         raise RefusedError(Code.ACCOUNT_FROZEN)

@@ -27,9 +27,11 @@ from creditlane.contract import (
     decode_message,
     receiving_id,
 )
+from models.rules.allowances import count, used_in
 from models.rules.burning import Plan, burn, came_in, check_room, come_back, new_grant, pay_debt
 from models.rules.posting import post
 from models.rules.refusal import RefusedError
+from models.rules.sharing import LEAD, LEADS
 from models.rules.state import MAX_OPEN_GRANTS, OPEN, Account, Grant, Known
 from tasks.gifts import GIFT_NEED, check_gift, count_gift, plan_gift
 from tasks.operation import Context, FollowUp, Need, Outcome, operation
@@ -121,21 +123,47 @@ def _repeated(message: Receive, operation: str, code: Code | None) -> Sequence[F
     return [_concluded(Confirm.operation, message)] if code is None else _refused(message, operation, code)
 
 
-@operation(Receive, refused=_refused, repeated=_repeated)
+def _of_lead(message: Receive) -> Sequence[Need]:
+    return (Need("allowance", LEADS), Need("allowance", LEAD + message.sender)) if message.from_lead else ()
+
+
+@operation(Receive, need=_of_lead, refused=_refused, repeated=_repeated)
 def receive(account: Account, message: Receive, context: Context) -> Outcome:
     """Add a lot for each one that the sender gave, of its source, priority, expiry, unit price, features and start.
 
     A debt is paid out of them first, as with a grant; what expired on its way lapses at once. Refusals, which send
-    the credits back: ``unknown_account``, ``account_closed``, ``limit_reached``; ``invalid`` for a lead's credits
-    where there is no user, and under another id than the transfer's.
+    the credits back: ``unknown_account``, ``account_closed``; ``limit_reached``, also for one lead more than a user may
+    have been; ``invalid`` for a lead's credits where there is no user, and under another id than the transfer's.
     """
     if context.operation != receiving_id(message.sender, message.transfer):
         raise RefusedError(Code.INVALID, "only the ledger itself sends this, under an id that it derives")
     if message.from_lead and account.kind != "user":
         raise RefusedError(Code.INVALID, f"a lead becomes a user, and this account is a {account.kind}")
+    is_counted = message.from_lead and context.catalog.lead.per_user is not None
+    if is_counted:
+        _check_lead(account, message.sender, context)
     uses = take_in(account, message.lots, context)
+    if is_counted:
+        _count_lead(account, message.sender, context)
     details = {"sender": message.sender, "transfer": message.transfer}
     return Outcome(uses=uses, details=details, follow=[_concluded(Confirm.operation, message)])
+
+
+def _check_lead(account: Account, lead: str, context: Context) -> None:
+    """Refuse one lead more than a user may have been; what follows of one that it was comes in.
+
+    :raises RefusedError: ``limit_reached``.
+    """
+    most, zone = context.catalog.lead.per_user, context.catalog.catalog.zone
+    been = used_in(account, LEADS, "total", context.now, zone)[1]
+    if most is not None and been >= most and LEAD + lead not in account.allowances:
+        raise RefusedError(Code.LIMIT_REACHED, f"a user may have been {most} leads, and this one has")
+
+
+def _count_lead(account: Account, lead: str, context: Context) -> None:
+    if LEAD + lead not in account.allowances:
+        for key in (LEADS, LEAD + lead):
+            count(account, key, "total", 0, context.now, context.catalog.catalog.zone)
 
 
 def take_in(account: Account, lots: Sequence[Parcel], context: Context) -> Plan:

@@ -32,7 +32,7 @@ NOTICE_KINDS = (
 )  # fmt: skip
 """What a notice may be of, beside ``low_balance`` and ``expiring``, which have settings of their own."""
 
-PROMOTIONAL = frozenset({"signup", "lead", "bonus", "referral", "promotion", "achievement"})
+PROMOTIONAL = frozenset({"signup", "lead", "trial", "bonus", "referral", "promotion", "achievement"})
 """Sources of credits that nobody paid for: not to be given away unless the catalog says so."""
 
 EARNED = frozenset({"bonus", "referral", "promotion", "achievement"})
@@ -103,9 +103,10 @@ class Welcome(Section, frozen=True):
 
 
 class LeadWelcome(Welcome, frozen=True):
-    """``[lead]``: as ``[signup]``, of a source of its own."""
+    """``[lead]``: as ``[signup]``, of a source of its own; and how many leads one user may have been, in all."""
 
     source: Name = "lead"
+    per_user: Count | None = None
 
 
 class Feature(Section, frozen=True):

@@ -43,6 +43,9 @@ DAY_SECONDS = 86_400
 TRIAL = "trial"
 """The source of a trial's credits."""
 
+PACK = "grant:"
+"""What the keys of effects begin with that give a pack's credits."""
+
 Key = tuple[str, str]
 """A fact's kind and key."""
 
@@ -321,7 +324,7 @@ class _Resolving:
             if amount_minor is not None:
                 share = amount_minor * given // total - spent
                 spent += share
-            self._grant(paid, f"grant:{paid.key}:{price}:{number}", grant, quantity, share, order)
+            self._grant(paid, f"{PACK}{paid.key}:{price}:{number}", grant, quantity, share, order)
 
     def _grant(
         self,

@@ -19,11 +19,12 @@ import msgspec
 from creditlane.amounts import Micro, format_amount, parse_amount
 from creditlane.contract import Parcel
 
-MEMBER, CODE, REFEREE = "member:", "code:", "referee:"
-"""What the keys of allowances begin with that are of one member, of one code, of one who was referred."""
+MEMBER, CODE, REFEREE, LEAD = "member:", "code:", "referee:", "lead:"
+"""What the keys of allowances begin with that are of one member, of one code, of one who was referred, of one lead."""
 
-GIVEN, REDEEMED, REFERRED = "gifts", "redeems", "referrals"
-"""The keys of the allowances that count what an account gives away in a day, what it redeems, and whom it refers."""
+GIVEN, REDEEMED, REFERRED, LEADS = "gifts", "redeems", "referrals", "leads"
+"""The keys of the allowances that count what an account gives away in a day, what it redeems, whom it refers, and how
+many leads it was."""
 
 
 class Allowance:

@@ -98,7 +98,7 @@ def test_a_catalog_of_a_name_and_nothing_else_has_the_documented_defaults() -> N
 
 def test_credits_that_nobody_paid_for_stay_where_they_are_unless_the_catalog_says_otherwise() -> None:
     plain = parse_catalog(HEAD + '[signup]\nsource = "hello"\n[lead]\nsource = "hi"\n', "mine.toml")
-    for source in ("hello", "hi", "signup", "lead", "bonus", "referral", "promotion"):
+    for source in ("hello", "hi", "signup", "lead", "trial", "bonus", "referral", "promotion", "achievement"):
         assert not plain.is_transferable(source), source
     assert plain.is_transferable("pack")
     assert plain.is_transferable("anything")
@@ -106,6 +106,9 @@ def test_credits_that_nobody_paid_for_stay_where_they_are_unless_the_catalog_say
     named = parse_catalog(HEAD + said, "mine.toml")
     assert named.is_transferable("signup")
     assert not named.is_transferable("pack")
+    tiers = load_catalog("tiers")
+    given = {plan.source: plan.price is not None for plan in tiers.plans.values()}
+    assert given == {source: tiers.is_transferable(source) for source in given}, "a free plan's are not paid for"
 
 
 def test_a_file_that_is_not_there_is_named_with_the_shipped_ones() -> None:

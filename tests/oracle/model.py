@@ -169,7 +169,8 @@ class Ledger:
             if self.closed and name not in CONCLUDING:
                 if self.became is None:
                     raise Refusal("account_closed")
-                if name not in RETURNING:
+                is_bought = name == "credits.grant" and said.get("purchase") is not None
+                if name not in RETURNING and not is_bought:
                     raise Refusal("account_closed", converted_to=self.became)
             if self.halted and name in SPENDING:
                 raise Refusal("account_frozen")

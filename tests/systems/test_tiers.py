@@ -135,7 +135,7 @@ def test_every_deduction_is_logged_with_its_cost_and_the_catalog_that_priced_it(
 def test_credits_are_added_after_a_payment_and_it_is_confirmed(system: System) -> None:
     member = system.open(plan="free")
     member.buy("small")
-    assert member.by_source == {"monthly": "20", "pack": "100"}
+    assert member.by_source == {"free": "20", "pack": "100"}
     assert member.notices("pack_bought") == ["pack_bought"]
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import msgspec
 import psycopg
+import pytest
 
 from creditlane.amounts import MICRO
-from creditlane.contract import RewardReferral
+from creditlane.contract import ReopenAccount, RewardReferral, ThawAccount
 from creditlane.events import BY_NOTICE, matching
 from models.achievement_reading import achievements
 from models.audit import audit
@@ -18,9 +19,10 @@ from models.rules import state
 from models.rules.catalog import NOTICE_KINDS
 from models.rules.sharing import Referral
 from models.rules.state import FROZEN, OPEN, achieved_at
-from tasks.achievements import reach
+from tasks.achievements import WITH_REFERRALS, reach
 from tasks.events import events_of
-from tasks.operation import Context
+from tasks.operation import Context, Need
+from tasks.registry import OPERATIONS
 from tasks.replay import Replayer
 from tests.support import Ledger
 from tests.tasks.test_operations import Lane, lane
@@ -131,6 +133,25 @@ def test_referrals_count_where_they_grow() -> None:
     (friend,) = reach(user.account, user_message(), now)
     assert (friend.name, user.account.available) == ("friend", 107 * MICRO)
     assert reach(user.account, user_message(), now) == []
+
+
+@pytest.mark.parametrize(("before", "after"), [("freeze", "thaw"), ("close", "reopen")])
+def test_what_was_reached_by_referrals_while_an_account_was_shut_comes_when_it_opens(before: str, after: str) -> None:
+    user = lane("100", catalog=MERITS)
+    user(f"accounts.{before}", actor="ann", reason="a test")
+    user.account.referral = Referral(referees=2)
+    assert brought(user("settle")) == []
+    assert brought(user(f"accounts.{after}", actor="ann", reason="a test")) == [("friend", "7")]
+
+
+def test_what_measures_referrals_has_them_at_hand() -> None:
+    thaw = ThawAccount(account="user_42", actor="ann", reason="a test")
+    reopen = ReopenAccount(account="user_42", actor="ann", reason="a test")
+    for message in (user_message(), thaw, reopen):
+        assert isinstance(message, WITH_REFERRALS)
+        find = OPERATIONS[message.operation].need
+        assert find is not None
+        assert Need("referral", "") in find(message)
 
 
 def test_it_pays_a_debt_first_and_tells_of_itself() -> None:

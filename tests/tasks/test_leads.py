@@ -126,6 +126,24 @@ def test_lots_of_many_features_go_along_message_by_message(town: Town) -> None:
     assert len({lot.operation for lot in user.grants.values()}) == 3
 
 
+def test_nobody_is_welcomed_as_another_lead_again_and_again(town: Town) -> None:
+    town.catalog = parse_catalog(CATALOG.replace('source = "trial"', 'source = "trial"\nper_user = 2'), "leads.toml")
+    town("credits.open", "user", welcome=False)
+    for number in range(4):
+        lead = f"visitor-{number}"
+        town("credits.open", lead, kind="lead")
+        town("credits.hold", lead, "work", amount=5, ttl=86400)
+        town("credits.convert", lead, to="user")
+        town.quiet()
+    assert town.balance("user") == {"trial": "30"}
+    for number in range(4):
+        town("credits.release", f"visitor-{number}", hold="work")
+    town.quiet()
+    assert town.balance("user") == {"trial": "40"}, "what comes later of a lead that it was follows"
+    assert [town.accounts[f"visitor-{number}"].status for number in range(4)] == ["closed", "closed", "open", "open"]
+    assert town.balance("visitor-3") == {"trial": "20"}
+
+
 def test_an_account_that_is_frozen_gives_nothing_out(town: Town) -> None:
     for name in ("user", "friend"):
         town("credits.open", name)

@@ -111,6 +111,7 @@ def test_what_the_broker_lost_of_a_conversion_is_sent_again(
     ledger.apply("credits.hold", "used", account="lena", feature="image", quantity=8)
     ledger.apply("credits.convert", "one", account="lena", to="anna")
     ledger.apply("credits.release", "released", account="lena", hold="used")
+    ledger.apply("credits.convert", "to another", account="lena", to="bert")  # refused, and it tells as well
 
     def lose() -> None:
         ledger.writer.take_outbox()

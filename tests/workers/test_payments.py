@@ -396,6 +396,23 @@ def test_what_is_paid_for_reaches_a_frozen_account_and_waits_for_a_closed_one(
     assert available(database) == 50
 
 
+def test_what_a_lead_paid_for_before_it_signed_up_reaches_its_user(shop: Books, database: str, ledger: Ledger) -> None:
+    shop.life.account = "visitor"
+    ledger.apply("credits.open", "open", account="visitor", kind="lead")
+    ledger.apply("credits.convert", "signed up", account="visitor", to="alice")
+    tell(shop, FIFTY)
+    tell(shop, ("subscribe", "price_rollover_starter"))
+    assert became(database, "PackPaid") == [("applied", None)]
+    assert became(database, "PeriodPaid") == [("parked", "account_closed")]
+    assert value(database, "SELECT reason FROM payment_facts WHERE kind = 'PeriodPaid'").endswith("has become 'alice'")
+    ((after, lead),) = rows(
+        database, "SELECT arguments::jsonb ->> 'after', account FROM outbox WHERE task = 'credits.convert'"
+    )
+    assert lead == "visitor"
+    assert value(database, "SELECT name FROM operations WHERE operation = %s", after) == "credits.grant"
+    assert available(database, "visitor") == 50
+
+
 def test_what_the_ledger_refused_is_a_difference(shop: Books, database: str) -> None:
     tell(shop, ("subscribe", "price_rollover_starter"))
     execute(
