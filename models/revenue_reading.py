@@ -219,9 +219,12 @@ class _Issue:
         """Divide what a lot gave among the uses that it pays for.
 
         :returns: by whom each part is received, or that it is not yet; which piece of it; and the part.
+        :raises ShortError: when there are not so many uses.
         """
         _, uses, _, amount = self.codes[0]
         start, end = self._laid, self._laid + credits
+        if end > len(self.codes) * uses * amount:
+            raise ShortError("pays for more uses of gift codes than these have")
         self._laid, at = end, start
         while at < end:
             place, slot = divmod(at // amount, uses)

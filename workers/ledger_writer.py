@@ -420,12 +420,13 @@ class LedgerWriter:
             try:
                 self._write(jobs, quarantined, meanwhile, True)
             except PoisonError:
-                self.connection.execute("ROLLBACK")
+                self.connection.rollback()
                 self._write(jobs, quarantined, meanwhile, False)
         except BaseException:
             if not self.connection.closed:
                 try:
-                    self.connection.execute("ROLLBACK")
+                    # Not as a statement: what a pipeline that failed was to prepare would be taken for prepared.
+                    self.connection.rollback()
                 except psycopg.Error:
                     self.connection.close()
             raise

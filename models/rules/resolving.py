@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from creditlane.amounts import format_amount
+from creditlane.amounts import MICRO, format_amount
 from creditlane.contract import MAX_NAME, MAX_TEXT
 from models.rules.catalog import Catalog, Money, Sold, SoldGrant
 from models.rules.facts import (
@@ -438,6 +438,7 @@ class _Resolving:
         if not credits or (ends is not None and ends <= self.now):
             return NOTED
         arguments: dict[str, Any] = {"amount": format_amount(credits), "source": TRIAL, "purchase": purchase}
+        arguments["unit_price"] = _unit_price(0, period.currency, credits)  # so that it is no purchase to a referral
         if ends is not None:
             arguments["expires_at"] = ends.isoformat()
         effect = Effect(key=key, name="credits.grant", arguments=arguments, purchase=purchase)
@@ -458,8 +459,8 @@ class _Resolving:
         terms = self.catalog.terms_of(sold.name)
         assert terms is not None
         credits = terms.monthly_micro * terms.interval_months
-        if credits and period.amount_minor >= 0:
-            arguments["unit_price"] = _unit_price(period.amount_minor, period.currency, credits)
+        if period.amount_minor == 0 or (credits and period.amount_minor > 0):
+            arguments["unit_price"] = _unit_price(period.amount_minor, period.currency, credits or MICRO)
         return Effect(key=key, name="plans.renew", arguments=arguments, purchase=purchase)
 
     def _lifecycle(self, ending: _Ending, states: Mapping[str, Mapping[str, Any]]) -> None:

@@ -311,6 +311,14 @@ def test_gift_codes_carry_their_money_use_by_use(ledger: Ledger) -> None:
     }  # fmt: skip
 
 
+def test_gift_codes_of_which_a_row_is_gone_are_a_fault_to_be_named() -> None:
+    issue = revenue_reading._Issue("issue")
+    issue.codes.append(("AAAA", 2, 1, 5))
+    assert [part.credits_micro for _, _, part in issue.lay(1, 10, 3)] == [5, 5]
+    with pytest.raises(revenue_reading.ShortError):
+        next(issue.lay(2, 1, 0))
+
+
 def test_a_gift_that_comes_back_brings_the_money_it_left_with(ledger: Ledger) -> None:
     freeze(ledger, START)
     ledger.apply("credits.open", "o", account="a", kind="pool")

@@ -15,6 +15,7 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
 from creditlane.codes import Code
@@ -655,6 +656,24 @@ ODD = [
     " spaces \u00a0 \u3000 ",
     "e\u0301 é \ufeff \ufffd \U0010fffe",
 ]
+
+
+def test_what_an_aborted_batch_did_not_prepare_is_not_taken_for_prepared(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(account: Account, message: Any, context: Context) -> Outcome:
+        account.debt = 2**63  # the update of accounts fails; that of grants comes after it, and is not even parsed
+        return Outcome()
+
+    monkeypatch.setitem(OPERATIONS, "credits.settle", OPERATIONS["credits.settle"]._replace(run=run))
+    connection = ledger.writer.connection
+    opening = ledger.job("credits.open", "open", account="alice")
+    for number in range(4):  # from the first batch of the connection on
+        good = [opening, ledger.job("credits.consume", f"good-{number}", account="alice", amount=1)]
+        with pytest.raises(psycopg.errors.NumericValueOutOfRange):
+            ledger.write(*good, ledger.job("credits.settle", f"bad-{number}", account="alice"))
+        assert connection.info.transaction_status == TransactionStatus.IDLE
+        assert {each["status"] for each in ledger.write(*good)} == {"applied"}
 
 
 @pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))

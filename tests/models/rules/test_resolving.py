@@ -67,6 +67,10 @@ monthly_credits = "100"
 price = "90.00 EUR"
 interval = "year"
 prices = ["price_yearly"]
+[plans.endless]
+unlimited = true
+price = "5.00 EUR"
+prices = ["price_endless"]
 """, "shop.toml")  # fmt: skip
 
 
@@ -276,6 +280,7 @@ def test_a_trial_gives_what_the_catalog_says_and_the_plan_begins_with_its_first_
     assert grant.name == "credits.grant"
     assert (grant.arguments["amount"], grant.arguments["source"]) == ("5", "trial")
     assert grant.arguments["expires_at"] == add_months(NOW, 1, "UTC").isoformat()
+    assert grant.arguments["unit_price"]["minor"] == 0  # or a referral's bonus came without a purchase
     over = period(JANUARY, "in_1", reason="create", trial=True, amount_minor=0, paid_minor=0)
     found = settle(over, period(FEBRUARY, "in_2"))
     assert [effect.name for effect in found.effects] == ["plans.renew"]
@@ -290,6 +295,9 @@ def test_whether_nothing_was_paid_for_a_trial_only_the_subscription_says() -> No
     assert [effect.name for effect in trying.effects] == ["credits.grant"]
     free = settle(unknown, subscribed())
     assert [effect.name for effect in free.effects] == ["plans.renew"]
+    endless = period(NOW, "in_1", "price_endless", "create", trial=False, amount_minor=0, paid_minor=0)
+    for effect in (*free.effects, *settle(endless).effects):
+        assert effect.arguments["unit_price"]["minor"] == 0  # whatever it gives: it was no purchase
 
 
 def test_a_change_of_plan_follows_on_what_was_paid_before() -> None:
