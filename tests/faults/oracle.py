@@ -43,6 +43,7 @@ import psycopg
 
 from tests.oracle.model import BUCKETS, Row, meaning, micro
 from tests.oracle.plans import PlanLedger, share
+from tests.oracle.pools import PoolLedger
 from tests.oracle.referring import ReferringLedger
 
 MAX_FAULTS = 20
@@ -206,6 +207,7 @@ def read_policy(catalog: Path) -> Row:
             }
             for name, plan in tables.get("plans", {}).items()
         },
+        "pools": {"members": "any", "period": "month", **tables.get("pools", {}), "limit": None},
         "referrals": {
             name: micro(said) if name in ("referrer", "referee") else said
             for name, said in tables.get("referrals", {}).items()
@@ -441,7 +443,7 @@ def _replay(
     codes = GiftCodes(verdict, operations, entries, grants)
     owners = _owners(operations)
     for account, seen in _by_account(found["accounts"]).items():
-        ledger = ReferringLedger(policy, owners)
+        ledger = SecondLedger(policy, owners)
         try:
             letters |= _replay_account(
                 verdict, account, ledger, published, by_account.get(account, []), entries.get(account, []), codes
@@ -456,6 +458,10 @@ def _replay(
         if name != operation.name or _without_nothing(content) != meaning(name, operation.arguments):
             verdict.fault("O2", f"{operation.account}: {operation.id!r} is not what follows from the other operation")
     return {key: name for key, (name, _) in letters.items()}
+
+
+class SecondLedger(ReferringLedger, PoolLedger):
+    """One account of any kind, with all that accounts do. The catalogs of the faults limit no member of a pool."""
 
 
 def _owners(operations: Iterable[Operation]) -> dict[str, str]:

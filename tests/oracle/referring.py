@@ -30,7 +30,7 @@ class ReferringLedger(PlanLedger):
     def __init__(self, policy: Row, owners: dict[str, str]) -> None:
         super().__init__(policy)
         self.owners = owners
-        self.terms: Row = policy.get("referrals", {})
+        self.referral_terms: Row = policy.get("referrals", {})
         self.kind = "user"
         self.born: datetime | None = None
         self.own_code: str | None = None
@@ -73,7 +73,7 @@ class ReferringLedger(PlanLedger):
             raise Refusal("invalid")
         if owner is None:
             raise Refusal("code_unknown")
-        days = self.terms.get("claim_days")
+        days = self.referral_terms.get("claim_days")
         if days is not None and now - self.born >= timedelta(days=days):
             raise Refusal("code_expired")
         if owner == said["account"] or any(referee == owner for referee, _ in self.rewards):
@@ -82,7 +82,7 @@ class ReferringLedger(PlanLedger):
             raise Refusal("already_referred")
         self.claimed = {"owner": owner, "code": said["referral_code"], "settled": False}
         details: Row = {"referral": "claimed", "referrer": owner}
-        if self.terms.get("trigger", "sign_up") == "sign_up":
+        if self.referral_terms.get("trigger", "sign_up") == "sign_up":
             details = self.together(details, self.settle_claim(said, operation, now))
         return details
 
@@ -92,7 +92,7 @@ class ReferringLedger(PlanLedger):
         owner = self.claimed["owner"]
         letter = {"account": owner, "referee": said["account"], "code": self.claimed["code"]}
         self.letters.append(("referrals.reward", rewarding(owner, said["account"]), letter))
-        return {"referrer": owner, **self.bonus(self.terms.get("referee", 0), operation, now)}
+        return {"referrer": owner, **self.bonus(self.referral_terms.get("referee", 0), operation, now)}
 
     def referral_reward_(self, said: Row, operation: str, now: datetime) -> Row:
         if operation != rewarding(said["account"], said["referee"]):
@@ -101,7 +101,7 @@ class ReferringLedger(PlanLedger):
             raise Refusal("code_unknown")
         if self.claimed is not None and self.claimed["owner"] == said["referee"]:
             raise Refusal("self_referral")
-        most, a_day = self.terms.get("per_referrer"), self.terms.get("per_day")
+        most, a_day = self.referral_terms.get("per_referrer"), self.referral_terms.get("per_day")
         zone = ZoneInfo(self.policy["zone"])
         today = [at for _, at in self.rewards if at.astimezone(zone).date() == now.astimezone(zone).date()]
         if most is not None and len(self.rewards) >= most:
@@ -109,15 +109,15 @@ class ReferringLedger(PlanLedger):
         if a_day is not None and len(today) >= a_day:
             raise Refusal("daily_limit")
         self.rewards.append((said["referee"], now))
-        return {"referee": said["referee"], **self.bonus(self.terms.get("referrer", 0), operation, now)}
+        return {"referee": said["referee"], **self.bonus(self.referral_terms.get("referrer", 0), operation, now)}
 
     def bonus(self, amount: int, operation: str, now: datetime) -> Row:
         """A lot of credits that a referral brings."""
         if not amount:
             return {}
-        days = self.terms.get("expires_days")
+        days = self.referral_terms.get("expires_days")
         end = None if days is None else now + timedelta(days=days)
-        lot = self.add_lot(operation, now, self.terms.get("source", "referral"), end=end)
+        lot = self.add_lot(operation, now, self.referral_terms.get("source", "referral"), end=end)
         self.come_in(lot, amount, operation, now)
         return {"uses": [(lot["number"], amount)], "bonus": amount}
 
