@@ -156,6 +156,8 @@ def _meaning(path: Path, old: str | None, new: str | None) -> str:
     section, field = path[0], path[-1]
     is_gone = len(path) == 2 and new is None
     match section:
+        case "lead" if field == "per_user":
+            return "of leads that sign up from then on; whom a user was while there was no limit is not counted"
         case "features" if is_gone:
             return "whatever names it is refused as unknown_feature; holds of it that are open are captured by amount"
         case "plans" if is_gone:
