@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -61,87 +62,49 @@ def lead_convert(
     )  # fmt: skip
 
 
+def _by_hand(deed: str, what: str) -> Callable[..., None]:
+    """The command for one thing that an administrator does to an account.
+
+    :param deed: of ``accounts.…``.
+    :param what: what it does, for its help.
+    """
+
+    def command(
+        account: AccountArgument,
+        reason: WhyOption,
+        actor: WhoOption = None,
+        id: IdOption = None,
+        wait: WaitOption = WAIT_SECONDS,
+        as_json: JsonOption = False,
+    ) -> None:
+        name = f"accounts.{deed}"
+        said = {"account": account, "actor": actor or operator(), "reason": reason}
+        operate(
+            id, wait, as_json, account, name,
+            lambda client, identity, seconds: client.submit(name, identity, said, seconds),
+        )  # fmt: skip
+
+    command.__doc__ = what
+    return command
+
+
 FREEZE_EXAMPLES = examples("creditlane account freeze alice --reason 'card reported stolen'")
-
-
-def freeze_account(
-    account: AccountArgument,
-    reason: WhyOption,
-    actor: WhoOption = None,
-    id: IdOption = None,
-    wait: WaitOption = WAIT_SECONDS,
-    as_json: JsonOption = False,
-) -> None:
-    """Have an account give no credits out; what comes in, and what was begun, goes on."""
-    operate(
-        id, wait, as_json, account, "accounts.freeze",
-        lambda client, identity, seconds: client.freeze_account(
-            account, actor=actor or operator(), reason=reason, id=identity, wait=seconds
-        ),
-    )  # fmt: skip
-
+freeze_account = _by_hand("freeze", "Have an account give no credits out; what comes in, and what was begun, goes on.")
 
 THAW_EXAMPLES = examples("creditlane account thaw alice --reason 'it was a mistake' --actor anna")
-
-
-def thaw_account(
-    account: AccountArgument,
-    reason: WhyOption,
-    actor: WhoOption = None,
-    id: IdOption = None,
-    wait: WaitOption = WAIT_SECONDS,
-    as_json: JsonOption = False,
-) -> None:
-    """Let a frozen account spend again."""
-    operate(
-        id, wait, as_json, account, "accounts.thaw",
-        lambda client, identity, seconds: client.thaw_account(
-            account, actor=actor or operator(), reason=reason, id=identity, wait=seconds
-        ),
-    )  # fmt: skip
-
+thaw_account = _by_hand("thaw", "Let a frozen account spend again.")
 
 CLOSE_EXAMPLES = examples("creditlane account close alice --reason 'asked for by mail of 3 May'")
-
-
-def close_account(
-    account: AccountArgument,
-    reason: WhyOption,
-    actor: WhoOption = None,
-    id: IdOption = None,
-    wait: WaitOption = WAIT_SECONDS,
-    as_json: JsonOption = False,
-) -> None:
+close_account = _by_hand(
+    "close",
     """End an account: its plan ends now, and what is left of its credits is revoked.
 
     Refused while holds are open or credits on their way. A provider that bills for the plan is not told.
-    """
-    operate(
-        id, wait, as_json, account, "accounts.close",
-        lambda client, identity, seconds: client.close_account(
-            account, actor=actor or operator(), reason=reason, id=identity, wait=seconds
-        ),
-    )  # fmt: skip
-
+    """,
+)
 
 REOPEN_EXAMPLES = examples("creditlane account reopen alice --reason 'closed the wrong one'")
-
-
-def reopen_account(
-    account: AccountArgument,
-    reason: WhyOption,
-    actor: WhoOption = None,
-    id: IdOption = None,
-    wait: WaitOption = WAIT_SECONDS,
-    as_json: JsonOption = False,
-) -> None:
-    """Have a closed account take operations again; what was revoked stays so."""
-    operate(
-        id, wait, as_json, account, "accounts.reopen",
-        lambda client, identity, seconds: client.reopen_account(
-            account, actor=actor or operator(), reason=reason, id=identity, wait=seconds
-        ),
-    )  # fmt: skip
+reopen_account = _by_hand("reopen", "Have a closed account take operations again; what was revoked stays so.")
 
 
 ACTIONS_EXAMPLES = examples(

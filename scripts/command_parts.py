@@ -348,6 +348,16 @@ FeatureArgument = Annotated[
 QuantityArgument = Annotated[
     str | None, typer.Argument(metavar="QUANTITY", help="How much of it; 1 unless given.", show_default=False)
 ]
+SinceDayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--since", metavar="DAY", help="The first day, UTC; 30 days before the end unless given.", show_default=False
+    ),
+]
+UntilDayOption = Annotated[
+    str | None,
+    typer.Option("--until", metavar="DAY", help="The day after the last; tomorrow unless given.", show_default=False),
+]
 LimitOption = Annotated[int, typer.Option("--limit", min=1, max=MAX_PAGE, help="How many at most.")]
 
 _SPAN = re.compile(r"(?:([0-9]{1,9})([wdhms]))", re.ASCII)

@@ -19,6 +19,8 @@ from scripts.command_parts import (
     IdOption,
     JsonOption,
     LimitOption,
+    SinceDayOption,
+    UntilDayOption,
     WaitOption,
     deployment,
     examples,
@@ -59,16 +61,8 @@ class Period(StrEnum):
 )
 def pools_show(
     account: PoolArgument,
-    since: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DAY", help="The first day, UTC; 30 days before the end unless given.", show_default=False
-        ),
-    ] = None,
-    until: Annotated[
-        str | None,
-        typer.Option(metavar="DAY", help="The day after the last; tomorrow unless given.", show_default=False),
-    ] = None,
+    since: SinceDayOption = None,
+    until: UntilDayOption = None,
     limit: LimitOption = DEFAULT_PAGE,
     after: Annotated[
         str | None,

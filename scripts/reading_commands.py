@@ -36,6 +36,8 @@ from scripts.command_parts import (
     AccountArgument,
     JsonOption,
     LimitOption,
+    SinceDayOption,
+    UntilDayOption,
     deployment,
     examples,
     fail,
@@ -81,16 +83,8 @@ def show_usage(
         typer.Argument(metavar="[ACCOUNT]", help="Whose usage; of all accounts unless given.", show_default=False),
     ] = None,
     by: Annotated[By, typer.Option(help="What is summed.")] = By.FEATURE,
-    since: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DAY", help="The first day, UTC; 30 days before the end unless given.", show_default=False
-        ),
-    ] = None,
-    until: Annotated[
-        str | None,
-        typer.Option(metavar="DAY", help="The day after the last; tomorrow unless given.", show_default=False),
-    ] = None,
+    since: SinceDayOption = None,
+    until: UntilDayOption = None,
     feature: Annotated[
         str | None, typer.Option(help="Only of this feature; '' for charges that name none.", show_default=False)
     ] = None,

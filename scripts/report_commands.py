@@ -21,6 +21,8 @@ from scripts.command_parts import (
     AccountArgument,
     JsonOption,
     LimitOption,
+    SinceDayOption,
+    UntilDayOption,
     deployment,
     examples,
     fail,
@@ -169,16 +171,8 @@ def show_refunds(
     by: Annotated[
         list[Apart] | None, typer.Option(help="What is told apart; may be repeated.", show_default="all three")
     ] = None,
-    since: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DAY", help="The first day, UTC; 30 days before the end unless given.", show_default=False
-        ),
-    ] = None,
-    until: Annotated[
-        str | None,
-        typer.Option(metavar="DAY", help="The day after the last; tomorrow unless given.", show_default=False),
-    ] = None,
+    since: SinceDayOption = None,
+    until: UntilDayOption = None,
     feature: Annotated[
         str | None, typer.Option(help="Only of this feature; '' for charges that name none.", show_default=False)
     ] = None,
