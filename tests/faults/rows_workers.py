@@ -68,7 +68,7 @@ def told_to_end(times: int, scene: Scene, size: Size) -> Done:
     wrong: list[str] = []
     codes: list[int] = []
     worker = scene.worker("worker-0", CREDITLANE_BATCH_MESSAGES=BATCH_MESSAGES)
-    for number in range(size.rounds):
+    while hits < size.rounds and len(codes) < 3 * size.rounds:
         scene.owning(worker.name)
         scene.under_load(50)
         time.sleep(scene.random.uniform(0, 0.3))
@@ -86,9 +86,9 @@ def told_to_end(times: int, scene: Scene, size: Size) -> Done:
             wrong.append(f"a worker that was told to end did so with code {codes[-1]}")
         if depth.unacknowledged and not scene.broker.counts_late:
             wrong.append(f"a worker that was told to end left {depth.unacknowledged} messages unacknowledged")
-        worker = scene.worker(f"worker-{number + 1}", CREDITLANE_BATCH_MESSAGES=BATCH_MESSAGES)
+        worker = scene.worker(f"worker-{len(codes)}", CREDITLANE_BATCH_MESSAGES=BATCH_MESSAGES)
     how = "SIGTERM" if times == 1 else f"{times} × SIGTERM within 0.1 s"
-    return Done(hits, size.rounds, f"{size.rounds} × {how} under load, exit codes {sorted(set(codes))}", wrong)
+    return Done(hits, size.rounds, f"{len(codes)} × {how}, {hits} under load, exit codes {sorted(set(codes))}", wrong)
 
 
 def come_and_go(scene: Scene, size: Size) -> Done:
