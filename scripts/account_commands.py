@@ -13,6 +13,7 @@ from scripts.command_parts import (
     USAGE,
     WAIT_SECONDS,
     AccountArgument,
+    ActorOption,
     Commands,
     IdOption,
     JsonOption,
@@ -29,10 +30,6 @@ from scripts.command_parts import (
 from scripts.showing import actions_table, console
 
 WhyOption = Annotated[str, typer.Option("--reason", help="Why; kept with the operation.", show_default=False)]
-WhoOption = Annotated[
-    str | None,
-    typer.Option("--actor", help="Who decided it; the user of this system unless given.", show_default=False),
-]
 
 lead_app = typer.Typer(
     cls=Commands,
@@ -72,7 +69,7 @@ def _by_hand(deed: str, what: str) -> Callable[..., None]:
     def command(
         account: AccountArgument,
         reason: WhyOption,
-        actor: WhoOption = None,
+        actor: ActorOption = None,
         id: IdOption = None,
         wait: WaitOption = WAIT_SECONDS,
         as_json: JsonOption = False,

@@ -6,18 +6,16 @@ It is one account, so it is told whose each code is; who has which was settled b
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from hashlib import sha256
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from tests.oracle.model import Refusal, Row
+from tests.oracle.model import Refusal, Row, fingerprint
 from tests.oracle.plans import PlanLedger
 
 
 def rewarding(referrer: str, referee: str) -> str:
     """The id of what the ledger sends itself because of a referral."""
-    text = "".join(f"{len(part.encode())}:{part}" for part in (referrer, referee))
-    return f"referral.reward:{sha256(text.encode()).hexdigest()}"
+    return f"referral.reward:{fingerprint(referrer, referee)}"
 
 
 class ReferringLedger(PlanLedger):
